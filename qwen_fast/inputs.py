@@ -1,0 +1,65 @@
+"""Checks of a pipeline call's arguments, all before any GPU work; each message names the argument, its value and what works."""
+
+from typing import Any
+
+from .schedule import check_num_inference_steps, check_sigmas
+
+
+def check_call(pipe: Any, arguments: dict[str, Any]) -> None:
+    """Check the arguments of `pipe.__call__` that diffusers lets through, or fails on late and unclearly.
+
+    Args:
+        pipe: a pipeline of the Qwen-Image family.
+        arguments: the call's arguments by name, defaults filled in.
+    Raises:
+        ValueError: naming the argument.
+    """
+    if arguments["sigmas"] is None:
+        check_num_inference_steps(arguments["num_inference_steps"])
+    else:
+        check_sigmas(arguments["sigmas"])
+    patch = pipe.vae_scale_factor * 2
+    for name in ("height", "width"):
+        value = arguments[name]
+        if value is not None and value < patch:
+            raise ValueError(f"`{name}` is {value}; one patch is {patch} pixels, so use a multiple of {patch}.")
+    per_prompt = arguments["num_images_per_prompt"]
+    if per_prompt < 1:
+        raise ValueError(f"`num_images_per_prompt` is {per_prompt}; at least 1 is needed.")
+
+    batch = _check_prompt(arguments, "prompt", "prompt_embeds")
+    if batch is None:
+        raise ValueError("`prompt` and `prompt_embeds` are both None; pass one of the two.")
+    negative_batch = _check_prompt(arguments, "negative_prompt", "negative_prompt_embeds")
+    if negative_batch not in (None, 1, batch):
+        raise ValueError(
+            f"`negative_prompt` holds {negative_batch} prompts for {batch}; pass one for all, or one for each."
+        )
+    generator, pictures = arguments["generator"], batch * per_prompt
+    if isinstance(generator, list) and len(generator) != pictures:
+        raise ValueError(
+            f"`generator` is a list of {len(generator)} for {pictures} pictures ({batch} prompts x {per_prompt}); "
+            "pass one generator for all, or one for each picture."
+        )
+
+
+def _check_prompt(arguments: dict[str, Any], text_name: str, embeds_name: str) -> int | None:
+    """Number of prompts that the pair of arguments gives, None when neither is given."""
+    text, embeds, mask = arguments[text_name], arguments[embeds_name], arguments[f"{embeds_name}_mask"]
+    if text is not None and embeds is not None:
+        raise ValueError(f"`{text_name}` and `{embeds_name}` are both given; pass one of the two.")
+    if embeds is not None:
+        if embeds.dim() != 3:
+            raise ValueError(f"`{embeds_name}` has shape {tuple(embeds.shape)}; [batch, tokens, channels] is needed.")
+        if mask is not None and mask.shape != embeds.shape[:2]:
+            raise ValueError(
+                f"`{embeds_name}_mask` has shape {tuple(mask.shape)}; the embeddings need {tuple(embeds.shape[:2])}."
+            )
+        return embeds.shape[0]
+    if text is None:
+        return None
+    if not isinstance(text, (str, list)):
+        raise ValueError(f"`{text_name}` is a {type(text).__name__}; a string or a list of strings is needed.")
+    if not text and isinstance(text, list):
+        raise ValueError(f"`{text_name}` is an empty list; at least one prompt is needed.")
+    return 1 if isinstance(text, str) else len(text)

@@ -1,0 +1,375 @@
+"""The accelerated pipelines: diffusers' own, with our schedule and sampler in the denoising loop."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.pipelines.qwenimage import QwenImagePipelineOutput
+
+from qwen_fast_kernels import cfg_euler_step, euler_step
+
+from . import scheduler as fast_scheduler
+from .checkpoint import check_folder
+from .hardware import unsupported_reason
+from .inputs import check_call
+from .report import STATE, State, logger
+from .schedule import Schedule, check_device
+
+
+class AcceleratedPipeline:
+    """What all accelerated pipelines share: state, checks before any work, and the repair of diffusers' mask pairing."""
+
+    supports_precise_sampler = False
+
+    @property
+    def fast_state(self) -> State:
+        """Options and counters of this instance."""
+        return self.__dict__[STATE]
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers', but a CUDA device where there is none is refused before anything moves."""
+        for value in (*args, kwargs.get("device")):
+            if isinstance(value, (str, torch.device)):
+                check_device(value)
+        return super().to(*args, **kwargs)
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str],
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds_mask: torch.Tensor | None = None,
+        max_sequence_length: int = 1024,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As diffusers', with the right mask for each picture.
+
+        diffusers 0.42.1 repeats embeddings prompt by prompt but tiles the masks, so prompts of different lengths with
+        num_images_per_prompt > 1 get each other's masks. Here both are repeated prompt by prompt.
+        """
+        prompt_embeds, prompt_embeds_mask = super().encode_prompt(
+            prompt=prompt,
+            device=device,
+            num_images_per_prompt=1,
+            prompt_embeds=prompt_embeds,
+            prompt_embeds_mask=prompt_embeds_mask,
+            max_sequence_length=max_sequence_length,
+        )
+        prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+        if prompt_embeds_mask is not None:
+            prompt_embeds_mask = prompt_embeds_mask.repeat_interleave(num_images_per_prompt, dim=0)
+        return prompt_embeds, prompt_embeds_mask
+
+    def install_scheduler(self) -> None:
+        """Put our scheduler in, where the pipeline's own loop calls `scheduler.step`."""
+
+    def remove_scheduler(self) -> None:
+        """Give the user's scheduler back."""
+
+
+def _stock_loop(stock: type) -> Callable[..., Any]:
+    """`__call__` of a pipeline that keeps diffusers' denoising loop and gets its speed from our scheduler."""
+    signature = inspect.signature(stock.__call__)
+
+    @functools.wraps(stock.__call__)
+    def call(self, *args, **kwargs):
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        check_call(self, bound.arguments)
+        reason = unsupported_reason(self._execution_device) or self.install_scheduler()
+        if reason is not None:
+            self.fast_state.fall_back(reason)
+        return stock.__call__(self, *args, **kwargs)
+
+    return call
+
+
+class _SchedulerPipeline(AcceleratedPipeline):
+    def install_scheduler(self) -> str | None:
+        """Also adopts a scheduler that the user put in since; returns why it cannot, or None."""
+        current = self.scheduler
+        if type(current) is fast_scheduler.FlowMatchEulerDiscreteScheduler and current._qwen_fast_state is self.fast_state:
+            return None
+        if type(current) not in (fast_scheduler.STOCK, fast_scheduler.FlowMatchEulerDiscreteScheduler):
+            self.fast_state.stock_scheduler = None
+            return f"scheduler is a {type(current).__name__}, not a FlowMatchEulerDiscreteScheduler"
+        self.fast_state.stock_scheduler = current
+        self.scheduler = fast_scheduler.FlowMatchEulerDiscreteScheduler.adopt(current, self.fast_state)
+        return None
+
+    def remove_scheduler(self) -> None:
+        ours = type(self.scheduler) is fast_scheduler.FlowMatchEulerDiscreteScheduler
+        if ours and self.fast_state.stock_scheduler is not None:
+            self.scheduler = self.fast_state.stock_scheduler
+
+
+class QwenImageImg2ImgPipeline(_SchedulerPipeline, diffusers.QwenImageImg2ImgPipeline):
+    __call__ = _stock_loop(diffusers.QwenImageImg2ImgPipeline)
+
+
+class QwenImageInpaintPipeline(_SchedulerPipeline, diffusers.QwenImageInpaintPipeline):
+    __call__ = _stock_loop(diffusers.QwenImageInpaintPipeline)
+
+
+class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
+    """diffusers.QwenImagePipeline with its schedule on the device and CFG, norm rescale and Euler step in one kernel.
+
+    Same signature, same outputs, same random stream; `from_pretrained`, `from_pipe`, LoRA, offload and saving are
+    diffusers' own, and a folder it saves loads in stock diffusers.
+
+    Args:
+        precise_sampler (bool): keep latents and step size in fp32 between steps; callbacks and `output_type="latent"`
+            then see fp32 latents.
+        strict (bool): raise where a call would run on stock diffusers.
+    """
+
+    supports_precise_sampler = True
+
+    def __init__(
+        self,
+        scheduler,
+        vae,
+        text_encoder,
+        tokenizer,
+        transformer,
+        *,
+        precise_sampler: bool = False,
+        strict: bool = False,
+    ):
+        super().__init__(
+            scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer
+        )
+        self.__dict__[STATE] = State(precise_sampler=precise_sampler, strict=strict)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs: Any) -> "QwenImagePipeline":
+        """As diffusers'; a local folder is checked first, so that a missing, truncated or corrupt file is named."""
+        check_folder(pretrained_model_name_or_path, hub_ids=True)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @torch.no_grad()
+    @functools.wraps(diffusers.QwenImagePipeline.__call__)
+    def __call__(self, *args, **kwargs):
+        bound = _SIGNATURE.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        check_call(self, bound.arguments)
+        reason = self._fallback_reason()
+        if reason is not None:
+            self.fast_state.fall_back(reason)
+            return super().__call__(*args, **kwargs)
+        arguments = dict(bound.arguments)
+        arguments.pop("self")
+        return self._sample(**arguments)
+
+    def _fallback_reason(self) -> str | None:
+        accepted = (fast_scheduler.STOCK, fast_scheduler.FlowMatchEulerDiscreteScheduler)
+        if type(self.scheduler) not in accepted:
+            return f"scheduler is a {type(self.scheduler).__name__}, not a FlowMatchEulerDiscreteScheduler"
+        if self.scheduler.config.get("stochastic_sampling", False):
+            return "stochastic_sampling"
+        return unsupported_reason(self._execution_device)
+
+    def _sample(
+        self,
+        prompt,
+        negative_prompt,
+        true_cfg_scale,
+        height,
+        width,
+        num_inference_steps,
+        sigmas,
+        guidance_scale,
+        num_images_per_prompt,
+        generator,
+        latents,
+        prompt_embeds,
+        prompt_embeds_mask,
+        negative_prompt_embeds,
+        negative_prompt_embeds_mask,
+        output_type,
+        return_dict,
+        attention_kwargs,
+        callback_on_step_end,
+        callback_on_step_end_tensor_inputs,
+        max_sequence_length,
+    ):
+        height = height or self.default_sample_size * self.vae_scale_factor
+        width = width or self.default_sample_size * self.vae_scale_factor
+        self.check_inputs(
+            prompt,
+            height,
+            width,
+            negative_prompt=negative_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            prompt_embeds_mask=prompt_embeds_mask,
+            negative_prompt_embeds_mask=negative_prompt_embeds_mask,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            max_sequence_length=max_sequence_length,
+        )
+        self._guidance_scale = guidance_scale
+        self._attention_kwargs = attention_kwargs or {}
+        self._current_timestep = None
+        self._interrupt = False
+        device = self._execution_device
+
+        do_true_cfg = self._wants_true_cfg(true_cfg_scale, negative_prompt, negative_prompt_embeds)
+        encode = functools.partial(
+            self.encode_prompt,
+            device=device,
+            num_images_per_prompt=num_images_per_prompt,
+            max_sequence_length=max_sequence_length,
+        )
+        batch_size = len(prompt) if isinstance(prompt, list) else 1 if prompt is not None else prompt_embeds.shape[0]
+        prompt_embeds, prompt_embeds_mask = encode(
+            prompt=prompt, prompt_embeds=prompt_embeds, prompt_embeds_mask=prompt_embeds_mask
+        )
+        if do_true_cfg:
+            negative_prompt_embeds, negative_prompt_embeds_mask = encode(
+                prompt=negative_prompt,
+                prompt_embeds=negative_prompt_embeds,
+                prompt_embeds_mask=negative_prompt_embeds_mask,
+            )
+            if negative_prompt_embeds.shape[0] == num_images_per_prompt and batch_size > 1:
+                # One negative prompt for all: diffusers leaves it to broadcasting, which several pictures a prompt break.
+                negative_prompt_embeds = negative_prompt_embeds.repeat(batch_size, 1, 1)
+                if negative_prompt_embeds_mask is not None:
+                    negative_prompt_embeds_mask = negative_prompt_embeds_mask.repeat(batch_size, 1)
+
+        latents = self.prepare_latents(
+            batch_size * num_images_per_prompt,
+            self.transformer.config.in_channels // 4,
+            height,
+            width,
+            prompt_embeds.dtype,
+            device,
+            generator,
+            latents,
+        )
+        grid_size = (1, height // self.vae_scale_factor // 2, width // self.vae_scale_factor // 2)
+        schedule = Schedule.from_scheduler(
+            self.scheduler, num_inference_steps, image_seq_len=latents.shape[1], sigmas=sigmas, device=device
+        )
+        self.fast_state.calls["flow_match_schedule"] += 1
+        self._num_timesteps = schedule.num_inference_steps
+
+        latents = self._denoise(
+            latents,
+            schedule,
+            [(prompt_embeds, prompt_embeds_mask), (negative_prompt_embeds, negative_prompt_embeds_mask)],
+            true_cfg_scale if do_true_cfg else None,
+            guidance=self._guidance(guidance_scale, latents),
+            img_shapes=[[grid_size]] * batch_size,
+            callback=callback_on_step_end,
+            callback_inputs=callback_on_step_end_tensor_inputs,
+        )
+        image = latents if output_type == "latent" else self._decode(latents, height, width, output_type)
+        self.maybe_free_model_hooks()
+        return QwenImagePipelineOutput(images=image) if return_dict else (image,)
+
+    def _denoise(self, latents, schedule, prompts, true_cfg_scale, *, guidance, img_shapes, callback, callback_inputs):
+        """The loop: T forwards (2 T with CFG), each followed by one kernel; the host never waits for the device.
+
+        Args:
+            latents: `[B, S_img, C]` in the model's dtype D.
+            prompts: (embeddings `[B, S_txt, C_txt]`, mask `[B, S_txt]` or None) of the prompt and of the negative prompt.
+            true_cfg_scale: guidance scale; None for no CFG.
+        """
+        state, scheduler = self.fast_state, self.scheduler
+        (prompt_embeds, prompt_embeds_mask), (negative_embeds, negative_embeds_mask) = prompts
+        model_dtype = latents.dtype
+        if state.precise_sampler:
+            latents = latents.float()
+        model_timesteps = schedule.model_timesteps(model_dtype)
+        step_index = torch.zeros(1, dtype=torch.int32, device=latents.device)
+        # Callbacks read the scheduler, so it shows what stock's would.
+        scheduler.sigmas, scheduler.timesteps = schedule.sigmas, schedule.timesteps
+        scheduler.num_inference_steps = schedule.num_inference_steps
+        scheduler._step_index, scheduler._begin_index = None, 0
+
+        def predict(branch, embeds, mask, i):
+            with self.transformer.cache_context(branch):
+                return self.transformer(
+                    hidden_states=latents.to(model_dtype),
+                    timestep=model_timesteps[i].expand(latents.shape[0]),
+                    guidance=guidance,
+                    encoder_hidden_states_mask=mask,
+                    encoder_hidden_states=embeds,
+                    img_shapes=img_shapes,
+                    attention_kwargs=self.attention_kwargs,
+                    return_dict=False,
+                )[0]
+
+        with self.progress_bar(total=schedule.num_inference_steps) as progress_bar:
+            for i, t in enumerate(schedule.timesteps):
+                if self.interrupt:
+                    continue
+                self._current_timestep = t
+                cond = predict("cond", prompt_embeds, prompt_embeds_mask, i)
+                if true_cfg_scale is None:
+                    latents = euler_step(latents, cond, schedule.sigmas, step_index)
+                    state.calls["euler_step"] += 1
+                else:
+                    uncond = predict("uncond", negative_embeds, negative_embeds_mask, i)
+                    latents = cfg_euler_step(latents, cond, uncond, schedule.sigmas, step_index, true_cfg_scale)
+                    state.calls["cfg_euler_step"] += 1
+                step_index.add_(1)  # in stream order, so no program of this step can see the next index
+                scheduler._step_index = i + 1
+
+                if callback is not None:
+                    tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
+                    outputs = callback(self, i, t, {name: tensors[name] for name in callback_inputs})
+                    latents = outputs.pop("latents", latents)
+                    prompt_embeds = outputs.pop("prompt_embeds", prompt_embeds)
+                progress_bar.update()
+        self._current_timestep = None
+        return latents
+
+    def _wants_true_cfg(self, true_cfg_scale, negative_prompt, negative_prompt_embeds) -> bool:
+        """Stock's rule, and its two warnings where only half of what CFG needs is given."""
+        has_negative = negative_prompt is not None or negative_prompt_embeds is not None
+        if true_cfg_scale > 1 and not has_negative:
+            logger.warning(
+                "true_cfg_scale is %s, but classifier-free guidance is off: no negative_prompt is given.", true_cfg_scale
+            )
+        elif true_cfg_scale <= 1 and has_negative:
+            logger.warning(
+                "negative_prompt is given, but classifier-free guidance is off: true_cfg_scale is %s.", true_cfg_scale
+            )
+        return true_cfg_scale > 1 and has_negative
+
+    def _guidance(self, guidance_scale, latents) -> torch.Tensor | None:
+        """`[B]` fp32 for guidance-distilled models, None for the others."""
+        if self.transformer.config.guidance_embeds:
+            if guidance_scale is None:
+                raise ValueError("`guidance_scale` is None; a guidance-distilled model needs it.")
+            return torch.full([1], guidance_scale, device=latents.device, dtype=torch.float32).expand(latents.shape[0])
+        if guidance_scale is not None:
+            logger.warning("guidance_scale is %s, but ignored: the model is not guidance-distilled.", guidance_scale)
+        return None
+
+    def _decode(self, latents, height, width, output_type):
+        """Latents `[B, S_img, C]` to pictures, with stock's roundings in the VAE's dtype."""
+        latents = self._unpack_latents(latents, height, width, self.vae_scale_factor).to(self.vae.dtype)
+
+        def per_channel(values):
+            return torch.tensor(values).view(1, self.vae.config.z_dim, 1, 1, 1).to(latents.device, latents.dtype)
+
+        # Division by a rounded reciprocal is what stock does; a product with the deviation rounds otherwise.
+        inverse_std = 1.0 / per_channel(self.vae.config.latents_std)
+        latents = latents / inverse_std + per_channel(self.vae.config.latents_mean)
+        image = self.vae.decode(latents, return_dict=False)[0][:, :, 0]
+        return self.image_processor.postprocess(image, output_type=output_type)
+
+
+_SIGNATURE = inspect.signature(diffusers.QwenImagePipeline.__call__)
+
+# What `enable` makes of what. Same names, so that a saved folder names the class that stock diffusers loads.
+ACCELERATED = {
+    diffusers.QwenImagePipeline: QwenImagePipeline,
+    diffusers.QwenImageImg2ImgPipeline: QwenImageImg2ImgPipeline,
+    diffusers.QwenImageInpaintPipeline: QwenImageInpaintPipeline,
+}

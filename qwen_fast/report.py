@@ -1,0 +1,106 @@
+"""What an accelerated pipeline did: the counters it keeps while it runs, and the report a user reads."""
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+logger = logging.getLogger("qwen_fast")
+
+STATE = "_qwen_fast_state"  # the one attribute that an enabled pipeline carries
+
+
+@dataclass
+class State:
+    """Options and counters of one enabled pipeline. It lives on the instance; nothing global is kept.
+
+    Attributes:
+        precise_sampler: latents and step size stay fp32 between steps.
+        strict: raise where stock diffusers would be used instead.
+        calls: fast calls so far, by operator.
+        fallbacks: calls left to stock diffusers, by reason.
+        stock_scheduler: the scheduler to give back, where ours took its place.
+    """
+
+    precise_sampler: bool = False
+    strict: bool = False
+    calls: Counter = field(default_factory=Counter)
+    fallbacks: Counter = field(default_factory=Counter)
+    stock_scheduler: Any = None
+
+    def fall_back(self, reason: str) -> None:
+        """Count a call that goes to stock diffusers; log the reason the first time; raise it in strict mode."""
+        if self.strict:
+            raise RuntimeError(f"strict=True and this call would run on stock diffusers: {reason}.")
+        if not self.fallbacks[reason]:
+            logger.warning("stock diffusers runs instead of qwen_fast: %s.", reason)
+        self.fallbacks[reason] += 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """What qwen_fast does for a pipeline. `str()` of it is for people.
+
+    Attributes:
+        pipeline (str): class of the pipeline.
+        enabled (bool): whether it is accelerated.
+        replaced (list[str]): what runs on qwen_fast.
+        calls (dict[str, int]): fast calls so far, by operator.
+        fallbacks (dict[str, int]): calls left to stock diffusers, by reason.
+        lossy (list[str]): lossy modes that are on.
+        memory (dict[str, int]): bytes of each component's parameters and buffers, and what qwen_fast adds.
+    """
+
+    pipeline: str
+    enabled: bool
+    replaced: list[str]
+    calls: dict[str, int]
+    fallbacks: dict[str, int]
+    lossy: list[str]
+    memory: dict[str, int]
+
+    def __str__(self) -> str:
+        if not self.enabled:
+            return f"qwen_fast: {self.pipeline} is not accelerated; `qwen_fast.enable(pipe)` does it."
+        fast, slow = sum(self.calls.values()), sum(self.fallbacks.values())
+        lines = [f"qwen_fast: {self.pipeline} is accelerated; {fast} fast calls, {slow} on stock diffusers"]
+        lines += [f"  replaced:  {part}" for part in self.replaced]
+        lines += [f"  calls:     {count:6d} x {name}" for name, count in sorted(self.calls.items())]
+        lines += [f"  fallback:  {count:6d} x {reason}" for reason, count in self.fallbacks.items()]
+        lines += [f"  lossy:     {', '.join(self.lossy) or 'nothing'}"]
+        lines += [f"  memory:    {size / 2**20:10.1f} MiB {name}" for name, size in self.memory.items()]
+        return "\n".join(lines)
+
+
+def report(pipe: Any) -> Report:
+    """What is replaced in `pipe`, what fell back to stock diffusers and why, the calls so far, and the memory.
+
+    Args:
+        pipe: any diffusers pipeline, enabled or not.
+    Returns:
+        Report: a snapshot; later calls do not change it.
+    """
+    state = getattr(pipe, "__dict__", {}).get(STATE)
+    replaced = []
+    if state is not None:
+        precision = "fp32 latents" if state.precise_sampler else "stock's roundings"
+        loop = "scheduler step" if state.stock_scheduler is not None else "denoising loop, CFG and Euler step"
+        replaced = ["schedule (on the device, once per call)", f"{loop} ({precision})"]
+    memory = {
+        name: sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+        for name, module in getattr(pipe, "components", {}).items()
+        if isinstance(module, torch.nn.Module)
+    }
+    if state is not None:
+        memory["added by qwen_fast"] = 0
+    return Report(
+        pipeline=type(pipe).__name__,
+        enabled=state is not None,
+        replaced=replaced,
+        calls=dict(state.calls) if state else {},
+        fallbacks=dict(state.fallbacks) if state else {},
+        lossy=[],
+        memory=memory,
+    )

@@ -1,0 +1,89 @@
+"""Schedule and Euler step behind the interface of diffusers' scheduler, for pipelines that keep stock's denoising loop."""
+
+import copy
+from typing import Any
+
+import diffusers
+import torch
+
+from qwen_fast_kernels import euler_step
+
+from .report import State
+from .schedule import Schedule
+
+STOCK = diffusers.FlowMatchEulerDiscreteScheduler
+
+
+class FlowMatchEulerDiscreteScheduler(STOCK):
+    """diffusers' scheduler, its tables computed on the device and its step one kernel with the index on the device.
+
+    Everything else (`scale_noise`, `index_for_timestep`, the config, saving) is stock's.
+    """
+
+    @classmethod
+    def adopt(cls, scheduler: STOCK, state: State) -> "FlowMatchEulerDiscreteScheduler":
+        """A copy of `scheduler` in its present state that counts into `state`. The original is left alone."""
+        adopted = copy.copy(scheduler)
+        adopted.__class__ = cls
+        adopted._qwen_fast_state = state
+        adopted._device_step_index = None  # ([1] int32 tensor, the value it holds)
+        return adopted
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+    ) -> None:
+        """As stock's, for the `sigmas` that the Qwen-Image pipelines pass; one step gives sigmas [1, 0] instead of NaN."""
+        self._device_step_index = None
+        if sigmas is None or timesteps is not None:
+            self._qwen_fast_state.fall_back("set_timesteps without sigmas, or with timesteps of the caller")
+            return super().set_timesteps(num_inference_steps, device, sigmas=sigmas, mu=mu, timesteps=timesteps)
+        if num_inference_steps is not None and num_inference_steps != len(sigmas):
+            raise ValueError(f"`sigmas` has {len(sigmas)} values, but `num_inference_steps` is {num_inference_steps}.")
+        if self.config.use_dynamic_shifting and mu is None:
+            raise ValueError("`mu` is None; a scheduler with use_dynamic_shifting needs it.")
+        schedule = Schedule.from_scheduler(self, mu=mu, sigmas=sigmas, device=device or "cpu")
+        self.num_inference_steps = schedule.num_inference_steps
+        self.timesteps, self.sigmas = schedule.timesteps, schedule.sigmas
+        self._step_index = self._begin_index = None
+        self._qwen_fast_state.calls["flow_match_schedule"] += 1
+
+    def step(
+        self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As stock's, bit for bit; stochastic sampling, per-token timesteps and mixed dtypes run on stock."""
+        reason = None
+        if self.config.stochastic_sampling:
+            reason = "stochastic_sampling"
+        elif args or kwargs.get("per_token_timesteps") is not None:
+            reason = "per-token timesteps or positional arguments beyond the sample in scheduler.step"
+        elif not (isinstance(timestep, torch.Tensor) and timestep.is_floating_point()):
+            reason = "a timestep that is not a floating-point tensor"
+        elif model_output.dtype != sample.dtype or model_output.shape != sample.shape:
+            reason = "a prediction whose dtype or shape differs from the sample's"
+        if reason is not None:
+            self._qwen_fast_state.fall_back(reason)
+            return super().step(model_output, timestep, sample, *args, **kwargs)
+
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        held = self._device_step_index
+        if held is None or held[1] != self._step_index or held[0].device != sample.device:
+            held = (torch.full((1,), self._step_index, dtype=torch.int32, device=sample.device), self._step_index)
+        prev_sample = euler_step(sample, model_output, self.sigmas.to(sample.device), held[0])
+        self._step_index += 1
+        self._device_step_index = (held[0].add_(1), self._step_index)
+        self._qwen_fast_state.calls["euler_step"] += 1
+        if not kwargs.get("return_dict", True):
+            return (prev_sample,)
+        return diffusers.schedulers.scheduling_flow_match_euler_discrete.FlowMatchEulerDiscreteSchedulerOutput(
+            prev_sample=prev_sample
+        )
+
+
+# A pipeline writes module and class name of its scheduler into model_index.json; a saved folder must load in stock diffusers.
+FlowMatchEulerDiscreteScheduler.__module__ = STOCK.__module__

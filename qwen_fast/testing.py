@@ -1,0 +1,316 @@
+"""A complete small Qwen-Image checkpoint, made offline: what the tests, the demo and the command line draw with.
+
+It has the classes, the folder layout and the file formats of Qwen/Qwen-Image, so that stock diffusers and this package
+load it through the code that loads the real one; only the sizes are small and the weights random. The pictures mean
+nothing, but they depend on every part of the model: see `initialize`.
+"""
+
+import json
+import math
+import shutil
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import tokenizers
+import torch
+from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+from torch import nn
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+# scheduler/scheduler_config.json of Qwen/Qwen-Image, complete: also an argument of qwen_fast.Schedule.from_config.
+QWEN_IMAGE_SCHEDULER_CONFIG: dict[str, Any] = {
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "invert_sigmas": False,
+    "max_image_seq_len": 8192,
+    "max_shift": 0.9,
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "shift_terminal": 0.02,
+    "stochastic_sampling": False,
+    "time_shift_type": "exponential",
+    "use_beta_sigmas": False,
+    "use_dynamic_shifting": True,
+    "use_exponential_sigmas": False,
+    "use_karras_sigmas": False,
+}
+
+# The one of Qwen-Image-Lightning, the 4- and 8-step distillations: a shift of 3 at every size, and no stretch.
+LIGHTNING_SCHEDULER_CONFIG: dict[str, Any] = QWEN_IMAGE_SCHEDULER_CONFIG | {
+    "base_shift": math.log(3),
+    "max_shift": math.log(3),
+    "shift_terminal": None,
+}
+
+# What Qwen2Tokenizer registers, in its order; the ids follow the byte-pair vocabulary.
+_SPECIAL_TOKENS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
+    *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>"),
+    *("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+)
+# Where Qwen2 cuts a text before the byte-pair merges.
+_PRETOKENIZE_REGEX = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_MARKER = "made_by_qwen_fast.json"
+_COMPONENTS = {
+    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+    "text_encoder": ("transformers", "Qwen2_5_VLForConditionalGeneration"),
+    "tokenizer": ("transformers", "Qwen2Tokenizer"),
+    "transformer": ("diffusers", "QwenImageTransformer2DModel"),
+    "vae": ("diffusers", "AutoencoderKLQwenImage"),
+}
+
+
+def build_checkpoint(
+    path: str | Path,
+    *,
+    seed: int = 0,
+    num_layers: int = 2,
+    num_attention_heads: int = 2,
+    attention_head_dim: int = 32,
+    axes_dims_rope: tuple[int, int, int] | None = None,
+    joint_attention_dim: int = 32,
+    vae_base_dim: int = 8,
+    text_layers: int = 2,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: int | str | None = None,
+    scheduler_config: dict[str, Any] | None = None,
+    guidance_embeds: bool = False,
+) -> Path:
+    """Write a Qwen-Image checkpoint with seeded weights; the same arguments and versions give the same bytes.
+
+    The defaults take 4.6 MB. One block of the real width is `num_layers=1, num_attention_heads=24,
+    attention_head_dim=128, joint_attention_dim=3584` (1.4 GB in fp32).
+
+    Args:
+        path (str or Path): folder to write; new, empty, or a checkpoint made here before, which is replaced.
+        seed (int): of all weights. A parameter's values depend on the seed, its name and its shape only, so that more
+            layers leave the first ones as they are.
+        num_layers (int): dual-stream blocks; 60 in Qwen-Image.
+        num_attention_heads, attention_head_dim (int): the width is their product; 24 and 128 in Qwen-Image.
+        axes_dims_rope (tuple): rotary channels of frame, height and width, even, summing to `attention_head_dim`.
+            Default: an eighth and twice seven sixteenths, as in Qwen-Image.
+        joint_attention_dim (int): width of the text encoder, a multiple of 8; 3584 in Qwen-Image.
+        vae_base_dim (int): channels of the VAE at full resolution, even; 96 in Qwen-Image.
+        text_layers (int): decoder layers of the text encoder; 28 in Qwen-Image.
+        dtype (torch.dtype): of the weights on disk, drawn in fp32 and rounded.
+        max_shard_size (int or str): the transformer and the text encoder are cut into files of this size, with an
+            index, such as "200KB"; None: one file each.
+        scheduler_config (dict): of FlowMatchEulerDiscreteScheduler; None: QWEN_IMAGE_SCHEDULER_CONFIG.
+        guidance_embeds (bool): the transformer's configuration entry; stock diffusers does not run with it set.
+
+    Returns:
+        Path: `path`. The random state of the caller is as before.
+
+    Raises:
+        ValueError: sizes that do not fit together.
+        FileExistsError: `path` is a file, or a folder with contents that were not made here.
+        RuntimeError: the tokenizer does not yield the 34 leading tokens that the pipeline drops.
+    """
+    path = Path(path)
+    if axes_dims_rope is None:
+        if attention_head_dim % 32:
+            raise ValueError(f"attention_head_dim={attention_head_dim} is no multiple of 32: give axes_dims_rope too")
+        axes_dims_rope = (attention_head_dim // 8, attention_head_dim * 7 // 16, attention_head_dim * 7 // 16)
+    if sum(axes_dims_rope) != attention_head_dim or any(dim < 2 or dim % 2 for dim in axes_dims_rope):
+        raise ValueError(
+            f"axes_dims_rope={axes_dims_rope} must be positive, even and sum to attention_head_dim={attention_head_dim}"
+        )
+    if joint_attention_dim < 8 or joint_attention_dim % 8:
+        raise ValueError(f"joint_attention_dim={joint_attention_dim} must be a positive multiple of 8")
+    if vae_base_dim < 2 or vae_base_dim % 2:
+        raise ValueError(f"vae_base_dim={vae_base_dim} must be positive and even")
+    for name, value in (("num_layers", num_layers), ("num_attention_heads", num_attention_heads)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if text_layers < 1:
+        raise ValueError(f"text_layers={text_layers} must be at least 1")
+
+    _claim(path)
+    sharding = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    scheduler = FlowMatchEulerDiscreteScheduler(**(scheduler_config or QWEN_IMAGE_SCHEDULER_CONFIG))
+    scheduler.save_pretrained(path / "scheduler")
+    _write_tokenizer(path / "tokenizer")
+    # The constructors draw weights from the global random state, which is the caller's; and on the caller's device.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        transformer = QwenImageTransformer2DModel(
+            num_layers=num_layers,
+            attention_head_dim=attention_head_dim,
+            num_attention_heads=num_attention_heads,
+            joint_attention_dim=joint_attention_dim,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=tuple(axes_dims_rope),
+        )
+        initialize(transformer, f"transformer/{seed}")
+        transformer.to(dtype).save_pretrained(path / "transformer", **sharding)
+        del transformer  # at the full width the largest part by far
+        vae = AutoencoderKLQwenImage(base_dim=vae_base_dim, num_res_blocks=1)
+        initialize(vae, f"vae/{seed}")
+        vae.to(dtype).save_pretrained(path / "vae")
+        vocabulary = json.loads((path / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+        text_encoder = _text_encoder(joint_attention_dim, text_layers, len(vocabulary))
+        initialize(text_encoder, f"text_encoder/{seed}")
+        text_encoder.to(dtype).save_pretrained(path / "text_encoder", **sharding)
+    # Last, so that a folder with a model_index.json is complete.
+    _write_json(
+        path / "model_index.json",
+        {"_class_name": "QwenImagePipeline", "_diffusers_version": diffusers.__version__, **_COMPONENTS},
+    )
+    return path
+
+
+@torch.no_grad()
+def initialize(module: nn.Module, seed: str) -> None:
+    """Overwrite all parameters so that every layer carries its share of the output (unit gain).
+
+    Weights are N(0, 1 / fan_in), biases 0.2 * N, norm weights 1 + 0.2 * N, and biases of modulations get another 0.5 * N.
+    With default initialisation a small model is a blind test: its gates are nearly 0, and zeroing the text MLP of a
+    block moves the latents by 0.06 %, against 13 % here. Norm weights of 1 would hide the rounding before them.
+
+    Args:
+        module (nn.Module): changed in place.
+        seed (str): mixed with each parameter's name.
+    """
+    embeddings = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
+    generator = torch.Generator()
+    for name, parameter in module.named_parameters():
+        generator.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+
+        def normal(shape: torch.Size = parameter.shape) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+        if name.endswith("bias"):
+            values = 0.2 * normal()
+            if "_mod." in name or name.startswith("norm_out."):
+                values += 0.5 * normal()
+        elif parameter.ndim == 1 or name.endswith("gamma"):
+            values = 1 + 0.2 * normal()
+        elif id(parameter) in embeddings:
+            values = normal()  # a row is looked up, not summed: its fan-in is 1
+        else:
+            # The VAE's causal convolutions see one frame: of a kernel's taps in time, only the last meets data.
+            fan_in = math.prod(parameter.shape[1:]) // (parameter.shape[2] if parameter.ndim == 5 else 1)
+            values = normal() / math.sqrt(fan_in)
+        parameter.copy_(values)
+
+
+def _text_encoder(width: int, layers: int, vocabulary_size: int) -> Qwen2_5_VLForConditionalGeneration:
+    """The Qwen2.5-VL of the text encoder, with a vision tower (unused for text) as small as it gets."""
+    head_dim = 128 if width % 128 == 0 else 8
+    heads = width // head_dim
+    ids = {token: vocabulary_size + index for index, token in enumerate(_SPECIAL_TOKENS)}
+    text = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2 if heads % 2 == 0 else heads,
+        "vocab_size": vocabulary_size + len(_SPECIAL_TOKENS),
+        "rope_theta": 1000000.0,
+        "rope_scaling": {
+            # Channel pairs for time, height and width: 16, 24, 24 in Qwen2.5-VL.
+            "mrope_section": [head_dim // 8, head_dim * 3 // 16, head_dim // 2 - head_dim // 8 - head_dim * 3 // 16],
+            "rope_type": "default",
+            "type": "default",
+        },
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width}
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision | {"fullatt_block_indexes": [0]},
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        vision_token_id=ids["<|vision_pad|>"],
+        tie_word_embeddings=False,
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """Write a byte-level BPE in the files of the real repository, which transformers 4 and 5 both read.
+
+    Its merges are learnt from the prompt template alone, until every word of it is one token; any other text falls apart
+    into bytes. The pipeline drops the first 34 tokens unseen, so this is checked with the tokenizer as loaded.
+    """
+    stock = diffusers.QwenImagePipeline(None, None, None, None, None)
+    template, expected = stock.prompt_template_encode, stock.prompt_template_encode_start_idx
+    corpus = template.replace("{}", "")
+    for token in _SPECIAL_TOKENS:
+        corpus = corpus.replace(token, "")
+    pre_tokenizers = tokenizers.pre_tokenizers
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_PRETOKENIZE_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=10_000, min_frequency=1, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([corpus], trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    folder.mkdir()
+    _write_json(folder / "vocab.json", model["vocab"])
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    _write_text(folder / "merges.txt", ["#version: 0.2", *merges])
+    settings = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "added_tokens_decoder": {
+                str(len(model["vocab"]) + index): {"content": token, **settings}
+                for index, token in enumerate(_SPECIAL_TOKENS)
+            },
+            "additional_special_tokens": list(_SPECIAL_TOKENS[1:]),
+            "add_prefix_space": False,
+            "clean_up_tokenization_spaces": False,
+            "eos_token": "<|im_end|>",
+            "errors": "replace",
+            "model_max_length": 131072,
+            "pad_token": "<|endoftext|>",
+            "tokenizer_class": "Qwen2Tokenizer",
+            "unk_token": None,
+        },
+    )
+    loaded = Qwen2Tokenizer.from_pretrained(folder)
+    prefix = template.split("{}")[0]
+    found = len(loaded(prefix).input_ids)
+    if found != expected:
+        raise RuntimeError(
+            f"the tokenizer in {folder} cuts the prompt template's prefix into {found} tokens where the pipeline drops "
+            f"{expected}: prompts would be cut or polluted; transformers or tokenizers treat Qwen2Tokenizer in a new way"
+        )
+
+
+def _claim(path: Path) -> None:
+    """Make `path` ours and empty of our own former files, or refuse."""
+    marker = path / _MARKER
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file: give a new folder")
+    if path.is_dir() and any(path.iterdir()) and not marker.is_file():
+        raise FileExistsError(f"{path} is not empty and not a checkpoint made by build_checkpoint: give a new folder")
+    path.mkdir(parents=True, exist_ok=True)
+    _write_json(marker, {"made_by": "qwen_fast.testing.build_checkpoint", "weights": "random"})
+    (path / "model_index.json").unlink(missing_ok=True)
+    for name in _COMPONENTS:
+        if (path / name).exists():
+            shutil.rmtree(path / name)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    _write_text(path, [json.dumps(content, indent=2, ensure_ascii=False)])
+
+
+def _write_text(path: Path, lines: Iterable[str]) -> None:
+    # Neither the locale's encoding nor its line ends: the bytes are the same everywhere.
+    path.write_bytes("".join(f"{line}\n" for line in lines).encode())
