@@ -1,14 +1,36 @@
 """Qwen-Image through diffusers: the same picture, faster. `enable(pipe)` switches it on, `disable(pipe)` off."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import versions
+
+if TYPE_CHECKING:
+    from .pipeline import QwenImagePipeline
+    from .reporting import report
+    from .schedule import Schedule
+    from .switch import disable, enable
+
 __version__ = "0.1.0"
-
-from .versions import check_versions
-
-check_versions()
-
-from .pipeline import QwenImagePipeline  # noqa: E402  (an unsupported diffusers must be named before it is imported)
-from .report import report  # noqa: E402
-from .schedule import Schedule  # noqa: E402
-from .switch import disable, enable  # noqa: E402
-
 __all__ = ["QwenImagePipeline", "Schedule", "disable", "enable", "report"]
+
+# Imported at first use: the command line answers `--help` and typing errors without waiting for torch and diffusers.
+_HOMES = {
+    "QwenImagePipeline": "pipeline",
+    "Schedule": "schedule",
+    "disable": "switch",
+    "enable": "switch",
+    "report": "reporting",
+}
+
+versions.check()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -32,9 +32,7 @@ def check_call(pipe: Any, arguments: dict[str, Any]) -> None:
         raise ValueError("`prompt` and `prompt_embeds` are both None; pass one of the two.")
     negative_batch = _check_prompt(arguments, "negative_prompt", "negative_prompt_embeds")
     if negative_batch not in (None, 1, batch):
-        raise ValueError(
-            f"`negative_prompt` holds {negative_batch} prompts for {batch}; pass one for all, or one for each."
-        )
+        raise ValueError(f"`negative_prompt` holds {negative_batch} prompts for {batch}; pass one for all, or one for each.")
     generator, pictures = arguments["generator"], batch * per_prompt
     if isinstance(generator, list) and len(generator) != pictures:
         raise ValueError(

@@ -7,7 +7,9 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers.pipelines.qwenimage import QwenImagePipelineOutput
+from packaging.version import Version
 
 from qwen_fast_kernels import cfg_euler_step, euler_step
 
@@ -15,7 +17,7 @@ from . import scheduler as fast_scheduler
 from .checkpoint import check_folder
 from .hardware import unsupported_reason
 from .inputs import check_call
-from .report import STATE, State, logger
+from .reporting import STATE, State, logger
 from .schedule import Schedule, check_device
 
 
@@ -130,24 +132,27 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
 
     def __init__(
         self,
-        scheduler,
-        vae,
-        text_encoder,
-        tokenizer,
-        transformer,
+        scheduler: diffusers.FlowMatchEulerDiscreteScheduler,
+        vae: diffusers.AutoencoderKLQwenImage,
+        text_encoder: transformers.Qwen2_5_VLForConditionalGeneration,
+        tokenizer: transformers.Qwen2Tokenizer,
+        transformer: diffusers.QwenImageTransformer2DModel,
         *,
         precise_sampler: bool = False,
         strict: bool = False,
     ):
-        super().__init__(
-            scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer
-        )
+        super().__init__(scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer)
         self.__dict__[STATE] = State(precise_sampler=precise_sampler, strict=strict)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs: Any) -> "QwenImagePipeline":
         """As diffusers'; a local folder is checked first, so that a missing, truncated or corrupt file is named."""
-        check_folder(pretrained_model_name_or_path, hub_ids=True)
+        given = {
+            name for name, value in kwargs.items() if isinstance(value, torch.nn.Module) or name in ("scheduler", "tokenizer")
+        }
+        check_folder(pretrained_model_name_or_path, variant=kwargs.get("variant"), skip=given, hub_ids=True)
+        if "dtype" in kwargs and Version(diffusers.__version__) < Version("0.40"):
+            kwargs["torch_dtype"] = kwargs.pop("dtype")  # the older name; under the new one it would be ignored
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @torch.no_grad()
@@ -333,7 +338,8 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
         has_negative = negative_prompt is not None or negative_prompt_embeds is not None
         if true_cfg_scale > 1 and not has_negative:
             logger.warning(
-                "true_cfg_scale is %s, but classifier-free guidance is off: no negative_prompt is given.", true_cfg_scale
+                "true_cfg_scale is %s, but classifier-free guidance is off: no negative_prompt is given.",
+                true_cfg_scale,
             )
         elif true_cfg_scale <= 1 and has_negative:
             logger.warning(

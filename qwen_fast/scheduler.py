@@ -8,7 +8,7 @@ import torch
 
 from qwen_fast_kernels import euler_step
 
-from .report import State
+from .reporting import State
 from .schedule import Schedule
 
 STOCK = diffusers.FlowMatchEulerDiscreteScheduler
@@ -52,9 +52,7 @@ class FlowMatchEulerDiscreteScheduler(STOCK):
         self._step_index = self._begin_index = None
         self._qwen_fast_state.calls["flow_match_schedule"] += 1
 
-    def step(
-        self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
+    def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As stock's, bit for bit; stochastic sampling, per-token timesteps and mixed dtypes run on stock."""
         reason = None
         if self.config.stochastic_sampling:

@@ -6,7 +6,7 @@ import diffusers
 
 from .hardware import unsupported_reason
 from .pipeline import ACCELERATED
-from .report import STATE, State, logger
+from .reporting import STATE, State, logger
 
 Pipeline = TypeVar("Pipeline")
 

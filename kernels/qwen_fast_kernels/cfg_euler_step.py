@@ -158,8 +158,10 @@ def _check(latents, cond, uncond, sigmas, step_index, true_cfg_scale) -> None:
     for name, prediction in (("cond", cond), ("uncond", uncond)):
         if prediction.shape != latents.shape:
             raise ValueError(f"{name}: shape {tuple(prediction.shape)} differs from the latents' {tuple(latents.shape)}.")
-        if torch.promote_types(prediction.dtype, latents.dtype) != latents.dtype:
-            raise ValueError(f"{name}: dtype {prediction.dtype} is wider than the latents' {latents.dtype}; cast it first.")
+        if not prediction.is_floating_point() or torch.promote_types(prediction.dtype, latents.dtype) != latents.dtype:
+            raise ValueError(
+                f"{name}: dtype {prediction.dtype} is not a float type that {latents.dtype} latents hold; cast it first."
+            )
     if cond.dtype != uncond.dtype:
         raise ValueError(f"uncond: dtype {uncond.dtype} differs from cond's {cond.dtype}; cast one of them.")
     if sigmas.dim() != 1 or sigmas.numel() < 2 or sigmas.dtype != torch.float32 or not sigmas.is_contiguous():

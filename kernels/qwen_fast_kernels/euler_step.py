@@ -25,9 +25,7 @@ def euler_step_reference(
 
 
 @triton.jit
-def _euler_step_kernel(
-    out_ptr, latents_ptr, velocity_ptr, sigmas_ptr, step_index_ptr, numel, num_steps, BLOCK: tl.constexpr
-):
+def _euler_step_kernel(out_ptr, latents_ptr, velocity_ptr, sigmas_ptr, step_index_ptr, numel, num_steps, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     mask = offsets < numel
     # An index outside the schedule must not read past the table: it makes the latents NaN, which nobody overlooks.
@@ -53,14 +51,20 @@ def launch_euler_step(
     with on_device(latents):
         # Contraction to fma would skip the rounding of the product that stock diffusers performs.
         _euler_step_kernel[grid](
-            out, latents, velocity, sigmas, step_index, out.numel(), sigmas.numel() - 1, **config, enable_fp_fusion=False
+            out,
+            latents,
+            velocity,
+            sigmas,
+            step_index,
+            out.numel(),
+            sigmas.numel() - 1,
+            **config,
+            enable_fp_fusion=False,
         )
     return out
 
 
-def euler_step(
-    latents: torch.Tensor, velocity: torch.Tensor, sigmas: torch.Tensor, step_index: torch.Tensor
-) -> torch.Tensor:
+def euler_step(latents: torch.Tensor, velocity: torch.Tensor, sigmas: torch.Tensor, step_index: torch.Tensor) -> torch.Tensor:
     """One flow-matching Euler step, `latents + (sigmas[i + 1] - sigmas[i]) * velocity`.
 
     Every intermediate is rounded to the dtype of `latents`, as diffusers rounds it when latents and prediction share the
@@ -92,8 +96,10 @@ def _check(latents, velocity, sigmas, step_index) -> None:
         raise ValueError(f"latents: shape {tuple(latents.shape)} holds no element; at least one is needed.")
     if velocity.shape != latents.shape:
         raise ValueError(f"velocity: shape {tuple(velocity.shape)} differs from the latents' {tuple(latents.shape)}.")
-    if torch.promote_types(velocity.dtype, latents.dtype) != latents.dtype:
-        raise ValueError(f"velocity: dtype {velocity.dtype} is wider than the latents' {latents.dtype}; cast it first.")
+    if not velocity.is_floating_point() or torch.promote_types(velocity.dtype, latents.dtype) != latents.dtype:
+        raise ValueError(
+            f"velocity: dtype {velocity.dtype} is not a float type that {latents.dtype} latents hold; cast it first."
+        )
     if sigmas.dim() != 1 or sigmas.numel() < 2 or sigmas.dtype != torch.float32 or not sigmas.is_contiguous():
         raise ValueError(
             f"sigmas: got {tuple(sigmas.shape)} {sigmas.dtype}; a contiguous fp32 table [T + 1] with T >= 1 is needed."

@@ -1,0 +1,177 @@
+"""`qwen-fast doctor`: what this machine has, what runs accelerated on it, and whether the arithmetic is right."""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+SUMMARY = "versions, GPU, what is accelerated here and what is not, and a self-check"
+DESCRIPTION = """\
+Show versions and hardware, say what will be accelerated on this machine and what will not and why, and check
+that schedule and Euler step equal diffusers' own, bit for bit."""
+EPILOG = """\
+examples:
+  qwen-fast doctor
+  qwen-fast doctor --json > doctor.json    for a bug report
+
+Exit code: 0 healthy, 1 not."""
+
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "numpy")
+OPTIONAL = {"peft": "generate --lora", "accelerate": "CPU offload", "matplotlib": "schedule --plot FILE.png"}
+STEPS = (1, 2, 4, 8, 20, 50)
+IMAGE_SEQ_LENS = (1024, 4096, 6889, 16384)  # 512, 1024, 1328 and 2048 pixels squared
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 when all checks pass, 1 when one fails."""
+    findings = examine()
+    print(json.dumps(findings, indent=1) if args.json else _text(findings))
+    return 0 if findings["healthy"] else 1
+
+
+def examine() -> dict[str, Any]:
+    """Everything that the command reports, JSON-ready. Never raises: what is broken becomes a failed check."""
+    findings: dict[str, Any] = {
+        "versions": {"qwen_fast": None, "python": platform.python_version(), "platform": platform.platform()}
+        | {name: _version(name) for name in (*PACKAGES, *OPTIONAL)},
+        "devices": [],
+        "accelerated": {},
+        "checks": [],
+    }
+    try:
+        import qwen_fast
+
+        findings["versions"]["qwen_fast"] = qwen_fast.__version__
+        findings["devices"] = devices()
+        findings["accelerated"] = accelerated()
+    except Exception as error:  # the doctor exists for broken installations, of whatever kind
+        findings["checks"].append({"name": "import", "ok": False, "detail": f"{type(error).__name__}: {error}"})
+    else:
+        for device in ["cpu"] + [d["device"] for d in findings["devices"] if d["why_not"] is None]:
+            for check in (check_schedule, check_euler_step):
+                findings["checks"].append(_attempt(check, device))
+    findings["healthy"] = all(check["ok"] for check in findings["checks"])
+    return findings
+
+
+def devices() -> list[dict[str, Any]]:
+    """The CUDA devices: name, compute capability, GiB, and why one cannot be used (None: it can)."""
+    import torch
+
+    from qwen_fast.hardware import unsupported_reason
+
+    found = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "sm": f"sm_{properties.major}{properties.minor}",
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+                "why_not": unsupported_reason(torch.device("cuda", index)),
+            }
+        )
+    return found
+
+
+def accelerated() -> dict[str, str | None]:
+    """Every pipeline of the family in the installed diffusers: None when it is accelerated, else why it is not."""
+    import diffusers
+
+    from qwen_fast.pipeline import ACCELERATED
+
+    known = {stock.__name__ for stock in ACCELERATED}
+    family = [name for name in dir(diffusers) if name.startswith("QwenImage") and name.endswith("Pipeline")]
+    family = [name for name in family if "Modular" not in name]
+    not_yet = "not yet; it runs on stock diffusers, unchanged"
+    return {name: None if name in known else not_yet for name in sorted(family)}
+
+
+def check_schedule(device: str) -> tuple[bool, str]:
+    """Our schedule on `device` against diffusers', for the base and the Lightning config over sizes and step counts."""
+    from qwen_fast.schedule import Schedule
+
+    from .schedule import compare, load_config
+
+    count = 0
+    for name in ("base", "lightning"):
+        config, _ = load_config(name)
+        for image_seq_len in IMAGE_SEQ_LENS:
+            for steps in STEPS:
+                schedule = Schedule.from_config(config, steps, image_seq_len=image_seq_len, device=device)
+                verdict, equal = compare(config, schedule, image_seq_len, None)
+                if not equal:
+                    return False, f"{name}, {steps} steps, {image_seq_len} image tokens: {verdict}"
+                count += 1
+    return True, f"{count} schedules equal diffusers' bit for bit"
+
+
+def check_euler_step(device: str) -> tuple[bool, str]:
+    """Our Euler step on `device` against `FlowMatchEulerDiscreteScheduler.step`, over a whole run in three dtypes."""
+    import numpy as np
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from qwen_fast_kernels import euler_step
+
+    from .schedule import load_config
+
+    config, _ = load_config("lightning")  # no terminal stretch: a curved schedule with one mu for every size
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 8, 8), mu=config["max_shift"], device=device)
+        latents, *velocities = (torch.randn(1, 77, 64, generator=generator).to(device, dtype) for _ in range(9))
+        ours, stock = latents, latents
+        for i, velocity in enumerate(velocities):
+            index = torch.full((1,), i, dtype=torch.int32, device=device)
+            ours = euler_step(ours, velocity, scheduler.sigmas, index)
+            stock = scheduler.step(velocity, scheduler.timesteps[i], stock, return_dict=False)[0]
+            if not torch.equal(ours, stock):
+                worst = (ours - stock).abs().max().item()
+                return False, f"{dtype}, step {i}: differs from diffusers' step by up to {worst:.3g}"
+    return True, "8 steps in bf16, fp16 and fp32 equal diffusers' bit for bit"
+
+
+def _attempt(check: Any, device: str) -> dict[str, Any]:
+    name = f"{check.__name__.removeprefix('check_')} on {device}"
+    try:
+        ok, detail = check(device)
+    except Exception as error:  # as above: a check that cannot run is a failed check, not a traceback
+        ok, detail = False, f"{type(error).__name__}: {error}"
+    return {"name": name, "ok": ok, "detail": detail}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _text(findings: dict[str, Any]) -> str:
+    lines = ["versions"]
+    for name, version in findings["versions"].items():
+        missing = f"not installed (needed for {OPTIONAL[name]})" if name in OPTIONAL else "not installed"
+        lines.append(f"  {name:14s}{version or missing}")
+    lines += ["", "GPU"]
+    for device in findings["devices"]:
+        lines.append(f"  {device['device']}: {device['name']}, {device['sm']}, {device['memory_gib']} GiB")
+        why_not = device["why_not"]
+        lines.append("    the kernels run here" if why_not is None else f"    stays on stock diffusers: {why_not}")
+    if not findings["devices"]:
+        lines.append("  none that PyTorch can use: pipelines run on the CPU, with the kernels' reference implementations")
+    lines += ["", "pipelines"]
+    for name, why_not in sorted(findings["accelerated"].items(), key=lambda item: item[1] is not None):
+        lines.append(f"  {'yes' if why_not is None else 'no ':3s} {name}{'' if why_not is None else ': ' + why_not}")
+    lines += ["", "self-check"]
+    for check in findings["checks"]:
+        lines.append(f"  {'ok  ' if check['ok'] else 'FAIL'} {check['name']}: {check['detail']}")
+    return "\n".join([*lines, "", "healthy" if findings["healthy"] else "NOT healthy: see the FAIL lines above"])

@@ -1,0 +1,427 @@
+"""`qwen-fast generate`: prompts in, PNGs out."""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .schedule import load_config, pixels, positive_int
+
+if TYPE_CHECKING:
+    import PIL.Image
+    import torch
+
+SUMMARY = "draw pictures from prompts"
+DESCRIPTION = """\
+Draw pictures from prompts and save them as PNGs, with every setting in the metadata.
+
+Without --model a small demo checkpoint is built in the cache folder and used. Its weights are random: it shows
+that everything works, but its pictures are abstract whatever the prompt says."""
+EPILOG = """\
+examples:
+  qwen-fast generate --prompt "a red fox in the snow"
+  qwen-fast generate --model Qwen/Qwen-Image --prompt "a red fox" --prompt "a blue bird" --out pictures
+  qwen-fast generate --model path/to/Qwen-Image --prompt-file prompts.txt --num-images 4 --size 1328x1328
+  qwen-fast generate --model Qwen/Qwen-Image --prompt "a red fox" --steps 8 --cfg 1 --config lightning \\
+      --lora Qwen-Image-Lightning-8steps.safetensors
+  qwen-fast generate --prompt "a red fox" --stock --out stock.png    the same picture by diffusers alone
+
+Picture n (from 0) of a run is drawn with seed + n, so any of them can be drawn again alone. Guidance
+(--cfg above 1) costs a second forward per step. LoRAs that shorten a model to 4 or 8 steps need --config lightning."""
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+DEMO_STEPS, MODEL_STEPS = 20, 50
+DEMO_SIZE = (256, 256)
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, x, height = text.lower().partition("x")
+    if not x:
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, such as 1024x1024")
+    return pixels(width), pixels(height)
+
+
+def _seed(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2**63 - 1")
+    return value
+
+
+def _cfg(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of at least 0 (up to 1: no guidance)")
+    return value
+
+
+def _lora(text: str) -> tuple[str, float]:
+    path, colon, scale = text.rpartition(":")
+    if colon:
+        with contextlib.suppress(ValueError):
+            value = float(scale)
+            if not path or not math.isfinite(value):
+                raise argparse.ArgumentTypeError(f"{text!r} is not PATH or PATH:SCALE, such as style.safetensors:0.8")
+            return path, value
+    return text, 1.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    prompts = parser.add_argument_group("what to draw")
+    source = prompts.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", action="append", metavar="TEXT", help="repeat it for several prompts")
+    source.add_argument("--prompt-file", metavar="FILE", help="one prompt a line, UTF-8, empty lines skipped; '-': stdin")
+    prompts.add_argument("--negative-prompt", default=" ", metavar="TEXT", help="what to keep out (default: a space)")
+    prompts.add_argument("--num-images", type=positive_int, default=1, metavar="N", help="per prompt (default: 1)")
+    prompts.add_argument("--size", type=_size, metavar="WxH", help="multiples of 16 (default: the model's, demo 256x256)")
+    prompts.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the first picture (default: 0)")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", metavar="MODEL", help="a checkpoint's folder or hub id (default: the demo)")
+    model.add_argument(
+        "--lora",
+        type=_lora,
+        action="append",
+        default=[],
+        metavar="PATH[:SCALE]",
+        help="a LoRA file, folder or hub id (OWNER/REPO or OWNER/REPO/FILE), scale 1 by default; repeat it for several",
+    )
+    model.add_argument("--config", metavar="NAME", help="schedule: base, lightning or a file (default: the model's)")
+    model.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: cuda if there is one, else cpu)")
+    model.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="default: bf16 on cuda, fp32 on the CPU")
+
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument(
+        "--steps", type=positive_int, metavar="N", help=f"inference steps (default: {MODEL_STEPS}, demo {DEMO_STEPS})"
+    )
+    sampling.add_argument(
+        "--cfg", type=_cfg, default=4.0, metavar="SCALE", help="true_cfg_scale; 1: no guidance (default: %(default)s)"
+    )
+    sampling.add_argument("--precise-sampler", action="store_true", help="keep latents in fp32 between steps")
+    sampling.add_argument("--stock", action="store_true", help="draw with stock diffusers instead, to compare")
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", default=".", metavar="PATH", help="a folder, or a .png for one picture (default: this folder)")
+    output.add_argument("--overwrite", action="store_true", help="replace existing files, instead of taking a free name")
+    output.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw all pictures, one at a time; Ctrl-C leaves the finished ones and gives 130."""
+    if args.stock and args.precise_sampler:
+        args.parser.error("--precise-sampler is an option of our sampler; it cannot go with --stock")
+    prompts = args.prompt if args.prompt_file is None else read_prompts(args.prompt_file)
+    total = len(prompts) * args.num_images
+    if args.seed + total - 1 >= 2**63:
+        args.parser.error(f"--seed {args.seed} leaves no seeds for {total} pictures")
+    folder, file = _destination(args.out, total, args.overwrite)
+    if args.config is not None:
+        config, _ = load_config(args.config)
+
+    started = time.perf_counter()
+    device, dtype = _device_and_dtype(args.device, args.dtype)
+    bars = not args.quiet and sys.stderr.isatty()
+    with _library_output(bars):
+        model = args.model or str(demo_checkpoint())
+    if args.model is None:
+        print(f"model: the demo checkpoint in {model}")
+        print("       its weights are random, so the pictures are abstract; --model names a real one")
+    with _library_output(bars):
+        pipe = load_pipeline(model, device, dtype, stock=args.stock, precise_sampler=args.precise_sampler, loras=args.lora)
+    if args.config is not None:
+        pipe.scheduler = type(pipe.scheduler).from_config(config)
+    loaded = time.perf_counter() - started
+
+    side = pipe.default_sample_size * pipe.vae_scale_factor
+    width, height = args.size or (DEMO_SIZE if args.model is None else (side, side))
+    steps = args.steps or (DEMO_STEPS if args.model is None else MODEL_STEPS)
+    settings = _settings(args, pipe, model, device, dtype, steps, (width, height))
+    print(f"{width}x{height}, {steps} steps, cfg {args.cfg:g}, {settings['dtype']} on {device}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    saved: list[Path] = []
+    try:
+        for index in range(total):
+            prompt, seed = prompts[index // args.num_images], args.seed + index
+            pipe.set_progress_bar_config(desc=f"{index + 1}/{total}", disable=not bars)
+            before = time.perf_counter()
+            image = _draw(pipe, prompt, args, width, height, steps, seed)
+            seconds = time.perf_counter() - before
+            text = {"prompt": prompt, "seed": str(seed), **settings, "seconds": f"{seconds:.2f}"}
+            path = file or folder / f"{_slug(prompt)}-seed{seed}.png"
+            path = save_png(image, path, text, overwrite=args.overwrite, find_free_name=file is None)
+            saved.append(path)
+            print(f"saved {path}  seed {seed}  {seconds:.2f} s", flush=True)
+    except KeyboardInterrupt:
+        print(f"interrupted; {len(saved)} of {total} pictures are finished.", file=sys.stderr)
+        return 130
+    drawn = time.perf_counter() - started - loaded
+    pictures = f"{total} picture{'s' if total > 1 else ''}"
+    print(f"{pictures} in {drawn:.2f} s after {loaded:.2f} s of loading, in {folder.resolve()}")
+    print(_drawn_by(pipe, args.stock))
+    return 0
+
+
+def read_prompts(name: str) -> list[str]:
+    """The non-empty lines of a UTF-8 file, or of stdin for '-'."""
+    try:
+        data = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt-file {name} is not UTF-8: {error}") from None
+    except OSError as error:
+        raise FileNotFoundError(f"--prompt-file {name}: {error.strerror}.") from None
+    prompts = [line.strip() for line in data.splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"--prompt-file {name} holds no prompt; one a line is needed.")
+    return prompts
+
+
+def cache_folder() -> Path:
+    """Where this user's caches belong on this platform; XDG_CACHE_HOME decides where it is set."""
+    home = Path.home()
+    if os.environ.get("XDG_CACHE_HOME"):
+        root = Path(os.environ["XDG_CACHE_HOME"])
+    elif sys.platform == "darwin":
+        root = home / "Library" / "Caches"
+    elif sys.platform == "win32":
+        root = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
+    else:
+        root = home / ".cache"
+    return root / "qwen_fast"
+
+
+def demo_checkpoint() -> Path:
+    """The demo checkpoint in the cache folder, built on first use; whatever would change its files changes its name."""
+    import diffusers
+    import transformers
+
+    from qwen_fast import testing
+    from qwen_fast.checkpoint import check_folder
+
+    recipe = Path(testing.__file__).read_bytes() + f"{diffusers.__version__} {transformers.__version__}".encode()
+    path = cache_folder() / f"demo-{hashlib.sha256(recipe).hexdigest()[:12]}"
+    if path.is_dir():
+        try:
+            check_folder(path)
+            return path
+        except ValueError as error:
+            print(f"the demo checkpoint is damaged and is built again: {error}", file=sys.stderr)
+            shutil.rmtree(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Built aside and renamed, so that an interrupted build leaves nothing that looks finished.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="building-") as building:
+        with _library_output(False, verbosity=False):
+            testing.build_checkpoint(Path(building, "demo"))
+        with contextlib.suppress(OSError):  # another process was first
+            os.rename(Path(building, "demo"), path)
+    return path
+
+
+@contextlib.contextmanager
+def _library_output(bars: bool, verbosity: bool = True) -> Iterator[None]:
+    """Silence the loading bars of diffusers and transformers, and their warnings, and leave their settings as found."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    with contextlib.ExitStack() as stack:
+        for library in (diffusers_logging, transformers_logging):
+            if not bars and library.is_progress_bar_enabled():
+                library.disable_progress_bar()
+                stack.callback(library.enable_progress_bar)
+            if not verbosity:
+                stack.callback(library.set_verbosity, library.get_verbosity())
+                library.set_verbosity_error()
+        yield
+
+
+def load_pipeline(
+    model: str,
+    device: "torch.device",
+    dtype: "torch.dtype",
+    *,
+    stock: bool = False,
+    precise_sampler: bool = False,
+    loras: list[tuple[str, float]] | None = None,
+) -> Any:
+    """A QwenImagePipeline, with its LoRAs, on its device; ours, or diffusers' own when `stock`.
+
+    Raises:
+        ValueError, OSError: not a checkpoint, or a LoRA that does not exist or does not fit.
+    """
+    import diffusers
+
+    from qwen_fast.checkpoint import check_folder
+    from qwen_fast.switch import enable
+
+    check_folder(model, hub_ids=True)
+    pipe = diffusers.QwenImagePipeline.from_pretrained(model, dtype=dtype)
+    if pipe.transformer.dtype != dtype:
+        pipe = pipe.to(dtype=dtype)  # older diffusers know the argument as torch_dtype and ignore this one
+    for i, (name, _) in enumerate(loras or []):
+        _load_lora(pipe, name, f"lora_{i}")
+    if loras:
+        pipe.set_adapters([f"lora_{i}" for i in range(len(loras))], [scale for _, scale in loras])
+    pipe = pipe.to(device)
+    return pipe if stock else enable(pipe, precise_sampler=precise_sampler)
+
+
+def _load_lora(pipe: Any, name: str, adapter: str) -> None:
+    path, keywords = Path(name), {}
+    repository = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/(.+))?", name)
+    if path.is_file():
+        source, keywords["weight_name"] = str(path.parent), path.name
+    elif path.is_dir():
+        source = name
+    elif repository and not name.startswith("."):
+        source = repository[1]
+        if repository[2]:
+            keywords["weight_name"] = repository[2]
+    else:
+        raise FileNotFoundError(f"--lora {name}: no such file or folder.")
+    try:
+        pipe.load_lora_weights(source, adapter_name=adapter, **keywords)
+    except Exception as error:  # a wrong file surfaces as anything from KeyError to SafetensorError
+        raise ValueError(f"--lora {name} cannot be loaded: {error}") from error
+    if not any(adapter in adapters for adapters in pipe.get_list_adapters().values()):
+        raise ValueError(f"--lora {name}: none of its weights belongs to this model.")
+
+
+def _device_and_dtype(device: str, dtype: str) -> tuple["torch.device", "torch.dtype"]:
+    import torch
+
+    from qwen_fast.schedule import check_device
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"--device {device}: no such device; use cuda, cuda:N or cpu.") from None
+    check_device(chosen)
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices here, counted from 0.")
+    if dtype == "auto":
+        dtype = "bf16" if chosen.type == "cuda" else "fp32"
+    return chosen, getattr(torch, DTYPES[dtype])
+
+
+def _draw(pipe: Any, prompt: str, args: argparse.Namespace, width: int, height: int, steps: int, seed: int) -> Any:
+    import torch
+
+    return pipe(
+        prompt,
+        negative_prompt=args.negative_prompt if args.cfg > 1 else None,
+        true_cfg_scale=args.cfg,
+        width=width,
+        height=height,
+        num_inference_steps=steps,
+        # Noise from the CPU's generator is the same on every GPU.
+        generator=torch.Generator().manual_seed(seed),
+    ).images[0]
+
+
+def _settings(
+    args: argparse.Namespace, pipe: Any, model: str, device: Any, dtype: Any, steps: int, size: tuple[int, int]
+) -> dict[str, str]:
+    """What goes into every picture's metadata beside prompt and seed."""
+    import diffusers
+    import torch
+    import transformers
+
+    from qwen_fast import __version__
+
+    return {
+        "negative_prompt": args.negative_prompt if args.cfg > 1 else "",
+        "steps": str(steps),
+        "size": f"{size[0]}x{size[1]}",
+        "cfg": f"{args.cfg:g}",
+        "model": args.model or "demo checkpoint (random weights)",
+        "lora": ", ".join(f"{name}:{scale:g}" for name, scale in args.lora),
+        "schedule": args.config or "model",
+        "sampler": "diffusers" if args.stock else "qwen_fast, precise" if args.precise_sampler else "qwen_fast",
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "versions": f"qwen_fast {__version__}, diffusers {diffusers.__version__}, "
+        f"transformers {transformers.__version__}, torch {torch.__version__}",
+        "Software": f"qwen-fast {__version__}",
+    }
+
+
+def _destination(out: str, total: int, overwrite: bool) -> tuple[Path, Path | None]:
+    """(folder, None), or (folder, file) when --out names a single PNG; refused before any work."""
+    path = Path(out).expanduser()
+    if path.is_dir() or not path.suffix:
+        if path.exists() and not path.is_dir():
+            raise FileExistsError(f"--out {out} is a file without .png; name a folder or a .png.")
+        return path, None
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--out {out}: PNGs carry the settings; use a name ending in .png, or a folder.")
+    if total > 1:
+        raise ValueError(f"--out {out} is one file for {total} pictures; name a folder.")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"--out {out} exists; --overwrite replaces it, and a folder gets a free name.")
+    return path.parent, path
+
+
+def save_png(image: "PIL.Image.Image", path: Path, text: dict[str, str], *, overwrite: bool, find_free_name: bool) -> Path:
+    """Write a PNG with `text` as its metadata, whole or not at all.
+
+    Returns:
+        Path: `path`, or name-1, name-2, ... where that exists and `find_free_name`.
+    Raises:
+        FileExistsError: `path` exists and may neither be replaced nor renamed.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_itxt(key, value)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", pnginfo=info)
+    candidate, attempt = path, 0
+    while True:
+        try:
+            # "x" fails where the file exists, even if it appeared this moment.
+            file = open(candidate, "wb" if overwrite else "xb")
+            break
+        except FileExistsError:
+            if not find_free_name:
+                raise
+            attempt += 1
+            candidate = path.with_name(f"{path.stem}-{attempt}{path.suffix}")
+    try:
+        with file:
+            file.write(buffer.getbuffer())
+    except BaseException:
+        candidate.unlink()
+        raise
+    return candidate
+
+
+def _slug(prompt: str) -> str:
+    """A file name that every file system takes: the prompt's first letters and digits."""
+    return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "picture"
+
+
+def _drawn_by(pipe: Any, stock: bool) -> str:
+    import diffusers
+
+    from qwen_fast.reporting import report
+
+    return f"drawn by stock diffusers {diffusers.__version__}" if stock else str(report(pipe)).splitlines()[0]

@@ -1,0 +1,148 @@
+"""One process-wide set-up: without a GPU, Triton interprets the kernels; with one, the same tests run natively."""
+
+import importlib.util
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+
+# Before numpy: on few cores its threaded BLAS makes interpreted matrix products 8 to 12 times slower.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if not HAS_CUDA:
+    # Before the first `import triton`, which diffusers performs.
+    os.environ["TRITON_INTERPRET"] = "1"
+    if HAS_TRITON:
+        import interp_shim
+
+        interp_shim.install()
+torch.set_num_threads(1)
+
+NO_GPU = "needs a CUDA device"
+NO_TRITON = "needs Triton"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-archs", action="store_true", help="compile for all six GPU architectures, not only two")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; listed at the end of a run that had none")
+    config.addinivalue_line("markers", "triton: launches a Triton kernel")
+    # numpy speaks up where the hardware quietly gives inf or NaN, which is what the tests then look at.
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not HAS_CUDA and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=NO_GPU))
+        elif not HAS_TRITON and item.get_closest_marker("triton"):
+            item.add_marker(pytest.mark.skip(reason=NO_TRITON))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    names = sorted(report.nodeid for report in skipped if NO_GPU in str(report.longrepr))
+    if names:
+        terminalreporter.section(f"{len(names)} skipped for want of a GPU")
+        for name in names:
+            terminalreporter.line(name)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the operator tests run: natively on the current GPU if there is one, else on the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if HAS_CUDA else torch.device("cpu")
+
+
+@pytest.fixture
+def nan_filled_empties():
+    """Every torch.empty*, also one inside torch, is filled with NaN (integers: their maximum) instead of old memory."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+class Canaries:
+    """Buffers with NaN on both sides: an access outside them is seen, and does not leave the allocation."""
+
+    PADDING = 4096  # elements; more than one block of any op's default configuration
+
+    def __init__(self) -> None:
+        self._buffers: list[torch.Tensor] = []
+
+    def empty(self, shape: torch.Size | tuple, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        numel = torch.Size(shape).numel()
+        buffer = torch.full((numel + 2 * self.PADDING,), float("nan"), dtype=dtype, device=device)
+        self._buffers.append(buffer)
+        return buffer[self.PADDING : self.PADDING + numel].view(shape)
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.empty(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
+
+    def check(self) -> None:
+        assert self._buffers, "nothing was allocated between canaries"
+        for buffer in self._buffers:
+            assert buffer[: self.PADDING].isnan().all(), "something was written before a buffer"
+            assert buffer[-self.PADDING :].isnan().all(), "something was written behind a buffer"
+
+
+@pytest.fixture
+def canaries(monkeypatch: pytest.MonkeyPatch) -> Canaries:
+    """Outputs that a launcher allocates lie between canaries; `copy` puts an input there, `check` looks at all."""
+    canaries = Canaries()
+
+    def empty(*size, dtype=torch.float32, device="cpu", **_):
+        return canaries.empty(size[0] if not isinstance(size[0], int) else size, dtype, device)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch, "empty_like", lambda like, **_: canaries.empty(like.shape, like.dtype, like.device))
+    return canaries
+
+
+@pytest.fixture
+def one_far_program(monkeypatch: pytest.MonkeyPatch):
+    """Make the interpreter run a single program with a large id, on tensors of which hardly a page is ever touched.
+
+    Returns a function of (program, numel, dtype, count) that gives `count` one-dimensional tensors of `numel` elements.
+    They share one reserved address range and start 1 MiB apart, so only a few elements at their ends are their own.
+    Before each lies as much room again: an offset that wrapped to a negative number reads zeros and does not crash.
+    """
+    if HAS_CUDA:
+        pytest.skip("with a GPU a test of the real size takes its place")
+    from triton.runtime import interpreter
+
+    def far(program: int, numel: int, dtype: torch.dtype, count: int) -> list[torch.Tensor]:
+        def set_grid_idx(builder, x: int, y: int, z: int) -> None:
+            builder.grid_idx = (x + program, y, z)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", set_grid_idx)
+        # It copies the storages back, from and to the same place for CPU tensors: that would touch every page.
+        monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
+        apart = 2**20 // dtype.itemsize
+        total = 2 * numel + count * apart
+        no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python names it since 3.13; Linux's value
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+        reserved = torch.frombuffer(mmap.mmap(-1, total * dtype.itemsize, flags=flags), dtype=dtype)
+        return [reserved[numel + i * apart :][:numel] for i in range(count)]
+
+    return far
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete small Qwen-Image checkpoint in diffusers' folder layout, seeded, shared by the session: read only."""
+    from qwen_fast.testing import build_checkpoint
+
+    path = tmp_path_factory.mktemp("checkpoint") / "qwen-image-tiny"
+    build_checkpoint(path, seed=0)
+    return path

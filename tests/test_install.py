@@ -1,0 +1,114 @@
+"""Every way to install and import: wheel, editable, repository root, elsewhere, beside PyPI's `kernels`, without Triton."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from qwen_fast import versions
+
+ROOT = Path(__file__).parents[1]
+IMPORT = "import qwen_fast, qwen_fast_kernels; qwen_fast.enable; print(qwen_fast.__file__)"
+
+
+def python(code: str, cwd: Path, *paths: Path) -> str:
+    """stdout of `code` in a fresh interpreter; `paths` come first on its path, and nothing of this process's is inherited."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    if paths:
+        environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel of a copy of the sources: a build leaves its traces there and not in the repository."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    files = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    for name in files:
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(out), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_holds_our_packages_and_no_kernels(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"qwen_fast", "qwen_fast_kernels"}
+    for module in ("qwen_fast/pipeline.py", "qwen_fast/cli/generate.py", "qwen_fast_kernels/cfg_euler_step.py"):
+        assert module in names
+
+
+def test_the_wheel_imports_from_elsewhere(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    (tmp_path / "cwd").mkdir()
+    assert python(IMPORT, tmp_path / "cwd", tmp_path / "site").startswith(str(tmp_path / "site"))
+
+
+def test_the_repository_imports_from_its_root_and_from_elsewhere(tmp_path):
+    for cwd in (ROOT, tmp_path):
+        assert python(IMPORT, cwd, ROOT, ROOT / "kernels") == str(ROOT / "qwen_fast" / "__init__.py")
+
+
+def test_kernels_is_still_the_other_project(tmp_path):
+    pytest.importorskip("kernels", reason="PyPI's kernels is not installed")
+    for cwd in (ROOT, tmp_path):
+        assert "site-packages" in python("import kernels; from kernels import get_kernel; print(kernels.__file__)", cwd)
+
+
+def test_without_triton_the_cpu_draws(checkpoint, tmp_path):
+    code = f"""
+import sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Hide())
+import torch, qwen_fast, qwen_fast_kernels
+assert "triton" not in sys.modules and not qwen_fast_kernels.HAS_TRITON
+pipe = qwen_fast.QwenImagePipeline.from_pretrained({str(checkpoint)!r})
+image = pipe("a cat", height=32, width=32, num_inference_steps=2).images[0]
+assert image.size == (32, 32) and not qwen_fast.report(pipe).fallbacks
+from qwen_fast.hardware import unsupported_reason
+assert "Triton is not installed" in unsupported_reason(torch.device("cuda"))
+print("drawn")
+"""
+    assert python(code, tmp_path, ROOT, ROOT / "kernels") == "drawn"
+
+
+NEWEST = {"torch": "2.13.0+cpu", "diffusers": "0.42.1", "transformers": "5.23.0", "numpy": "2.4.6"}
+
+
+def test_supported_versions_pass():
+    assert versions.problems(NEWEST) == versions.problems(versions.LOWEST) == versions.untested(NEWEST) == []
+
+
+@pytest.mark.parametrize(
+    ("package", "version"), [("torch", "2.7.1"), ("diffusers", "0.37.1"), ("transformers", "4.56.2"), ("numpy", "1.26.4")]
+)
+def test_an_old_package_is_named_with_the_command_that_helps(package, version):
+    (problem,) = versions.problems({**NEWEST, package: version})
+    assert f"{package} {version} is too old" in problem and f"pip install -U '{package}>=" in problem
+    (problem,) = versions.problems({key: value for key, value in NEWEST.items() if key != package})
+    assert f"{package} is not installed" in problem
+
+
+def test_an_old_package_stops_the_import(monkeypatch):
+    monkeypatch.setattr(versions, "installed_versions", lambda: {**NEWEST, "diffusers": "0.36.0"})
+    with pytest.raises(ImportError, match="diffusers 0.36.0 is too old, 0.38 or newer"):
+        versions.check()
+
+
+def test_a_package_newer_than_tested_is_warned_of(monkeypatch):
+    monkeypatch.setattr(versions, "installed_versions", lambda: {**NEWEST, "diffusers": "0.43.0"})
+    with pytest.warns(UserWarning, match="diffusers 0.43.0 is newer"):
+        versions.check()

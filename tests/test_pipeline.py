@@ -1,0 +1,240 @@
+"""The drop-in pipeline draws what stock diffusers draws, for every argument of the call."""
+
+import inspect
+
+import diffusers
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import qwen_fast
+from pipelines import DTYPES, GUIDED, SMALL, assert_same_picture, draw, stock
+from stock import LIGHTNING
+
+
+@pytest.fixture
+def pipe(checkpoint):
+    return stock(checkpoint)
+
+
+def test_signature_is_stocks():
+    ours, theirs = qwen_fast.QwenImagePipeline, diffusers.QwenImagePipeline
+    assert inspect.signature(ours.__call__) == inspect.signature(theirs.__call__)
+    assert ours.__name__ == theirs.__name__ and issubclass(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arguments", [SMALL, GUIDED], ids=["plain", "guided"])
+def test_from_pretrained_equals_stock(checkpoint, dtype, arguments):
+    ours = stock(checkpoint, dtype, qwen_fast.QwenImagePipeline)
+    assert_same_picture(stock(checkpoint, dtype), ours, prompt="a red circle", **arguments)
+
+
+def _generators():
+    return {"generator": [torch.Generator().manual_seed(seed) for seed in (1, 2)]}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"prompt": "a red circle", "num_inference_steps": 20},
+        {"prompt": "a red circle", "num_inference_steps": 2},
+        {"prompt": ["a red circle", "two green squares on a hill"], "negative_prompt": ["blurry", "low quality, text"]},
+        {"prompt": ["a red circle", "two green squares on a hill"]},
+        {"prompt": ["a red circle", "two green squares on a hill"], "make": _generators},
+        {"prompt": "a red circle", "num_images_per_prompt": 2},
+        {"prompt": "a red circle", "negative_prompt": ""},
+        {"prompt": "a red circle", "true_cfg_scale": 1.0},
+        {"prompt": "a red circle", "sigmas": [1.0, 0.8, 0.3], "num_inference_steps": 50},
+        {"prompt": "a red circle", "height": 70, "width": 90},
+        {"prompt": "a red circle", "height": 16, "width": 16},
+        {"prompt": "a red circle", "guidance_scale": 2.0},
+        {"prompt": "a red circle", "attention_kwargs": {}},
+        {"prompt": "a long prompt " * 20, "max_sequence_length": 16},
+        {"prompt": "a red circle", "latents": torch.randn(1, 24, 64, generator=torch.Generator().manual_seed(1))},
+        {"prompt": "a red circle", "latents": torch.randn(1, 64, 24).transpose(1, 2)},
+    ],
+    ids=lambda a: "-".join(a),
+)
+def test_arguments_of_the_call(pipe, arguments):
+    assert_same_picture(pipe, **(GUIDED | arguments))
+
+
+def test_embeddings_and_masks_with_holes(pipe):
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, 3], mask[1, 6:] = 0, 0
+    arguments = {k: v for k, v in GUIDED.items() if k != "negative_prompt"}
+    assert_same_picture(
+        pipe,
+        prompt_embeds=torch.randn(2, 9, 32, generator=generator),
+        prompt_embeds_mask=mask,
+        negative_prompt_embeds=torch.randn(2, 5, 32, generator=generator),
+        **arguments,
+    )
+
+
+def test_lightning_scheduler_put_in_after_enable(pipe):
+    lightning = diffusers.FlowMatchEulerDiscreteScheduler.from_config(LIGHTNING)
+    expected_pipe = diffusers.QwenImagePipeline(**{**pipe.components, "scheduler": lightning})
+    expected_pipe.set_progress_bar_config(disable=True)
+    qwen_fast.enable(pipe)
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(LIGHTNING)
+    assert_same_picture(expected_pipe, pipe, prompt="a red circle", **SMALL)
+
+
+def test_guidance_embeddings(pipe):
+    torch.manual_seed(0)
+    config = {**pipe.transformer.config, "guidance_embeds": True}
+    pipe.transformer = diffusers.QwenImageTransformer2DModel.from_config(config)
+    if "guidance" not in inspect.getsource(type(pipe.transformer.time_text_embed).forward):
+        # This diffusers accepts the config, but its embedding has no guidance: stock fails, and so must we.
+        with pytest.raises(TypeError):
+            draw(pipe, prompt="a red circle", guidance_scale=3.0, **SMALL)
+        with pytest.raises(TypeError):
+            draw(qwen_fast.enable(pipe), prompt="a red circle", guidance_scale=3.0, **SMALL)
+        return
+    assert_same_picture(pipe, prompt="a red circle", guidance_scale=3.0, **GUIDED)
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+def test_decoded_pictures_equal_stock(pipe, output_type):
+    arguments = GUIDED | {"prompt": "a red circle", "output_type": output_type}
+    expected = draw(pipe, **arguments)
+    actual = draw(qwen_fast.enable(pipe), **arguments)
+    if output_type == "pil":
+        assert isinstance(actual[0], PIL.Image.Image) and actual[0].size == (96, 64)
+    assert np.array_equal(np.asarray(actual[0]), np.asarray(expected[0]))
+    assert np.asarray(actual[0], dtype=np.float32).std() > 0
+
+
+def test_return_dict_false(pipe):
+    images = qwen_fast.enable(pipe)(prompt="a red circle", return_dict=False, **SMALL)
+    assert isinstance(images, tuple) and images[0].shape == (1, 24, 64)
+
+
+def test_callbacks_change_latents_and_embeddings(pipe):
+    seen = {"stock": [], "fast": []}
+    longer = torch.randn(1, 21, 32, generator=torch.Generator().manual_seed(5))
+
+    def callback_for(name):
+        def callback(pipe, step, timestep, tensors):
+            scheduler = pipe.scheduler
+            seen[name].append((step, timestep.item(), scheduler.step_index, pipe.num_timesteps, scheduler.timesteps.tolist()))
+            assert pipe.current_timestep is timestep or pipe.current_timestep == timestep
+            if step == 1:
+                return {"latents": tensors["latents"] * 0.5}
+            return {"prompt_embeds": longer} if step == 2 else {}
+
+        return callback
+
+    arguments = GUIDED | {"prompt": "a red circle", "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    expected = draw(pipe, **arguments, callback_on_step_end=callback_for("stock"))
+    actual = draw(qwen_fast.enable(pipe), **arguments, callback_on_step_end=callback_for("fast"))
+    assert torch.equal(actual, expected)
+    assert seen["fast"] == seen["stock"] and len(seen["fast"]) == 4
+
+
+def test_latents_given_to_a_callback_are_its_own(pipe):
+    kept = []
+    draw(
+        qwen_fast.enable(pipe),
+        prompt="a red circle",
+        callback_on_step_end=lambda p, i, t, tensors: kept.append(tensors["latents"]) or {},
+        **GUIDED,
+    )
+    assert len({tensor.data_ptr() for tensor in kept}) == 4
+    assert not torch.equal(kept[0], kept[1])
+
+
+def test_interrupt_keeps_the_partial_result(pipe):
+    def interrupt(pipe, step, timestep, tensors):
+        pipe._interrupt = step == 1
+        return {}
+
+    assert_same_picture(pipe, prompt="a red circle", callback_on_step_end=interrupt, **GUIDED)
+    assert_same_picture(qwen_fast.disable(pipe), prompt="a red circle", **GUIDED)  # and the next run is whole again
+
+
+def test_one_step_draws_a_picture_where_stock_gives_nan(pipe):
+    latents = draw(qwen_fast.enable(pipe), prompt="a red circle", **(GUIDED | {"num_inference_steps": 1}))
+    assert latents.isfinite().all()
+
+
+def test_prompts_of_different_lengths_with_several_pictures_each(pipe):
+    prompts, negatives = ["a red circle", "two green squares on a hill"], ["blurry", "low quality, text"]
+    latents = torch.randn(4, 24, 64, generator=torch.Generator().manual_seed(3))
+    arguments = {k: v for k, v in GUIDED.items() if k != "negative_prompt"}
+    singles = [
+        draw(pipe, prompt=prompts[i // 2], negative_prompt=negatives[i // 2], latents=latents[i : i + 1], **arguments)
+        for i in range(4)
+    ]
+    expected = torch.cat(singles)
+    qwen_fast.enable(pipe)
+    actual = draw(pipe, prompt=prompts, negative_prompt=negatives, num_images_per_prompt=2, latents=latents, **arguments)
+    # Padding changes the order of sums in attention, nothing more; wrong masks are off by 4e-2.
+    assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_one_negative_prompt_for_several_prompts_with_several_pictures(pipe):
+    arguments = GUIDED | {"prompt": ["a red circle", "two green squares"], "num_images_per_prompt": 2}
+    latents = torch.randn(4, 24, 64, generator=torch.Generator().manual_seed(3))
+    one = draw(qwen_fast.enable(pipe), latents=latents, **arguments)
+    each = draw(pipe, latents=latents, **(arguments | {"negative_prompt": ["blurry", "blurry"]}))
+    assert torch.equal(one, each)
+
+
+def test_precise_sampler_keeps_fp32_latents(checkpoint):
+    arguments = GUIDED | {"prompt": "a red circle", "num_inference_steps": 20}
+    noise = torch.randn(1, 24, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
+    exact = draw(stock(checkpoint), latents=noise, **arguments)
+    pipe = stock(checkpoint, torch.bfloat16)
+    rounded = draw(pipe, latents=noise, **arguments)
+    precise = draw(qwen_fast.enable(pipe, precise_sampler=True), latents=noise, **arguments)
+    assert precise.dtype == torch.float32 and "fp32 latents" in str(qwen_fast.report(pipe))
+    assert not torch.equal(precise.bfloat16(), rounded)
+    assert (precise - exact).norm() < (rounded.float() - exact).norm()
+
+
+def test_options_through_the_constructor(checkpoint):
+    pipe = qwen_fast.QwenImagePipeline.from_pretrained(checkpoint, precise_sampler=True, strict=True)
+    assert pipe.fast_state.precise_sampler and pipe.fast_state.strict
+
+
+def test_from_pipe(pipe):
+    ours = qwen_fast.QwenImagePipeline.from_pipe(pipe)
+    ours.set_progress_bar_config(disable=True)
+    assert ours.transformer is pipe.transformer and type(pipe) is diffusers.QwenImagePipeline
+    assert_same_picture(pipe, ours, prompt="a red circle", **GUIDED)
+
+
+def test_progress_bar_counts_the_steps(pipe, capsys):
+    pipe.set_progress_bar_config(disable=False)
+    draw(qwen_fast.enable(pipe), prompt="a red circle", **SMALL)
+    assert "4/4" in capsys.readouterr().err
+
+
+def test_the_loop_never_waits_for_the_device(checkpoint):
+    """No `_local_scalar_dense` (item) and no `nonzero` between the first and the last step."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Recorder(TorchDispatchMode):
+        names = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    pipe = stock(checkpoint, cls=qwen_fast.QwenImagePipeline)
+    recorder, marks = Recorder(), []
+
+    def mark(pipe, step, timestep, tensors):
+        marks.append(len(Recorder.names))
+        return {}
+
+    with recorder:
+        draw(pipe, prompt="a red circle", callback_on_step_end=mark, **GUIDED)
+    loop = Recorder.names[marks[0] : marks[-1]]
+    assert loop.count("cfg_euler_step") == 3
+    assert not {"_local_scalar_dense", "nonzero"} & set(loop)
