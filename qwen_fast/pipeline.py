@@ -161,24 +161,26 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
         bound = _SIGNATURE.bind(self, *args, **kwargs)
         bound.apply_defaults()
         check_call(self, bound.arguments)
-        reason = self._fallback_reason()
+        device = self._execution_device  # asks every module for its hooks: once a call
+        reason = self._fallback_reason(device)
         if reason is not None:
             self.fast_state.fall_back(reason)
             return super().__call__(*args, **kwargs)
         arguments = dict(bound.arguments)
         arguments.pop("self")
-        return self._sample(**arguments)
+        return self._sample(device, **arguments)
 
-    def _fallback_reason(self) -> str | None:
+    def _fallback_reason(self, device: torch.device) -> str | None:
         accepted = (fast_scheduler.STOCK, fast_scheduler.FlowMatchEulerDiscreteScheduler)
         if type(self.scheduler) not in accepted:
             return f"scheduler is a {type(self.scheduler).__name__}, not a FlowMatchEulerDiscreteScheduler"
         if self.scheduler.config.get("stochastic_sampling", False):
             return "stochastic_sampling"
-        return unsupported_reason(self._execution_device)
+        return unsupported_reason(device)
 
     def _sample(
         self,
+        device,
         prompt,
         negative_prompt,
         true_cfg_scale,
@@ -219,7 +221,6 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
         self._attention_kwargs = attention_kwargs or {}
         self._current_timestep = None
         self._interrupt = False
-        device = self._execution_device
 
         do_true_cfg = self._wants_true_cfg(true_cfg_scale, negative_prompt, negative_prompt_embeds)
         encode = functools.partial(

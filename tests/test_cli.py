@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -422,6 +423,15 @@ def test_cache_folder(platform, environment, expected, tmp_path, monkeypatch):
     assert generate.cache_folder() == tmp_path / expected
 
 
+def test_generate_refuses_an_edit_checkpoint(draw, checkpoint, tmp_path, capsys):
+    edit = tmp_path / "edit"
+    shutil.copytree(checkpoint, edit)
+    index = edit / "model_index.json"
+    index.write_text(index.read_text().replace("QwenImagePipeline", "QwenImageEditPlusPipeline"))
+    assert draw("--prompt", "x", model=edit) == 2
+    assert "edit is a QwenImageEditPlusPipeline; generate draws from text alone" in capsys.readouterr().err
+
+
 def test_generate_with_loras_and_another_schedule(draw, checkpoint, tmp_path, capsys):
     peft = pytest.importorskip("peft", reason="LoRAs need peft")
     pipe = diffusers.QwenImagePipeline.from_pretrained(checkpoint)
@@ -486,7 +496,7 @@ def test_generate_with_loras_and_another_schedule(draw, checkpoint, tmp_path, ca
         (["--prompt", "x", "--device", "toaster"], "--device toaster: no such device"),
         (["--prompt", "x", "--dtype", "fp8"], "invalid choice: 'fp8'"),
         (["--prompt", "x", "--model", "empty-folder"], "empty-folder"),
-        (["--prompt", "x", "--model", "./nowhere"], "./nowhere"),
+        (["--prompt", "x", "--model", "./nowhere"], "nowhere: no such folder"),
     ],
 )
 def test_generate_refuses(argv, message, tmp_path, capsys, monkeypatch):

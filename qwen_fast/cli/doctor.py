@@ -17,8 +17,8 @@ examples:
 
 Exit code: 0 healthy, 1 not."""
 
-PACKAGES = ("torch", "triton", "diffusers", "transformers", "numpy")
-OPTIONAL = {"peft": "generate --lora", "accelerate": "CPU offload", "matplotlib": "schedule --plot FILE.png"}
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "numpy")
+OPTIONAL = {"peft": "generate --lora", "matplotlib": "schedule --plot FILE.png"}
 STEPS = (1, 2, 4, 8, 20, 50)
 IMAGE_SEQ_LENS = (1024, 4096, 6889, 16384)  # 512, 1024, 1328 and 2048 pixels squared
 

@@ -40,6 +40,8 @@ Picture n (from 0) of a run is drawn with seed + n, so any of them can be drawn 
 (--cfg above 1) costs a second forward per step. LoRAs that shorten a model to 4 or 8 steps need --config lightning."""
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+# They differ in code only, not in their components.
+TEXT_TO_IMAGE = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
 DEMO_STEPS, MODEL_STEPS = 20, 50
 DEMO_SIZE = (256, 256)
 
@@ -220,7 +222,7 @@ def demo_checkpoint() -> Path:
         try:
             check_folder(path)
             return path
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             print(f"the demo checkpoint is damaged and is built again: {error}", file=sys.stderr)
             shutil.rmtree(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -266,10 +268,13 @@ def load_pipeline(
     """
     import diffusers
 
+    from qwen_fast import enable
     from qwen_fast.checkpoint import check_folder
-    from qwen_fast.switch import enable
 
     check_folder(model, hub_ids=True)
+    kind = diffusers.QwenImagePipeline.load_config(model).get("_class_name")
+    if kind not in TEXT_TO_IMAGE:
+        raise ValueError(f"--model {model} is a {kind}; generate draws from text alone, with a QwenImagePipeline.")
     pipe = diffusers.QwenImagePipeline.from_pretrained(model, dtype=dtype)
     if pipe.transformer.dtype != dtype:
         pipe = pipe.to(dtype=dtype)  # older diffusers know the argument as torch_dtype and ignore this one
@@ -422,6 +427,6 @@ def _slug(prompt: str) -> str:
 def _drawn_by(pipe: Any, stock: bool) -> str:
     import diffusers
 
-    from qwen_fast.reporting import report
+    from qwen_fast import report
 
     return f"drawn by stock diffusers {diffusers.__version__}" if stock else str(report(pipe)).splitlines()[0]

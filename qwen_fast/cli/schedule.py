@@ -370,8 +370,10 @@ def plot_png(path: Path, schedule: "Schedule", errors: Mapping[str, "Schedule"],
     left.set(xlabel="step", ylabel="timestep", title="timesteps")
     right.set(xlabel="step", ylabel="timestep difference", title="difference from the right schedule")
     right.axhline(0.0, color="black", linewidth=0.8)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     for axes in (left, right) if errors else (left,):
         axes.legend(frameon=False)
-        axes.grid(alpha=0.3)
     figure.suptitle(title)
     figure.savefig(path, dpi=120, format="png")
