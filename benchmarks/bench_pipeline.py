@@ -81,8 +81,11 @@ def main() -> int:
             if difference > 2e-6:
                 print(f"{model} {pixels} px, {steps} steps, CFG {scale}: latents differ by {difference:g}; no times are given")
                 return 1
-            quantiles = {name: statistics.quantiles(values, n=5) for name, values in seconds.items()}
             medians = {name: statistics.median(values) for name, values in seconds.items()}
+            spread = [
+                [fifths[0], medians[name], fifths[3]]
+                for name, fifths in ((n, statistics.quantiles(v, n=5)) for n, v in seconds.items())
+            ]
             ratio = statistics.median(s / f for s, f in zip(seconds["stock"], seconds["fast"], strict=True))
             print(
                 f"{model:6s} {pixels:4d} px, {steps:2d} steps, CFG {scale}: stock {medians['stock']:.4f} s, "
@@ -93,7 +96,7 @@ def main() -> int:
                     datetime.date.today(), git("rev-parse", "--short", "HEAD"), bool(git("status", "--porcelain")),
                     f"{platform.machine()} CPU, 1 thread", torch.__version__, diffusers.__version__, transformers.__version__,
                     "float32", model, pixels, steps, scale, options.repeats,
-                    *(f"{x:.5f}" for name in ("stock", "fast") for x in (quantiles[name][0], medians[name], quantiles[name][3])),
+                    *(f"{value:.5f}" for values in spread for value in values),
                     f"{ratio:.4f}", difference,
                 ]
             )  # fmt: skip

@@ -23,12 +23,11 @@ _HOMES = {
     "report": "reporting",
 }
 
-versions.check()
-
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    versions.check()  # here and not above: `qwen-fast doctor` has to start where a package is too old
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from PIL import Image, ImageChops
 
-from qwen_fast.cli import build_parser, doctor, generate, main, schedule
+from qwen_fast.cli import build_parser, doctor, generate, loading, main, schedule
 
 # The mission's golden values: 20 steps, 1024 image tokens.
 GOLDEN = "1000.00 968.17 934.95 900.26 863.99 826.03 786.27 744.57 700.79 654.76 606.31 555.24 501.34 444.36 384.03"
@@ -157,6 +157,7 @@ def test_json_golden_vectors_are_exact(capsys, tmp_path):
     for name in ("sigmas", "timesteps"):
         values = getattr(expected, name).numpy()
         assert np.array_equal(np.array(vector[name], dtype=np.float32), values)
+        assert {len(word) for word in vector[f"{name}_hex"]} == {8}
         bits = np.array([int(word, 16) for word in vector[f"{name}_hex"]], dtype=np.uint32)
         assert np.array_equal(bits.view(np.float32), values)
     assert vector["timesteps"][1] == 968.16656  # fp32's own shortest decimal
@@ -211,6 +212,8 @@ def test_png_plot(tmp_path, capsys):
     assert path.read_bytes().startswith(PNG_SIGNATURE)
     assert Image.open(path).size == (1320, 540)
     assert "exists" in refused(capsys, "schedule", "--plot", str(path))
+    assert main(["schedule", "--config", "lightning", "--plot", str(path), "--overwrite"]) == 0
+    assert Image.open(path).size == (660, 540)  # no errors to show: one panel
 
 
 def test_png_plot_without_matplotlib(tmp_path, capsys, monkeypatch):
@@ -379,7 +382,7 @@ def test_interrupt_while_loading(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "_device_and_dtype", interrupted)
+    monkeypatch.setattr(generate, "device_and_dtype", interrupted)
     assert main(["generate", "--prompt", "x"]) == 130
     assert capsys.readouterr().err == "interrupted.\n"
 
@@ -396,9 +399,9 @@ def test_generate_builds_the_demo_checkpoint_once_and_says_it_is_random(draw, tm
 
     built = []
     monkeypatch.setattr(testing, "build_checkpoint", lambda path: built.append(path) or path.mkdir())
-    assert generate.demo_checkpoint() == demo and not built
+    assert loading.demo_checkpoint() == demo and not built
     (demo / "model_index.json").unlink()
-    assert generate.demo_checkpoint() == demo and built
+    assert loading.demo_checkpoint() == demo and built
     assert "damaged" in capsys.readouterr().err
 
 
@@ -420,7 +423,7 @@ def test_cache_folder(platform, environment, expected, tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert generate.cache_folder() == tmp_path / expected
+    assert loading.cache_folder() == tmp_path / expected
 
 
 def test_generate_refuses_an_edit_checkpoint(draw, checkpoint, tmp_path, capsys):

@@ -101,7 +101,8 @@ def test_stock_pipeline_draws_with_it(checkpoint: Path):
     picture = draw(load(checkpoint), steps=2, output_type="np")[0]  # [64, 64, 3] in [0, 1]
     assert picture.shape == (64, 64, 3)
     assert np.isfinite(picture).all()
-    assert (picture.std(axis=(0, 1)) > 0.1).all()
+    # 0.20 to 0.29 by channel; with the gain spread over taps in time that meet no data, 0.12 to 0.20.
+    assert (picture.std(axis=(0, 1)) > 0.16).all()
     assert ((picture <= 0) | (picture >= 1)).mean() < 0.25
     neighbours = np.abs(np.diff(picture, axis=0)).mean()
     apart = np.abs(picture[:32] - picture[32:]).mean()

@@ -2,24 +2,19 @@
 
 import argparse
 import contextlib
-import hashlib
 import io
 import math
-import os
 import re
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .loading import DTYPES, demo_checkpoint, device_and_dtype, library_output, load_pipeline
 from .schedule import load_config, pixels, positive_int
 
 if TYPE_CHECKING:
     import PIL.Image
-    import torch
 
 SUMMARY = "draw pictures from prompts"
 DESCRIPTION = """\
@@ -39,9 +34,6 @@ examples:
 Picture n (from 0) of a run is drawn with seed + n, so any of them can be drawn again alone. Guidance
 (--cfg above 1) costs a second forward per step. LoRAs that shorten a model to 4 or 8 steps need --config lightning."""
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-# They differ in code only, not in their components.
-TEXT_TO_IMAGE = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
 DEMO_STEPS, MODEL_STEPS = 20, 50
 DEMO_SIZE = (256, 256)
 
@@ -138,14 +130,14 @@ def run(args: argparse.Namespace) -> int:
         config, _ = load_config(args.config)
 
     started = time.perf_counter()
-    device, dtype = _device_and_dtype(args.device, args.dtype)
+    device, dtype = device_and_dtype(args.device, args.dtype)
     bars = not args.quiet and sys.stderr.isatty()
-    with _library_output(bars):
+    with library_output(bars):
         model = args.model or str(demo_checkpoint())
     if args.model is None:
         print(f"model: the demo checkpoint in {model}")
         print("       its weights are random, so the pictures are abstract; --model names a real one")
-    with _library_output(bars):
+    with library_output(bars):
         pipe = load_pipeline(model, device, dtype, stock=args.stock, precise_sampler=args.precise_sampler, loras=args.lora)
     if args.config is not None:
         pipe.scheduler = type(pipe.scheduler).from_config(config)
@@ -192,138 +184,6 @@ def read_prompts(name: str) -> list[str]:
     if not prompts:
         raise ValueError(f"--prompt-file {name} holds no prompt; one a line is needed.")
     return prompts
-
-
-def cache_folder() -> Path:
-    """Where this user's caches belong on this platform; XDG_CACHE_HOME decides where it is set."""
-    home = Path.home()
-    if os.environ.get("XDG_CACHE_HOME"):
-        root = Path(os.environ["XDG_CACHE_HOME"])
-    elif sys.platform == "darwin":
-        root = home / "Library" / "Caches"
-    elif sys.platform == "win32":
-        root = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
-    else:
-        root = home / ".cache"
-    return root / "qwen_fast"
-
-
-def demo_checkpoint() -> Path:
-    """The demo checkpoint in the cache folder, built on first use; whatever would change its files changes its name."""
-    import diffusers
-    import transformers
-
-    from qwen_fast import testing
-    from qwen_fast.checkpoint import check_folder
-
-    recipe = Path(testing.__file__).read_bytes() + f"{diffusers.__version__} {transformers.__version__}".encode()
-    path = cache_folder() / f"demo-{hashlib.sha256(recipe).hexdigest()[:12]}"
-    if path.is_dir():
-        try:
-            check_folder(path)
-            return path
-        except (ValueError, OSError) as error:
-            print(f"the demo checkpoint is damaged and is built again: {error}", file=sys.stderr)
-            shutil.rmtree(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Built aside and renamed, so that an interrupted build leaves nothing that looks finished.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="building-") as building:
-        with _library_output(False, verbosity=False):
-            testing.build_checkpoint(Path(building, "demo"))
-        with contextlib.suppress(OSError):  # another process was first
-            os.rename(Path(building, "demo"), path)
-    return path
-
-
-@contextlib.contextmanager
-def _library_output(bars: bool, verbosity: bool = True) -> Iterator[None]:
-    """Silence the loading bars of diffusers and transformers, and their warnings, and leave their settings as found."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    with contextlib.ExitStack() as stack:
-        for library in (diffusers_logging, transformers_logging):
-            if not bars and library.is_progress_bar_enabled():
-                library.disable_progress_bar()
-                stack.callback(library.enable_progress_bar)
-            if not verbosity:
-                stack.callback(library.set_verbosity, library.get_verbosity())
-                library.set_verbosity_error()
-        yield
-
-
-def load_pipeline(
-    model: str,
-    device: "torch.device",
-    dtype: "torch.dtype",
-    *,
-    stock: bool = False,
-    precise_sampler: bool = False,
-    loras: list[tuple[str, float]] | None = None,
-) -> Any:
-    """A QwenImagePipeline, with its LoRAs, on its device; ours, or diffusers' own when `stock`.
-
-    Raises:
-        ValueError, OSError: not a checkpoint, or a LoRA that does not exist or does not fit.
-    """
-    import diffusers
-
-    from qwen_fast import enable
-    from qwen_fast.checkpoint import check_folder
-
-    check_folder(model, hub_ids=True)
-    kind = diffusers.QwenImagePipeline.load_config(model).get("_class_name")
-    if kind not in TEXT_TO_IMAGE:
-        raise ValueError(f"--model {model} is a {kind}; generate draws from text alone, with a QwenImagePipeline.")
-    pipe = diffusers.QwenImagePipeline.from_pretrained(model, dtype=dtype)
-    if pipe.transformer.dtype != dtype:
-        pipe = pipe.to(dtype=dtype)  # older diffusers know the argument as torch_dtype and ignore this one
-    for i, (name, _) in enumerate(loras or []):
-        _load_lora(pipe, name, f"lora_{i}")
-    if loras:
-        pipe.set_adapters([f"lora_{i}" for i in range(len(loras))], [scale for _, scale in loras])
-    pipe = pipe.to(device)
-    return pipe if stock else enable(pipe, precise_sampler=precise_sampler)
-
-
-def _load_lora(pipe: Any, name: str, adapter: str) -> None:
-    path, keywords = Path(name), {}
-    repository = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/(.+))?", name)
-    if path.is_file():
-        source, keywords["weight_name"] = str(path.parent), path.name
-    elif path.is_dir():
-        source = name
-    elif repository and not name.startswith("."):
-        source = repository[1]
-        if repository[2]:
-            keywords["weight_name"] = repository[2]
-    else:
-        raise FileNotFoundError(f"--lora {name}: no such file or folder.")
-    try:
-        pipe.load_lora_weights(source, adapter_name=adapter, **keywords)
-    except Exception as error:  # a wrong file surfaces as anything from KeyError to SafetensorError
-        raise ValueError(f"--lora {name} cannot be loaded: {error}") from error
-    if not any(adapter in adapters for adapters in pipe.get_list_adapters().values()):
-        raise ValueError(f"--lora {name}: none of its weights belongs to this model.")
-
-
-def _device_and_dtype(device: str, dtype: str) -> tuple["torch.device", "torch.dtype"]:
-    import torch
-
-    from qwen_fast.schedule import check_device
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"--device {device}: no such device; use cuda, cuda:N or cpu.") from None
-    check_device(chosen)
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices here, counted from 0.")
-    if dtype == "auto":
-        dtype = "bf16" if chosen.type == "cuda" else "fp32"
-    return chosen, getattr(torch, DTYPES[dtype])
 
 
 def _draw(pipe: Any, prompt: str, args: argparse.Namespace, width: int, height: int, steps: int, seed: int) -> Any:

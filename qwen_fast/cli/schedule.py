@@ -3,11 +3,12 @@
 import argparse
 import json
 import math
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .plot import plot_png, terminal_plot
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +30,6 @@ examples:
 PIXELS_PER_TOKEN = 16  # the VAE's factor 8, times the transformer's 2x2 patches
 GRID_SIZES = ((512, 512), (1024, 1024), (1328, 1328), (1664, 928), (2048, 2048))
 GRID_STEPS = (1, 2, 4, 8, 20, 50)
-MARKERS = "oxl-"  # one per curve of the terminal plot, the right schedule first
 
 
 def positive_int(text: str) -> int:
@@ -303,77 +303,3 @@ def golden_vectors(
 def _decimals(values: "np.ndarray") -> list[float]:
     """fp32 values as Python floats whose repr is fp32's own shortest one, not the longer one of fp64."""
     return [float(str(value)) for value in values]
-
-
-def terminal_plot(schedule: "Schedule", errors: Mapping[str, "Schedule"], rows: int = 16) -> str:
-    """Two plain-text plots: the timesteps, and each error's difference from the right ones."""
-    curves = {"right": schedule.timesteps.tolist()}
-    curves |= {name: wrong.timesteps.tolist() for name, wrong in errors.items()}
-    plots = [_text_plot("timestep over step", curves, MARKERS, rows)]
-    if errors:
-        right = curves.pop("right")
-        differences = {
-            f"{name} (at most {max(abs(a - b) for a, b in zip(wrong, right, strict=True)):.1f})": [
-                a - b for a, b in zip(wrong, right, strict=True)
-            ]
-            for name, wrong in curves.items()
-        }
-        plots.append(_text_plot("difference from the right timestep", differences, MARKERS[1:], rows))
-    return "\n\n".join(plots)
-
-
-def _text_plot(title: str, curves: Mapping[str, list[float]], markers: str, rows: int) -> str:
-    columns = max(20, min(shutil.get_terminal_size().columns, 100) - 12)
-    values = [value for curve in curves.values() for value in curve]
-    low, high = min(0.0, *values), max(values + [0.0])
-    if high - low < 1e-9:
-        high = low + 1.0
-    cells = [[" "] * columns for _ in range(rows)]
-    # Later curves do not hide earlier ones: the right schedule comes first.
-    for curve, marker in zip(curves.values(), markers, strict=False):
-        for i, value in enumerate(curve):
-            column = round(i * (columns - 1) / max(len(curve) - 1, 1))
-            row = round((high - value) / (high - low) * (rows - 1))
-            if cells[row][column] == " ":
-                cells[row][column] = marker
-    steps = len(next(iter(curves.values())))
-    lines = [title]
-    for row, cell in enumerate(cells):
-        label = f"{high - (high - low) * row / (rows - 1):8.1f}" if row % 5 == 0 or row == rows - 1 else " " * 8
-        lines.append(f"{label} |{''.join(cell).rstrip()}")
-    lines.append(" " * 9 + "+" + "-" * columns)
-    lines.append(" " * 10 + "0" + f"{steps - 1}".rjust(columns - 1))
-    lines += [f"{marker:>10} {name}" for name, marker in zip(curves, markers, strict=False)]
-    return "\n".join(lines)
-
-
-def plot_png(path: Path, schedule: "Schedule", errors: Mapping[str, "Schedule"], title: str) -> None:
-    """The same two plots as a PNG."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError(
-            "--plot FILE.png needs matplotlib, which is not installed: `pip install matplotlib`, or draw in the "
-            "terminal with `--plot -`."
-        ) from None
-    # No pyplot: it would choose a backend and touch the display.
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    steps, timesteps = range(schedule.num_inference_steps), schedule.timesteps.cpu()
-    left.plot(steps, timesteps, "k.-", linewidth=2, label="right (diffusers, qwen_fast)")
-    for (name, wrong), color in zip(errors.items(), ("tab:blue", "tab:orange", "tab:red"), strict=False):
-        difference = wrong.timesteps - timesteps
-        left.plot(steps, wrong.timesteps, ".--", color=color, linewidth=1, label=name)
-        right.plot(steps, difference, ".-", color=color, label=f"{name} (at most {difference.abs().max():.1f})")
-    left.set(xlabel="step", ylabel="timestep", title="timesteps")
-    right.set(xlabel="step", ylabel="timestep difference", title="difference from the right schedule")
-    right.axhline(0.0, color="black", linewidth=0.8)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    for axes in (left, right) if errors else (left,):
-        axes.legend(frameon=False)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120, format="png")

@@ -4,13 +4,6 @@ import functools
 
 import pytest
 import torch
-from qwen_fast_kernels.cfg_euler_step import (
-    DEFAULT_CONFIG,
-    _cfg_euler_step_kernel,
-    cfg_euler_step,
-    cfg_euler_step_reference,
-    launch_cfg_euler_step,
-)
 from sampler_cases import (
     BAD_LATENTS,
     BAD_SCHEDULE,
@@ -25,6 +18,13 @@ from sampler_cases import (
 )
 
 from budget import assert_bit_equal, assert_within_budget, differing, rounding_distance
+from qwen_fast_kernels.cfg_euler_step import (
+    DEFAULT_CONFIG,
+    _cfg_euler_step_kernel,
+    cfg_euler_step,
+    cfg_euler_step_reference,
+    launch_cfg_euler_step,
+)
 from stock import Run, play, random_run
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empties")

@@ -4,13 +4,6 @@ import functools
 
 import pytest
 import torch
-from qwen_fast_kernels.euler_step import (
-    DEFAULT_CONFIG,
-    _euler_step_kernel,
-    euler_step,
-    euler_step_reference,
-    launch_euler_step,
-)
 from sampler_cases import (
     BAD_LATENTS,
     BAD_SCHEDULE,
@@ -25,6 +18,13 @@ from sampler_cases import (
 )
 
 from budget import assert_bit_equal, assert_within_budget
+from qwen_fast_kernels.euler_step import (
+    DEFAULT_CONFIG,
+    _euler_step_kernel,
+    euler_step,
+    euler_step_reference,
+    launch_euler_step,
+)
 from stock import Run, random_run
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empties")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
-from qwen_fast_kernels.flow_match_schedule import DEFAULT_CONFIG, flow_match_schedule, launch_flow_match_schedule
 
 from budget import assert_bit_equal
+from qwen_fast_kernels.flow_match_schedule import DEFAULT_CONFIG, flow_match_schedule, launch_flow_match_schedule
 from stock import LIGHTNING, QWEN_IMAGE
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empties")

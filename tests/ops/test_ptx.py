@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import qwen_fast_kernels
 import torch
+
+import qwen_fast_kernels
 from qwen_fast_kernels.cfg_euler_step import DEFAULT_CONFIG as CFG_CONFIG
 from qwen_fast_kernels.cfg_euler_step import launch_cfg_euler_step
 from qwen_fast_kernels.euler_step import DEFAULT_CONFIG as EULER_CONFIG
@@ -102,7 +103,7 @@ def compile_all(capability: int) -> dict[str, dict]:
 def contractions(ptx: str) -> set[str]:
     """The fma instructions that do the work of two, by what they compute."""
     constants = {}
-    for size, register, value in re.findall(r"mov\.[bu](16|32)\s+(%\w+), (-?\d\w*);", ptx):
+    for size, register, value in re.findall(r"mov\.[bu](16|32)\s+(%\w+), (0x[0-9A-Fa-f]+|-?\d+);", ptx):
         constants.setdefault(register, set()).add(int(value, 0) & (2 ** int(size) - 1))
 
     def always(register: str, values: set[int]) -> bool:
@@ -135,13 +136,17 @@ if __name__ == "__main__":
 
 
 @functools.cache
-def compiled(capability: int) -> dict[str, dict]:
+def compiler_process(capability: int) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     packages = str(Path(qwen_fast_kernels.__file__).resolve().parents[1])
     environment["PYTHONPATH"] = os.pathsep.join([packages, environment.get("PYTHONPATH", "")])
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, __file__, str(capability)], env=environment, capture_output=True, text=True, timeout=300
     )
+
+
+def compiled(capability: int) -> dict[str, dict]:
+    done = compiler_process(capability)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

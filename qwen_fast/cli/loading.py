@@ -1,0 +1,151 @@
+"""What `generate` draws with: the demo checkpoint, a pipeline from a folder or the hub, LoRAs, device and dtype."""
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+# They differ in code only, not in their components.
+TEXT_TO_IMAGE = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
+
+
+def cache_folder() -> Path:
+    """Where this user's caches belong on this platform; XDG_CACHE_HOME decides where it is set."""
+    home = Path.home()
+    if os.environ.get("XDG_CACHE_HOME"):
+        root = Path(os.environ["XDG_CACHE_HOME"])
+    elif sys.platform == "darwin":
+        root = home / "Library" / "Caches"
+    elif sys.platform == "win32":
+        root = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
+    else:
+        root = home / ".cache"
+    return root / "qwen_fast"
+
+
+def demo_checkpoint() -> Path:
+    """The demo checkpoint in the cache folder, built on first use; whatever would change its files changes its name."""
+    import diffusers
+    import transformers
+
+    from qwen_fast import testing
+    from qwen_fast.checkpoint import check_folder
+
+    recipe = Path(testing.__file__).read_bytes() + f"{diffusers.__version__} {transformers.__version__}".encode()
+    path = cache_folder() / f"demo-{hashlib.sha256(recipe).hexdigest()[:12]}"
+    if path.is_dir():
+        try:
+            check_folder(path)
+            return path
+        except (ValueError, OSError) as error:
+            print(f"the demo checkpoint is damaged and is built again: {error}", file=sys.stderr)
+            shutil.rmtree(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Built aside and renamed, so that an interrupted build leaves nothing that looks finished.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="building-") as building:
+        with library_output(False, verbosity=False):
+            testing.build_checkpoint(Path(building, "demo"))
+        with contextlib.suppress(OSError):  # another process was first
+            os.rename(Path(building, "demo"), path)
+    return path
+
+
+@contextlib.contextmanager
+def library_output(bars: bool, verbosity: bool = True) -> Iterator[None]:
+    """Silence the loading bars of diffusers and transformers, and their warnings, and leave their settings as found."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    with contextlib.ExitStack() as stack:
+        for library in (diffusers_logging, transformers_logging):
+            if not bars and library.is_progress_bar_enabled():
+                library.disable_progress_bar()
+                stack.callback(library.enable_progress_bar)
+            if not verbosity:
+                stack.callback(library.set_verbosity, library.get_verbosity())
+                library.set_verbosity_error()
+        yield
+
+
+def load_pipeline(
+    model: str,
+    device: "torch.device",
+    dtype: "torch.dtype",
+    *,
+    stock: bool = False,
+    precise_sampler: bool = False,
+    loras: list[tuple[str, float]] | None = None,
+) -> Any:
+    """A QwenImagePipeline, with its LoRAs, on its device; ours, or diffusers' own when `stock`.
+
+    Raises:
+        ValueError, OSError: not a checkpoint, or a LoRA that does not exist or does not fit.
+    """
+    import diffusers
+
+    from qwen_fast import enable
+    from qwen_fast.checkpoint import check_folder
+
+    check_folder(model, hub_ids=True)
+    kind = diffusers.QwenImagePipeline.load_config(model).get("_class_name")
+    if kind not in TEXT_TO_IMAGE:
+        raise ValueError(f"--model {model} is a {kind}; generate draws from text alone, with a QwenImagePipeline.")
+    pipe = diffusers.QwenImagePipeline.from_pretrained(model, dtype=dtype)
+    if pipe.transformer.dtype != dtype:
+        pipe = pipe.to(dtype=dtype)  # older diffusers know the argument as torch_dtype and ignore this one
+    for i, (name, _) in enumerate(loras or []):
+        _load_lora(pipe, name, f"lora_{i}")
+    if loras:
+        pipe.set_adapters([f"lora_{i}" for i in range(len(loras))], [scale for _, scale in loras])
+    pipe = pipe.to(device)
+    return pipe if stock else enable(pipe, precise_sampler=precise_sampler)
+
+
+def _load_lora(pipe: Any, name: str, adapter: str) -> None:
+    path, keywords = Path(name), {}
+    repository = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/(.+))?", name)
+    if path.is_file():
+        source, keywords["weight_name"] = str(path.parent), path.name
+    elif path.is_dir():
+        source = name
+    elif repository and not name.startswith("."):
+        source = repository[1]
+        if repository[2]:
+            keywords["weight_name"] = repository[2]
+    else:
+        raise FileNotFoundError(f"--lora {name}: no such file or folder.")
+    try:
+        pipe.load_lora_weights(source, adapter_name=adapter, **keywords)
+    except Exception as error:  # a wrong file surfaces as anything from KeyError to SafetensorError
+        raise ValueError(f"--lora {name} cannot be loaded: {error}") from error
+    if not any(adapter in adapters for adapters in pipe.get_list_adapters().values()):
+        raise ValueError(f"--lora {name}: none of its weights belongs to this model.")
+
+
+def device_and_dtype(device: str, dtype: str) -> tuple["torch.device", "torch.dtype"]:
+    import torch
+
+    from qwen_fast.schedule import check_device
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"--device {device}: no such device; use cuda, cuda:N or cpu.") from None
+    check_device(chosen)
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices here, counted from 0.")
+    if dtype == "auto":
+        dtype = "bf16" if chosen.type == "cuda" else "fp32"
+    return chosen, getattr(torch, DTYPES[dtype])
