@@ -147,9 +147,7 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs: Any) -> "QwenImagePipeline":
         """As diffusers'; a local folder is checked first, so that a missing, truncated or corrupt file is named."""
-        given = {
-            name for name, value in kwargs.items() if isinstance(value, torch.nn.Module) or name in ("scheduler", "tokenizer")
-        }
+        given = {"scheduler", "vae", "text_encoder", "tokenizer", "transformer"} & kwargs.keys()
         check_folder(pretrained_model_name_or_path, variant=kwargs.get("variant"), skip=given, hub_ids=True)
         if "dtype" in kwargs and Version(diffusers.__version__) < Version("0.40"):
             kwargs["torch_dtype"] = kwargs.pop("dtype")  # the older name; under the new one it would be ignored

@@ -1,6 +1,7 @@
 """The drop-in pipeline draws what stock diffusers draws, for every argument of the call."""
 
 import inspect
+import shutil
 
 import diffusers
 import numpy as np
@@ -200,6 +201,16 @@ def test_precise_sampler_keeps_fp32_latents(checkpoint):
 def test_options_through_the_constructor(checkpoint):
     pipe = qwen_fast.QwenImagePipeline.from_pretrained(checkpoint, precise_sampler=True, strict=True)
     assert pipe.fast_state.precise_sampler and pipe.fast_state.strict
+
+
+def test_components_given_to_from_pretrained_need_no_files(checkpoint, tmp_path, pipe):
+    folder = tmp_path / "without-text"
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("text_encoder", "tokenizer"))
+    with pytest.raises(FileNotFoundError, match="text_encoder"):
+        qwen_fast.QwenImagePipeline.from_pretrained(folder)
+    ours = qwen_fast.QwenImagePipeline.from_pretrained(folder, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)
+    ours.set_progress_bar_config(disable=True)
+    assert_same_picture(pipe, ours, prompt="a red circle", **SMALL)
 
 
 def test_from_pipe(pipe):

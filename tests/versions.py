@@ -20,6 +20,7 @@ SETS = {
         "transformers==4.57.1",
         "numpy==2.0.2",
         "peft==0.18.0",
+        "httpx",  # diffusers 0.38 imports it beside huggingface_hub 0.36, which does not bring it
     ],
     "newest": [os.environ.get("TORCH_NEWEST", "torch==2.13.0"), "triton", "diffusers<0.43", "transformers<6", "peft"],
 }
