@@ -10,7 +10,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers.utils import logging
+import transformers
 
 from . import QwenImagePipeline, report
 from .testing import build_checkpoint
@@ -23,14 +23,15 @@ REPEATS = 3
 def main(folder: str = "demo") -> int:
     """Write a checkpoint and the pictures below `folder`, print where they are; 1 when the two pipelines differ."""
     out = Path(folder).resolve()
-    logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     checkpoint = build_checkpoint(out / "checkpoint")
     print(f"checkpoint (small, random weights: its pictures are abstract): {checkpoint}")
     pipes = {"stock": diffusers.QwenImagePipeline, "qwen_fast": QwenImagePipeline}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, cls in pipes.items():
         pipes[name] = cls.from_pretrained(checkpoint).to(device)
-        pipes[name].set_progress_bar_config(desc=f"{name:9s}", leave=False)
+        pipes[name].set_progress_bar_config(desc=f"{name:9s}", leave=False, disable=None)  # None: only in a terminal
         pipes[name](PROMPTS[0], **{**CALL, "num_inference_steps": 2})  # the first call of a process pays for set-up
 
     worst, times = 0.0, {name: [] for name in pipes}

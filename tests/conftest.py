@@ -72,43 +72,6 @@ def nan_filled_empties():
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-class Canaries:
-    """Buffers with NaN on both sides: an access outside them is seen, and does not leave the allocation."""
-
-    PADDING = 4096  # elements; more than one block of any op's default configuration
-
-    def __init__(self) -> None:
-        self._buffers: list[torch.Tensor] = []
-
-    def empty(self, shape: torch.Size | tuple, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        numel = torch.Size(shape).numel()
-        buffer = torch.full((numel + 2 * self.PADDING,), float("nan"), dtype=dtype, device=device)
-        self._buffers.append(buffer)
-        return buffer[self.PADDING : self.PADDING + numel].view(shape)
-
-    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self.empty(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
-
-    def check(self) -> None:
-        assert self._buffers, "nothing was allocated between canaries"
-        for buffer in self._buffers:
-            assert buffer[: self.PADDING].isnan().all(), "something was written before a buffer"
-            assert buffer[-self.PADDING :].isnan().all(), "something was written behind a buffer"
-
-
-@pytest.fixture
-def canaries(monkeypatch: pytest.MonkeyPatch) -> Canaries:
-    """Outputs that a launcher allocates lie between canaries; `copy` puts an input there, `check` looks at all."""
-    canaries = Canaries()
-
-    def empty(*size, dtype=torch.float32, device="cpu", **_):
-        return canaries.empty(size[0] if not isinstance(size[0], int) else size, dtype, device)
-
-    monkeypatch.setattr(torch, "empty", empty)
-    monkeypatch.setattr(torch, "empty_like", lambda like, **_: canaries.empty(like.shape, like.dtype, like.device))
-    return canaries
-
-
 @pytest.fixture
 def one_far_program(monkeypatch: pytest.MonkeyPatch):
     """Make the interpreter run a single program with a large id, on tensors of which hardly a page is ever touched.

@@ -9,6 +9,7 @@ Grid: one program per BLOCK_TOKENS rows of [B * S_img, C].
 
 import torch
 
+from ._library import register
 from ._triton import on_device, require_triton, tl, triton
 
 DEFAULT_CONFIG = {"BLOCK_TOKENS": 16, "num_warps": 4}
@@ -178,21 +179,12 @@ def _check(latents, cond, uncond, sigmas, step_index, true_cfg_scale) -> None:
             raise ValueError(f"{name}: on {tensor.device}, but latents are on {latents.device}; move it there first.")
 
 
-@torch.library.custom_op("qwen_fast::cfg_euler_step", mutates_args=(), device_types="cuda")
-def _cfg_euler_step_cuda(
-    latents: torch.Tensor,
-    cond: torch.Tensor,
-    uncond: torch.Tensor,
-    sigmas: torch.Tensor,
-    step_index: torch.Tensor,
-    true_cfg_scale: float,
-) -> torch.Tensor:
+def _cfg_euler_step_cuda(latents, cond, uncond, sigmas, step_index, true_cfg_scale):
     _check(latents, cond, uncond, sigmas, step_index, true_cfg_scale)
     require_triton("cfg_euler_step")
     return launch_cfg_euler_step(latents, cond, uncond, sigmas, step_index, true_cfg_scale, config=DEFAULT_CONFIG)
 
 
-@_cfg_euler_step_cuda.register_kernel("cpu")
 def _cfg_euler_step_cpu(latents, cond, uncond, sigmas, step_index, true_cfg_scale):
     _check(latents, cond, uncond, sigmas, step_index, true_cfg_scale)
     if not 0 <= int(step_index) < sigmas.numel() - 1:
@@ -200,7 +192,15 @@ def _cfg_euler_step_cpu(latents, cond, uncond, sigmas, step_index, true_cfg_scal
     return cfg_euler_step_reference(latents.contiguous(), cond, uncond, sigmas, step_index, true_cfg_scale)
 
 
-@_cfg_euler_step_cuda.register_fake
 def _cfg_euler_step_fake(latents, cond, uncond, sigmas, step_index, true_cfg_scale):
     _check(latents, cond, uncond, sigmas, step_index, true_cfg_scale)
     return torch.empty_like(latents, memory_format=torch.contiguous_format)
+
+
+register(
+    "cfg_euler_step(Tensor latents, Tensor cond, Tensor uncond, Tensor sigmas, "
+    "Tensor step_index, float true_cfg_scale) -> Tensor",
+    cuda=_cfg_euler_step_cuda,
+    cpu=_cfg_euler_step_cpu,
+    fake=_cfg_euler_step_fake,
+)

@@ -7,6 +7,7 @@ Grid: one program per BLOCK elements.
 
 import torch
 
+from ._library import register
 from ._triton import on_device, require_triton, tl, triton
 
 DEFAULT_CONFIG = {"BLOCK": 1024, "num_warps": 4}
@@ -111,16 +112,12 @@ def _check(latents, velocity, sigmas, step_index) -> None:
             raise ValueError(f"{name}: on {tensor.device}, but latents are on {latents.device}; move it there first.")
 
 
-@torch.library.custom_op("qwen_fast::euler_step", mutates_args=(), device_types="cuda")
-def _euler_step_cuda(
-    latents: torch.Tensor, velocity: torch.Tensor, sigmas: torch.Tensor, step_index: torch.Tensor
-) -> torch.Tensor:
+def _euler_step_cuda(latents, velocity, sigmas, step_index):
     _check(latents, velocity, sigmas, step_index)
     require_triton("euler_step")
     return launch_euler_step(latents, velocity, sigmas, step_index, config=DEFAULT_CONFIG)
 
 
-@_euler_step_cuda.register_kernel("cpu")
 def _euler_step_cpu(latents, velocity, sigmas, step_index):
     _check(latents, velocity, sigmas, step_index)
     if not 0 <= int(step_index) < sigmas.numel() - 1:
@@ -128,7 +125,14 @@ def _euler_step_cpu(latents, velocity, sigmas, step_index):
     return euler_step_reference(latents.contiguous(), velocity, sigmas, step_index)
 
 
-@_euler_step_cuda.register_fake
 def _euler_step_fake(latents, velocity, sigmas, step_index):
     _check(latents, velocity, sigmas, step_index)
     return torch.empty_like(latents, memory_format=torch.contiguous_format)
+
+
+register(
+    "euler_step(Tensor latents, Tensor velocity, Tensor sigmas, Tensor step_index) -> Tensor",
+    cuda=_euler_step_cuda,
+    cpu=_euler_step_cpu,
+    fake=_euler_step_fake,
+)

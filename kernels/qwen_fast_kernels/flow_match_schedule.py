@@ -10,6 +10,7 @@ Grid: one program.
 
 import torch
 
+from ._library import register
 from ._triton import on_device, require_triton, tl, triton
 
 DEFAULT_CONFIG = {"num_warps": 4}
@@ -189,16 +190,9 @@ def _check(num_inference_steps, sigmas, shift, time_shift, shift_terminal) -> No
         raise ValueError(f"shift_terminal: {shift_terminal}; a number in [0, 1) is needed (0: no stretch).")
 
 
-@torch.library.custom_op("qwen_fast::flow_match_schedule", mutates_args=(), device_types="cuda")
 def _flow_match_schedule_cuda(
-    num_inference_steps: int,
-    sigmas: torch.Tensor,
-    shift: float,
-    time_shift: str,
-    shift_terminal: float,
-    num_train_timesteps: float,
-    invert_sigmas: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    num_inference_steps, sigmas, shift, time_shift, shift_terminal, num_train_timesteps, invert_sigmas
+):
     _check(num_inference_steps, sigmas, shift, time_shift, shift_terminal)
     require_triton("flow_match_schedule")
     return launch_flow_match_schedule(
@@ -213,7 +207,6 @@ def _flow_match_schedule_cuda(
     )
 
 
-@_flow_match_schedule_cuda.register_kernel("cpu")
 def _flow_match_schedule_cpu(
     num_inference_steps, sigmas, shift, time_shift, shift_terminal, num_train_timesteps, invert_sigmas
 ):
@@ -223,9 +216,17 @@ def _flow_match_schedule_cpu(
     )
 
 
-@_flow_match_schedule_cuda.register_fake
 def _flow_match_schedule_fake(
     num_inference_steps, sigmas, shift, time_shift, shift_terminal, num_train_timesteps, invert_sigmas
 ):
     _check(num_inference_steps, sigmas, shift, time_shift, shift_terminal)
     return sigmas.new_empty(num_inference_steps + 1), sigmas.new_empty(num_inference_steps)
+
+
+register(
+    "flow_match_schedule(int num_inference_steps, Tensor sigmas, float shift, "
+    "str time_shift, float shift_terminal, float num_train_timesteps, bool invert_sigmas) -> (Tensor, Tensor)",
+    cuda=_flow_match_schedule_cuda,
+    cpu=_flow_match_schedule_cpu,
+    fake=_flow_match_schedule_fake,
+)
