@@ -7,19 +7,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 
-# scheduler/scheduler_config.json of Qwen/Qwen-Image and of its Lightning distillations.
-QWEN_IMAGE = {
-    "base_image_seq_len": 256,
-    "base_shift": 0.5,
-    "max_image_seq_len": 8192,
-    "max_shift": 0.9,
-    "num_train_timesteps": 1000,
-    "shift": 1.0,
-    "shift_terminal": 0.02,
-    "time_shift_type": "exponential",
-    "use_dynamic_shifting": True,
-}
-LIGHTNING = QWEN_IMAGE | {"base_shift": 1.0986122886681098, "max_shift": 1.0986122886681098, "shift_terminal": None}
+from qwen_fast.testing import QWEN_IMAGE_SCHEDULER_CONFIG as QWEN_IMAGE
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 
 import qwen_fast
 from pipelines import DTYPES, GUIDED, SMALL, assert_same_picture, draw, stock
-from stock import LIGHTNING
+from qwen_fast.testing import LIGHTNING_SCHEDULER_CONFIG as LIGHTNING
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 import qwen_fast.schedule
 from qwen_fast import Schedule
 from qwen_fast.schedule import layered_mu, layered_sigmas
-from stock import LIGHTNING, QWEN_IMAGE
+from qwen_fast.testing import LIGHTNING_SCHEDULER_CONFIG as LIGHTNING
+from qwen_fast.testing import QWEN_IMAGE_SCHEDULER_CONFIG as QWEN_IMAGE
 
 PIXELS = (512, 1024, 1328, 2048)
 STEPS = (4, 8, 20, 50)
