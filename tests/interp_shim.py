@@ -111,8 +111,8 @@ def _repair_reductions(upcast, to_bf16) -> None:
 def _repair_loop_bounds() -> None:
     original = interpreter._patch_lang_tensor
 
-    def repaired(tensor, scope):
-        original(tensor, scope)
+    def repaired(tensor, *scope):  # Triton 3.4 has no scope
+        original(tensor, *scope)
         tensor.__index__ = lambda self: int(np.asarray(self.handle.data).reshape(-1)[0])
 
     interpreter._patch_lang_tensor = repaired

@@ -133,7 +133,8 @@ def compile_only(capability: int) -> Iterator[list[Compiled]]:
         mock.patch.object(torch.cuda, "get_device_properties", lambda _device=None: properties),
         mock.patch.object(torch.cuda, "current_device", lambda: 0),
     )
-    active = driver._active
+    slot = "_active" if "_active" in vars(driver) else "active"  # the name up to Triton 3.4
+    active = vars(driver)[slot]
     driver.set_active(_Driver(capability))
     try:
         with contextlib.ExitStack() as stack:
@@ -143,7 +144,7 @@ def compile_only(capability: int) -> Iterator[list[Compiled]]:
             stack.enter_context(_FakeCudaTensors())
             yield log
     finally:
-        driver._active = active
+        vars(driver)[slot] = active
 
 
 def _tool(name: str, *args: str) -> str:

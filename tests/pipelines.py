@@ -29,6 +29,12 @@ def draw(pipe, seed: int = 7, **arguments):
     return pipe(**arguments).images
 
 
+def assert_ran_fast(pipe, before: int = 0) -> None:
+    """Something of `pipe` ran on qwen_fast since `before` calls, and nothing fell back to stock."""
+    report = qwen_fast.report(pipe)
+    assert sum(report.calls.values()) > before and not report.fallbacks, str(report)
+
+
 def assert_same_picture(pipe, fast_pipe=None, seed: int = 7, **arguments) -> None:
     """`pipe` (stock) and `fast_pipe`, or `pipe` after `enable`, give equal latents, and no step fell back.
 
@@ -39,8 +45,7 @@ def assert_same_picture(pipe, fast_pipe=None, seed: int = 7, **arguments) -> Non
     fast_pipe = fast_pipe or qwen_fast.enable(pipe)
     before = sum(qwen_fast.report(fast_pipe).calls.values())
     actual = draw(fast_pipe, seed, **arguments, **make())
-    report = qwen_fast.report(fast_pipe)
-    assert sum(report.calls.values()) > before and not report.fallbacks, str(report)
+    assert_ran_fast(fast_pipe, before)
     assert isinstance(actual, torch.Tensor) and actual.dtype == expected.dtype
     assert expected.isfinite().all() and expected.std() > 0.1
     assert torch.equal(actual, expected), (actual - expected).abs().max()

@@ -59,6 +59,17 @@ def test_the_repository_imports_from_its_root_and_from_elsewhere(tmp_path):
         assert python(IMPORT, cwd, ROOT, ROOT / "kernels") == str(ROOT / "qwen_fast" / "__init__.py")
 
 
+@pytest.mark.parametrize("command", [["pytest"], ["python", "-m", "pytest"]], ids=" ".join)
+def test_both_ways_to_start_pytest(command):
+    """From the repository root, with the packages on the path as an installation puts them there."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    program = [str(Path(sys.executable).with_name(command[0])), *command[1:]]
+    done = subprocess.run(
+        [*program, "-q", "--collect-only", "tests/ops"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "test_euler_step" in done.stdout, done.stdout + done.stderr
+
+
 def test_kernels_is_still_the_other_project(tmp_path):
     pytest.importorskip("kernels", reason="PyPI's kernels is not installed")
     for cwd in (ROOT, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import qwen_fast
-from pipelines import DTYPES, GUIDED, SMALL, assert_same_picture, draw, stock
+from pipelines import DTYPES, GUIDED, SMALL, assert_ran_fast, assert_same_picture, draw, stock
 from qwen_fast.testing import LIGHTNING_SCHEDULER_CONFIG as LIGHTNING
 
 
@@ -104,6 +104,7 @@ def test_decoded_pictures_equal_stock(pipe, output_type):
     arguments = GUIDED | {"prompt": "a red circle", "output_type": output_type}
     expected = draw(pipe, **arguments)
     actual = draw(qwen_fast.enable(pipe), **arguments)
+    assert_ran_fast(pipe)
     if output_type == "pil":
         assert isinstance(actual[0], PIL.Image.Image) and actual[0].size == (96, 64)
     assert np.array_equal(np.asarray(actual[0]), np.asarray(expected[0]))
@@ -133,6 +134,7 @@ def test_callbacks_change_latents_and_embeddings(pipe):
     arguments = GUIDED | {"prompt": "a red circle", "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
     expected = draw(pipe, **arguments, callback_on_step_end=callback_for("stock"))
     actual = draw(qwen_fast.enable(pipe), **arguments, callback_on_step_end=callback_for("fast"))
+    assert_ran_fast(pipe)
     assert torch.equal(actual, expected)
     assert seen["fast"] == seen["stock"] and len(seen["fast"]) == 4
 
@@ -174,6 +176,7 @@ def test_prompts_of_different_lengths_with_several_pictures_each(pipe):
     expected = torch.cat(singles)
     qwen_fast.enable(pipe)
     actual = draw(pipe, prompt=prompts, negative_prompt=negatives, num_images_per_prompt=2, latents=latents, **arguments)
+    assert_ran_fast(pipe)
     # Padding changes the order of sums in attention, nothing more; wrong masks are off by 4e-2.
     assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
 
@@ -193,6 +196,7 @@ def test_precise_sampler_keeps_fp32_latents(checkpoint):
     pipe = stock(checkpoint, torch.bfloat16)
     rounded = draw(pipe, latents=noise, **arguments)
     precise = draw(qwen_fast.enable(pipe, precise_sampler=True), latents=noise, **arguments)
+    assert_ran_fast(pipe)
     assert precise.dtype == torch.float32 and "fp32 latents" in str(qwen_fast.report(pipe))
     assert not torch.equal(precise.bfloat16(), rounded)
     assert (precise - exact).norm() < (rounded.float() - exact).norm()

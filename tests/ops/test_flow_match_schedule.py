@@ -127,6 +127,14 @@ def test_one_step_goes_from_noise_to_picture(run, name, device):
 
 
 @pytest.mark.parametrize("run", IMPLEMENTATIONS)
+def test_the_last_sigma_is_set_and_not_computed(run, device):
+    """As numpy's linspace does; 38,335 is the lowest step count at which fp32 shows the difference."""
+    config, steps = CONFIGS["static shift 1"], 38_335
+    expected = stock_schedule(config, np.linspace(1.0, 1 / steps, steps), 1024)
+    assert_same(run(steps, **op_arguments(config, 1024), device=device), expected)
+
+
+@pytest.mark.parametrize("run", IMPLEMENTATIONS)
 def test_the_timesteps_of_20_steps_at_512_pixels(run, device):
     sigmas, timesteps = run(20, **op_arguments(QWEN_IMAGE, 1024), device=device)
     golden = [1000, 968.166565, 934.949707, 900.257141, 863.988281, 826.033325, 786.27179, 744.571655, 700.787415]
