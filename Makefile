@@ -2,11 +2,28 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-TRITON ?= triton==3.9.0
+# The newest of these that the Python takes: 3.9.0 from 3.11 on.
+TRITON ?= triton>=3.4,<=3.9.0
 PYTEST_ARGS ?= -n 2
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# Writes where $(PYTHON) keeps its packages into the environment; fails if it has no torch that is new enough.
+define LEND_TORCH
+import glob, sys
+try:
+    import torch
+except ImportError:
+    sys.exit(1)
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8):
+    sys.exit(1)
+folders = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+with open(glob.glob(sys.argv[1] + "/lib*/python*/site-packages")[0] + "/lent_torch.pth", "w") as file:
+    file.write("\n".join(folders) + "\n")
+print("torch", torch.__version__, "of", sys.executable, "serves")
+endef
+export LEND_TORCH
 
 .PHONY: help demo test test-versions lint clean
 help:
@@ -27,22 +44,24 @@ test-versions: $(VENV)/.ready
 	$(BIN)/python tests/versions.py
 
 lint: $(VENV)/.ready
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
 
 $(VENV)/.ready: setup.py pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or newer with the venv module is needed; $(PYTHON) is not (PYTHON=... names another)."; exit 1; }
 	@command -v cc >/dev/null || command -v gcc >/dev/null || \
 		{ echo "A C compiler is needed (torch.compile builds with it): install gcc or clang."; exit 1; }
+	@# Only what an earlier, perhaps interrupted, run of this rule made is replaced, never an environment of the user's own.
+	@test ! -e $(VENV) || test -e $(VENV)/.qwen-fast || \
+		{ echo "$(VENV) exists and was not made by make: move it, or name another place with VENV=..."; exit 1; }
 	rm -rf $(VENV)
-	@# A torch that is there already serves, whatever build it is: another would be a download of gigabytes.
-	if $(PYTHON) -c 'import torch' 2>/dev/null; then \
-		$(PYTHON) -m venv --system-site-packages $(VENV); \
-	else \
-		$(PYTHON) -m venv $(VENV) && $(BIN)/pip install -q '$(TORCH)'; \
-	fi
-	@# A CUDA build of torch brings the Triton it was made with; a CPU build brings none.
-	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install -q '$(TRITON)'
+	mkdir -p $(VENV) && touch $(VENV)/.qwen-fast
+	$(PYTHON) -m venv $(VENV)
+	@# A torch that is there already serves, whatever build it is: another would be a download of gigabytes. A path file,
+	@# since --system-site-packages does not show what lies in a virtual environment.
+	$(PYTHON) -c "$$LEND_TORCH" $(VENV) || $(BIN)/pip install -q '$(TORCH)'
+	@# A CUDA build of torch brings the Triton it was made with; a CPU build brings none, and there is one for Linux only.
+	if test "$$(uname)" = Linux; then $(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install -q '$(TRITON)'; fi
 	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
 	touch $@
 
