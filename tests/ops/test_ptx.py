@@ -5,7 +5,6 @@ with a compute capability, it prints what it found as JSON.
 """
 
 import functools
-import importlib.metadata
 import json
 import os
 import re
@@ -32,10 +31,6 @@ DEFAULT_ARCHS, ALL_ARCHS = (80, 90), (80, 86, 89, 90, 100, 120)
 INEXACT = r"\b(?:mad\.r[nzmp]|div\.(?:full|approx)|sqrt\.approx|rsqrt|rcp\.approx|ex2|lg2)[.\w]*|\b\w[.\w]*\.ftz\b"
 # Below sm_90 bf16 has no add, sub or mul: the compiler writes them as x * 1 + y, x * -1 + y and x * y + -0, to the bit.
 PLUS_OR_MINUS_ONE, MINUS_ZERO = {0x3F80, 0xBF80, 0x3F803F80, 0xBF80BF80}, {0x8000, 0x80008000}
-
-
-# Triton 3.4 and 3.5 flush subnormals (below 1.2e-38) in correctly rounded divisions and roots; the README says so.
-FLUSHING_TRITON = tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 6) if HAS_TRITON else False
 
 
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -80,8 +75,12 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
 
 def compile_all(capability: int) -> dict[str, dict]:
     """Compile every launch for one architecture and report what the tests below look at."""
+    import triton
+
     from offline import compile_only
 
+    # Triton 3.4 and 3.5 flush subnormals (below 1.2e-38) in correctly rounded divisions and roots; the README says so.
+    flushes = Version(triton.__version__) < Version("3.6")
     found = {}
     with compile_only(capability) as log:
         compiled = {}
@@ -91,7 +90,7 @@ def compile_all(capability: int) -> dict[str, dict]:
             log.clear()
     for name, one in compiled.items():
         machine, ptx = one.inspect(), one.ptx
-        if FLUSHING_TRITON:
+        if flushes:
             ptx = re.sub(r"\b(div|sqrt)\.rn\.ftz\b", r"\1.rn", ptx)
         found[name] = {
             "inexact": sorted(set(re.findall(INEXACT, ptx)) | contractions(ptx)),
