@@ -22,7 +22,7 @@ def version() -> str:
 setup(
     name="qwen-fast",
     version=version(),
-    description="Qwen-Image through diffusers: the same picture, faster. Fused Triton sampler, drop-in pipelines.",
+    description="Qwen-Image through diffusers: the same picture, the sampler fused into Triton kernels. Drop-in pipelines.",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -1,4 +1,4 @@
-"""Qwen-Image through diffusers: the same picture, faster. `enable(pipe)` switches it on, `disable(pipe)` off."""
+"""Qwen-Image through diffusers, its sampler fused into Triton kernels: `enable(pipe)` switches it on, `disable(pipe)` off."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 
 import qwen_fast_kernels
 from qwen_fast_kernels.cfg_euler_step import DEFAULT_CONFIG as CFG_CONFIG
