@@ -81,7 +81,11 @@ def _stock_loop(stock: type) -> Callable[..., Any]:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         check_call(self, bound.arguments)
-        reason = unsupported_reason(self._execution_device) or self.install_scheduler()
+        reason = unsupported_reason(self._execution_device)
+        if reason is None:
+            reason = self.install_scheduler()
+        else:
+            self.remove_scheduler()  # its step would launch a kernel where none can run
         if reason is not None:
             self.fast_state.fall_back(reason)
         return stock.__call__(self, *args, **kwargs)

@@ -123,4 +123,7 @@ def test_moved_to_unsupported_hardware_after_enable(checkpoint, monkeypatch, cls
     qwen_fast.enable(pipe)
     monkeypatch.setattr("qwen_fast.pipeline.unsupported_reason", lambda device: "Tesla T4 is sm_75")
     assert torch.equal(draw(pipe, **arguments), expected)
-    assert qwen_fast.report(pipe).fallbacks == {"Tesla T4 is sm_75": 1}
+    report = qwen_fast.report(pipe)
+    assert report.fallbacks == {"Tesla T4 is sm_75": 1} and report.calls == {}, "a kernel was launched there all the same"
+    monkeypatch.undo()
+    assert torch.equal(draw(pipe, **arguments), expected) and qwen_fast.report(pipe).calls

@@ -3,7 +3,9 @@
 import copy
 import itertools
 
+import accelerate.hooks
 import diffusers
+import diffusers.hooks
 import PIL.Image
 import pytest
 import torch
@@ -122,46 +124,38 @@ def test_an_exception_in_a_run_leaves_nothing_behind(checkpoint, cls):
     assert torch.equal(draw(pipe, **arguments), expected)
 
 
-class _AccelerateHook:
-    calls = 0
+class _CountingHook:
+    """A hook that counts the forwards of a module, as accelerate or as diffusers attaches one."""
 
-    def add(self, module):
-        from accelerate.hooks import ModelHook, add_hook_to_module
+    def __init__(self) -> None:
+        self.calls = 0
 
+    def counting(self, base: type):
         outer = self
 
-        class Count(ModelHook):
+        class Count(base):
             def pre_forward(self, module, *args, **kwargs):
                 outer.calls += 1
                 return args, kwargs
 
-        add_hook_to_module(module, Count())
-
-    def remove(self, module):
-        from accelerate.hooks import remove_hook_from_module
-
-        remove_hook_from_module(module)
+        return Count()
 
 
-class _DiffusersHook:
-    calls = 0
-
+class _AccelerateHook(_CountingHook):
     def add(self, module):
-        from diffusers.hooks import HookRegistry, ModelHook
-
-        outer = self
-
-        class Count(ModelHook):
-            def pre_forward(self, module, *args, **kwargs):
-                outer.calls += 1
-                return args, kwargs
-
-        HookRegistry.check_if_exists_or_initialize(module).register_hook(Count(), "count")
+        accelerate.hooks.add_hook_to_module(module, self.counting(accelerate.hooks.ModelHook))
 
     def remove(self, module):
-        from diffusers.hooks import HookRegistry
+        accelerate.hooks.remove_hook_from_module(module)
 
-        HookRegistry.check_if_exists_or_initialize(module).remove_hook("count")
+
+class _DiffusersHook(_CountingHook):
+    def add(self, module):
+        registry = diffusers.hooks.HookRegistry.check_if_exists_or_initialize(module)
+        registry.register_hook(self.counting(diffusers.hooks.ModelHook), "count")
+
+    def remove(self, module):
+        diffusers.hooks.HookRegistry.check_if_exists_or_initialize(module).remove_hook("count")
 
 
 @pytest.mark.parametrize("kind", [_AccelerateHook, _DiffusersHook])
