@@ -10,13 +10,15 @@ if TYPE_CHECKING:
     from .reporting import report
     from .schedule import Schedule
     from .switch import disable, enable
+    from .transformer import QwenImageTransformer2DModel
 
 __version__ = "0.1.0"
-__all__ = ["QwenImagePipeline", "Schedule", "disable", "enable", "report"]
+__all__ = ["QwenImagePipeline", "QwenImageTransformer2DModel", "Schedule", "disable", "enable", "report"]
 
 # Imported at first use: the command line answers `--help` and typing errors without waiting for torch and diffusers.
 _HOMES = {
     "QwenImagePipeline": "pipeline",
+    "QwenImageTransformer2DModel": "transformer",
     "Schedule": "schedule",
     "disable": "switch",
     "enable": "switch",

@@ -4,6 +4,20 @@ from typing import Any
 
 from .schedule import check_num_inference_steps, check_sigmas
 
+OPTIONS = {
+    "modulation": ("table", "layers"),
+    "attention": ("auto", "triton", "diffusers"),
+    "cuda_graph": ("auto", True, False),
+}
+
+
+def check_options(**options: Any) -> dict[str, Any]:
+    """`options` of `enable`, or a ValueError that names the one that is none of its values."""
+    for name, value in options.items():
+        if not any(value is known or (isinstance(value, str) and value == known) for known in OPTIONS[name]):
+            raise ValueError(f"`{name}` is {value!r}; use one of {', '.join(map(repr, OPTIONS[name]))}.")
+    return options
+
 
 def check_call(pipe: Any, arguments: dict[str, Any]) -> None:
     """Check the arguments of `pipe.__call__` that diffusers lets through, or fails on late and unclearly.

@@ -11,14 +11,18 @@ import transformers
 from diffusers.pipelines.qwenimage import QwenImagePipelineOutput
 from packaging.version import Version
 
-from qwen_fast_kernels import cfg_euler_step, euler_step
-
 from . import scheduler as fast_scheduler
+from .calls import ATTACHED, accelerated
 from .checkpoint import check_folder
+from .conditions import ScheduledConditions
+from .denoise import denoise
+from .forwards import Task
 from .hardware import unsupported_reason
-from .inputs import check_call
+from .inputs import check_call, check_options
+from .modulation import table_reason
 from .reporting import STATE, State, logger
 from .schedule import Schedule, check_device
+from .transformer import attach, detach
 
 
 class AcceleratedPipeline:
@@ -65,6 +69,22 @@ class AcceleratedPipeline:
             prompt_embeds_mask = prompt_embeds_mask.repeat_interleave(num_images_per_prompt, dim=0)
         return prompt_embeds, prompt_embeds_mask
 
+    def install_transformer(self) -> str | None:
+        """Attach to the transformer that the pipeline has now; returns why it cannot be, or None."""
+        state, model = self.fast_state, self.transformer
+        if state.transformer is not None and state.transformer is not model:
+            self.remove_transformer()  # the user put another in
+        reason = attach(model, state)
+        state.transformer = model if reason is None else None
+        return reason
+
+    def remove_transformer(self) -> None:
+        """Give the transformer back as it was."""
+        state = self.fast_state
+        if state.transformer is not None:
+            detach(state.transformer, state)
+            state.transformer = None
+
     def install_scheduler(self) -> None:
         """Put our scheduler in, where the pipeline's own loop calls `scheduler.step`."""
 
@@ -88,7 +108,17 @@ def _stock_loop(stock: type) -> Callable[..., Any]:
             self.remove_scheduler()  # its step would launch a kernel where none can run
         if reason is not None:
             self.fast_state.fall_back(reason)
-        return stock.__call__(self, *args, **kwargs)
+            return stock.__call__(self, *args, **kwargs)
+        reason = self.install_transformer()
+        if reason is not None:
+            self.fast_state.fall_back(reason)
+            return stock.__call__(self, *args, **kwargs)
+        with accelerated(self.transformer, self.fast_state) as forwards:
+            forwards.changing = bound.arguments.get("callback_on_step_end") is not None
+            self.fast_state.no_table = table_reason(self.transformer)
+            if self.fast_state.modulation == "table" and self.fast_state.no_table is None:
+                forwards.conditions = ScheduledConditions(self.transformer, self.transformer.__dict__[ATTACHED].tables, self)
+            return stock.__call__(self, *args, **kwargs)
 
     return call
 
@@ -129,7 +159,7 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
     Args:
         precise_sampler (bool): keep latents and step size in fp32 between steps; callbacks and `output_type="latent"`
             then see fp32 latents.
-        strict (bool): raise where a call would run on stock diffusers.
+        modulation, attention, cuda_graph, strict: see `enable`.
     """
 
     supports_precise_sampler = True
@@ -143,10 +173,15 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
         transformer: diffusers.QwenImageTransformer2DModel,
         *,
         precise_sampler: bool = False,
+        modulation: str = "table",
+        attention: str = "auto",
+        cuda_graph: bool | str = "auto",
         strict: bool = False,
     ):
+        options = check_options(modulation=modulation, attention=attention, cuda_graph=cuda_graph)
         super().__init__(scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer)
-        self.__dict__[STATE] = State(precise_sampler=precise_sampler, strict=strict)
+        self.__dict__[STATE] = State(precise_sampler=precise_sampler, strict=strict, **options)
+        self.install_transformer()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs: Any) -> "QwenImagePipeline":
@@ -264,77 +299,25 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
         self.fast_state.calls["flow_match_schedule"] += 1
         self._num_timesteps = schedule.num_inference_steps
 
-        latents = self._denoise(
-            latents,
-            schedule,
-            [(prompt_embeds, prompt_embeds_mask), (negative_prompt_embeds, negative_prompt_embeds_mask)],
-            true_cfg_scale if do_true_cfg else None,
+        reason = self.install_transformer()
+        if reason is not None:
+            self.fast_state.fall_back(reason)
+        prompts = [(prompt_embeds, prompt_embeds_mask), (negative_prompt_embeds, negative_prompt_embeds_mask)]
+        task = Task(
+            schedule=schedule,
+            # The host's own copy names the table without asking the device for its values.
+            host_timesteps=Schedule.from_scheduler(
+                self.scheduler, num_inference_steps, image_seq_len=latents.shape[1], sigmas=sigmas
+            ).model_timesteps(latents.dtype),
+            prompts=prompts if do_true_cfg else prompts[:1],
+            true_cfg_scale=true_cfg_scale if do_true_cfg else None,
             guidance=self._guidance(guidance_scale, latents),
             img_shapes=[[grid_size]] * batch_size,
-            callback=callback_on_step_end,
-            callback_inputs=callback_on_step_end_tensor_inputs,
         )
+        latents = denoise(self, latents, task, callback_on_step_end, callback_on_step_end_tensor_inputs)
         image = latents if output_type == "latent" else self._decode(latents, height, width, output_type)
         self.maybe_free_model_hooks()
         return QwenImagePipelineOutput(images=image) if return_dict else (image,)
-
-    def _denoise(self, latents, schedule, prompts, true_cfg_scale, *, guidance, img_shapes, callback, callback_inputs):
-        """The loop: T forwards (2 T with CFG), each followed by one kernel; the host never waits for the device.
-
-        Args:
-            latents: `[B, S_img, C]` in the model's dtype D.
-            prompts: (embeddings `[B, S_txt, C_txt]`, mask `[B, S_txt]` or None) of the prompt and of the negative prompt.
-            true_cfg_scale: guidance scale; None for no CFG.
-        """
-        state, scheduler = self.fast_state, self.scheduler
-        (prompt_embeds, prompt_embeds_mask), (negative_embeds, negative_embeds_mask) = prompts
-        model_dtype = latents.dtype
-        if state.precise_sampler:
-            latents = latents.float()
-        model_timesteps = schedule.model_timesteps(model_dtype)
-        step_index = torch.zeros(1, dtype=torch.int32, device=latents.device)
-        # Callbacks read the scheduler, so it shows what stock's would.
-        scheduler.sigmas, scheduler.timesteps = schedule.sigmas, schedule.timesteps
-        scheduler.num_inference_steps = schedule.num_inference_steps
-        scheduler._step_index, scheduler._begin_index = None, 0
-
-        def predict(branch, embeds, mask, i):
-            with self.transformer.cache_context(branch):
-                return self.transformer(
-                    hidden_states=latents.to(model_dtype),
-                    timestep=model_timesteps[i].expand(latents.shape[0]),
-                    guidance=guidance,
-                    encoder_hidden_states_mask=mask,
-                    encoder_hidden_states=embeds,
-                    img_shapes=img_shapes,
-                    attention_kwargs=self.attention_kwargs,
-                    return_dict=False,
-                )[0]
-
-        with self.progress_bar(total=schedule.num_inference_steps) as progress_bar:
-            for i, t in enumerate(schedule.timesteps):
-                if self.interrupt:
-                    continue
-                self._current_timestep = t
-                cond = predict("cond", prompt_embeds, prompt_embeds_mask, i)
-                if true_cfg_scale is None:
-                    latents = euler_step(latents, cond, schedule.sigmas, step_index)
-                    state.calls["euler_step"] += 1
-                else:
-                    uncond = predict("uncond", negative_embeds, negative_embeds_mask, i)
-                    latents = cfg_euler_step(latents, cond, uncond, schedule.sigmas, step_index, true_cfg_scale)
-                    state.calls["cfg_euler_step"] += 1
-                step_index.add_(1)  # in stream order, so no program of this step can see the next index
-                scheduler._step_index = i + 1
-
-                if callback is not None:
-                    tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
-                    outputs = callback(self, i, t, {name: tensors[name] for name in callback_inputs})
-                    latents = outputs.pop("latents", latents)
-                    prompt_embeds = outputs.pop("prompt_embeds", prompt_embeds)
-                progress_bar.update()
-        self._current_timestep = None
-        return latents
 
     def _wants_true_cfg(self, true_cfg_scale, negative_prompt, negative_prompt_embeds) -> bool:
         """Stock's rule, and its two warnings where only half of what CFG needs is given."""

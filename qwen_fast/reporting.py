@@ -12,23 +12,35 @@ logger = logging.getLogger("qwen_fast")
 STATE = "_qwen_fast_state"  # the one attribute that an enabled pipeline carries
 
 
-@dataclass
+@dataclass(eq=False)
 class State:
     """Options and counters of one enabled pipeline. It lives on the instance; nothing global is kept.
 
     Attributes:
         precise_sampler: latents and step size stay fp32 between steps.
+        modulation: "table" (once per schedule, its weights on the host) or "layers" (in each forward, as stock).
+        attention: "auto", "triton" or "diffusers".
+        cuda_graph: "auto", True or False.
         strict: raise where stock diffusers would be used instead.
         calls: fast calls so far, by operator.
         fallbacks: calls left to stock diffusers, by reason.
         stock_scheduler: the scheduler to give back, where ours took its place.
+        transformer: the model that this pipeline attached to.
+        graph: why the last call's steps were not captured in a CUDA graph; None: they were, or there was no call yet.
+        no_table: why the last call computed its modulations in each forward all the same, or None.
     """
 
     precise_sampler: bool = False
+    modulation: str = "table"
+    attention: str = "auto"
+    cuda_graph: bool | str = "auto"
     strict: bool = False
     calls: Counter = field(default_factory=Counter)
     fallbacks: Counter = field(default_factory=Counter)
     stock_scheduler: Any = None
+    transformer: Any = None
+    graph: str | None = None
+    no_table: str | None = None
 
     def fall_back(self, reason: str) -> None:
         """Count a call that goes to stock diffusers; log the reason the first time; raise it in strict mode."""
@@ -50,7 +62,8 @@ class Report:
         calls (dict[str, int]): fast calls so far, by operator.
         fallbacks (dict[str, int]): calls left to stock diffusers, by reason.
         lossy (list[str]): lossy modes that are on.
-        memory (dict[str, int]): bytes of each component's parameters and buffers, and what qwen_fast adds.
+        memory (dict[str, int]): bytes of each component's parameters and buffers, which of them stay in host memory, and
+            what qwen_fast adds.
     """
 
     pipeline: str
@@ -83,18 +96,24 @@ def report(pipe: Any) -> Report:
         Report: a snapshot; later calls do not change it.
     """
     state = getattr(pipe, "__dict__", {}).get(STATE)
+    components = getattr(pipe, "components", {})
+    memory = {
+        name: sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+        for name, module in components.items()
+        if isinstance(module, torch.nn.Module)
+    }
     replaced = []
     if state is not None:
         precision = "fp32 latents" if state.precise_sampler else "stock's roundings"
         loop = "scheduler step" if state.stock_scheduler is not None else "denoising loop, CFG and Euler step"
         replaced = ["schedule (on the device, once per call)", f"{loop} ({precision})"]
-    memory = {
-        name: sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
-        for name, module in getattr(pipe, "components", {}).items()
-        if isinstance(module, torch.nn.Module)
-    }
-    if state is not None:
-        memory["added by qwen_fast"] = 0
+        if state.transformer is not None:
+            modulation = f"layers, since {state.no_table}" if state.no_table else state.modulation
+            replaced.append(f"transformer (fused blocks, modulation {modulation}, attention {state.attention})")
+            if state.stock_scheduler is None:
+                graphs = f"no CUDA graph: {state.graph}" if state.graph else f"CUDA graph {state.cuda_graph}"
+                replaced.append(f"steps ({graphs})")
+            memory |= state.transformer.fast_memory()
     return Report(
         pipeline=type(pipe).__name__,
         enabled=state is not None,

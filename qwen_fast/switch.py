@@ -5,21 +5,38 @@ from typing import Any, TypeVar
 import diffusers
 
 from .hardware import unsupported_reason
+from .inputs import check_options
 from .pipeline import ACCELERATED
 from .reporting import STATE, State, logger
 
 Pipeline = TypeVar("Pipeline")
 
 
-def enable(pipe: Pipeline, *, precise_sampler: bool = False, strict: bool = False) -> Pipeline:
+def enable(
+    pipe: Pipeline,
+    *,
+    precise_sampler: bool = False,
+    modulation: str = "table",
+    attention: str = "auto",
+    cuda_graph: bool | str = "auto",
+    strict: bool = False,
+) -> Pipeline:
     """Accelerate `pipe` in place. Calling it again changes the options.
 
-    Only this object changes: no class of diffusers, no global setting, no other pipeline, and no weight.
+    Only this pipeline's calls change: no class of diffusers, no global setting, no other pipeline, even one that shares
+    the transformer, and no value of a weight.
 
     Args:
         pipe: a QwenImagePipeline, QwenImageImg2ImgPipeline or QwenImageInpaintPipeline of diffusers.
         precise_sampler: keep latents and step size in fp32 between steps, instead of the model's dtype as stock does
             (QwenImagePipeline only; nearer to the exact solution, no longer bit-equal to stock in bf16).
+        modulation: "table": the modulations of a whole schedule are computed once and kept, and the layers that compute
+            them, a third of the parameters, stay in host memory. "layers": they are computed in each forward, as in
+            stock, on weights that stay where they are.
+        attention: "auto": the fastest lossless implementation known for the GPU and the shapes. "triton": the joint
+            attention kernel. "diffusers": diffusers' dispatcher. A backend chosen in diffusers itself is always used.
+        cuda_graph: capture a whole step in a CUDA graph: "auto" where launches limit the speed, True wherever nothing
+            forbids it, False never.
         strict: raise where a call would run on stock diffusers, instead of running it there and saying so.
     Returns:
         The same object.
@@ -32,6 +49,7 @@ def enable(pipe: Pipeline, *, precise_sampler: bool = False, strict: bool = Fals
         stock, ours = next((s, o) for s, o in ACCELERATED.items() if o is stock)
     if ours is None:
         raise ValueError(_refusal(pipe))
+    options = check_options(modulation=modulation, attention=attention, cuda_graph=cuda_graph)
     if precise_sampler and not ours.supports_precise_sampler:
         raise ValueError(
             f"`precise_sampler` is True, but {stock.__name__} keeps diffusers' own loop and latents; "
@@ -47,7 +65,14 @@ def enable(pipe: Pipeline, *, precise_sampler: bool = False, strict: bool = Fals
     if state is None:
         state = pipe.__dict__[STATE] = State()
         pipe.__class__ = ours
+    if state.transformer is not None and state.modulation != modulation:
+        pipe.remove_transformer()  # its weights move
     state.precise_sampler, state.strict = precise_sampler, strict
+    for name, value in options.items():
+        setattr(state, name, value)
+    reason = pipe.install_transformer()
+    if reason is not None:
+        logger.warning("the transformer stays as it is: %s.", reason)
     pipe.install_scheduler()
     return pipe
 
@@ -61,6 +86,7 @@ def disable(pipe: Pipeline) -> Pipeline:
     state = getattr(pipe, "__dict__", {}).get(STATE)
     if state is not None:
         pipe.remove_scheduler()
+        pipe.remove_transformer()
         del pipe.__dict__[STATE]
         pipe.__class__ = next(stock for stock, ours in ACCELERATED.items() if ours is type(pipe))
     return pipe

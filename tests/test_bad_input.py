@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import qwen_fast
-from pipelines import GUIDED, SMALL, draw, stock
+from pipelines import GUIDED, SMALL, assert_same_latents, draw, stock
 from qwen_fast.pipeline import ACCELERATED
 from test_switch import EDITING, snapshot
 
@@ -126,4 +126,15 @@ def test_moved_to_unsupported_hardware_after_enable(checkpoint, monkeypatch, cls
     report = qwen_fast.report(pipe)
     assert report.fallbacks == {"Tesla T4 is sm_75": 1} and report.calls == {}, "a kernel was launched there all the same"
     monkeypatch.undo()
-    assert torch.equal(draw(pipe, **arguments), expected) and qwen_fast.report(pipe).calls
+    assert_same_latents(draw(pipe, **arguments), expected)
+    assert qwen_fast.report(pipe).calls
+
+
+@pytest.mark.parametrize(("name", "value"), [("modulation", "tables"), ("attention", "flash"), ("cuda_graph", 1)])
+def test_unknown_values_of_options(checkpoint, name, value):
+    pipe = stock(checkpoint)
+    with pytest.raises(ValueError, match=f"`{name}` is {value!r}; use one of"):
+        qwen_fast.enable(pipe, **{name: value})
+    assert type(pipe) is diffusers.QwenImagePipeline
+    with pytest.raises(ValueError, match=f"`{name}` is"):
+        qwen_fast.QwenImagePipeline(**pipe.components, **{name: value})

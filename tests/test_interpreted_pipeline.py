@@ -1,54 +1,76 @@
-"""One whole pipeline whose every operator is its Triton launcher, interpreted on the CPU, each call counted."""
+"""One whole pipeline whose every operator is its Triton launcher, interpreted on the CPU, each launch counted.
+
+The operators' CUDA entry points take the place of their CPU ones: checks, choice of the configuration, launcher, kernel.
+"""
 
 import importlib
+import inspect
 from collections import Counter
 
 import pytest
 import torch
 
 import qwen_fast
-from pipelines import DTYPES, GUIDED, SMALL, draw, stock
+import qwen_fast_kernels
+from pipelines import DTYPES, GUIDED, SMALL, assert_same_latents, draw, in_fp32, stock
 
-OPS = ("flow_match_schedule", "euler_step", "cfg_euler_step")
+OPS = sorted(name for name in qwen_fast_kernels.__all__ if name != "HAS_TRITON")
+# Per forward of two blocks; the last one has no text half, and its last norm is the output's.
+FORWARD = {"ada_layer_norm": 1, "qk_norm_rope": 2, "joint_attention": 2, "gated_residual_ada_layer_norm": 4, "linear_gelu": 3}
 
 
-@pytest.fixture
-def launches(monkeypatch) -> Counter:
-    """Each operator's launcher in the place of its CPU reference; counts its launches."""
+@pytest.fixture(params=[80, 90], ids=lambda arch: f"sm_{arch}")
+def launches(request, monkeypatch) -> Counter:
+    """Counts launches by operator; configurations are those of the architecture in `request.param`."""
     counter = Counter()
-
-    def stand_in(name, module):
-        launch = getattr(module, f"launch_{name}")
-
-        def run(*args):
-            counter[name] += 1
-            return launch(*args, config=module.DEFAULT_CONFIG)
-
-        monkeypatch.setattr(module, f"{name}_reference", run)
-
+    library = torch.library.Library("qwen_fast", "IMPL")
     for name in OPS:
-        stand_in(name, importlib.import_module(f"qwen_fast_kernels.{name}"))
-    return counter
+        module = importlib.import_module(f"qwen_fast_kernels.{name}")
+        if hasattr(module, "capability"):
+            monkeypatch.setattr(module, "capability", lambda device: request.param)
+        if name == "linear_gelu":  # the GELU epilogue of cuBLASLt is another function on the CPU
+            config = module.default_config
+            monkeypatch.setattr(module, "default_config", lambda *args, config=config: config(*args) | {"BACKEND": "triton"})
+
+        def launched(*args, name=name, launch=getattr(module, f"launch_{name}"), **kwargs):
+            counter[name] += 1
+            return launch(*args, **kwargs)
+
+        monkeypatch.setattr(module, f"launch_{name}", launched)
+        library.impl(name, getattr(module, f"_{name}_cuda"), "CPU", allow_override=True)
+    yield counter
+    library._destroy()
 
 
 @pytest.mark.triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run natively here")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("arguments", "step_op"), [(SMALL, "euler_step"), (GUIDED, "cfg_euler_step")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("arguments", "step_op"), [(SMALL, "euler_step"), (GUIDED, "cfg_euler_step")], ids=["plain", "guided"])
 def test_whole_pipeline_through_the_launchers(checkpoint, launches, dtype, arguments, step_op):
     pipe = stock(checkpoint, dtype)
-    expected = draw(pipe, prompt="a red circle", **arguments)
-    actual = draw(qwen_fast.enable(pipe), prompt="a red circle", **arguments)
-    assert launches == {"flow_match_schedule": 1, step_op: 4}
-    assert qwen_fast.report(pipe).calls == dict(launches) and not qwen_fast.report(pipe).fallbacks
-    if dtype == torch.float32 and step_op == "cfg_euler_step":
-        # The only freedom of the contract: the order in which a norm's squares are added.
-        assert (actual - expected).abs().max() <= 2e-6 * expected.abs().max()
-    else:
-        assert torch.equal(actual, expected)
+    arguments = arguments | {"prompt": "a red circle", "num_inference_steps": 2}
+    expected = draw(pipe, **arguments)
+    exact = None if dtype == torch.float32 else in_fp32(pipe, 7, dtype, **arguments)
+    assert not launches
+    actual = draw(qwen_fast.enable(pipe), **arguments)
+    assert launches == {"flow_match_schedule": 2, step_op: 2} | {name: 2 * count for name, count in FORWARD.items()}
+    assert not qwen_fast.report(pipe).fallbacks
+    assert_same_latents(actual, expected, exact)
 
 
-def test_every_operator_of_the_registry_takes_part():
-    import qwen_fast_kernels
+def test_the_cpu_runs_references_again_afterwards():
+    """The launchers of the test above were taken out of the registry."""
+    with pytest.MonkeyPatch.context() as patch:
+        module = importlib.import_module("qwen_fast_kernels.gated_residual")
+        patch.setattr(module, "launch_gated_residual", None)
+        x, gate = torch.ones(2, 4), torch.ones(1, 1, 4)
+        index = torch.zeros(1, dtype=torch.int32)
+        assert torch.equal(qwen_fast_kernels.gated_residual(x, x, gate, index), 2 * x)
 
-    assert sorted(OPS) == sorted(name for name in qwen_fast_kernels.__all__ if name != "HAS_TRITON")
+
+def test_every_operator_of_the_registry_is_counted_or_named():
+    sampler = {"flow_match_schedule", "euler_step", "cfg_euler_step"}
+    hooked_blocks_only = {"gated_residual"}
+    epilogue_until_it_measures_faster = {"linear_gated_residual"}
+    assert set(OPS) == sampler | set(FORWARD) | hooked_blocks_only | epilogue_until_it_measures_faster
+    assert all(inspect.isfunction(getattr(qwen_fast_kernels, name)) for name in OPS)

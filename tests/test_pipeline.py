@@ -1,5 +1,6 @@
 """The drop-in pipeline draws what stock diffusers draws, for every argument of the call."""
 
+import copy
 import inspect
 import shutil
 
@@ -8,10 +9,14 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qwen_fast
-from pipelines import DTYPES, GUIDED, SMALL, assert_ran_fast, assert_same_picture, draw, stock
+from pipelines import DTYPES, GUIDED, SMALL, assert_ran_fast, assert_same_latents, assert_same_picture, draw, stock
+from qwen_fast import blocks, denoise, forwards
+from qwen_fast.calls import ATTACHED
 from qwen_fast.testing import LIGHTNING_SCHEDULER_CONFIG as LIGHTNING
+from qwen_fast_kernels import qk_norm_rope
 
 
 @pytest.fixture
@@ -107,7 +112,9 @@ def test_decoded_pictures_equal_stock(pipe, output_type):
     assert_ran_fast(pipe)
     if output_type == "pil":
         assert isinstance(actual[0], PIL.Image.Image) and actual[0].size == (96, 64)
-    assert np.array_equal(np.asarray(actual[0]), np.asarray(expected[0]))
+    # Latents differ in their last digits: in a PNG that is one step of 255 where a value lies on the edge.
+    difference = np.abs(np.asarray(actual[0], dtype=np.float64) - np.asarray(expected[0], dtype=np.float64))
+    assert difference.max() <= (1 if output_type == "pil" else 1e-5)
     assert np.asarray(actual[0], dtype=np.float32).std() > 0
 
 
@@ -135,7 +142,7 @@ def test_callbacks_change_latents_and_embeddings(pipe):
     expected = draw(pipe, **arguments, callback_on_step_end=callback_for("stock"))
     actual = draw(qwen_fast.enable(pipe), **arguments, callback_on_step_end=callback_for("fast"))
     assert_ran_fast(pipe)
-    assert torch.equal(actual, expected)
+    assert_same_latents(actual, expected)
     assert seen["fast"] == seen["stock"] and len(seen["fast"]) == 4
 
 
@@ -230,26 +237,61 @@ def test_progress_bar_counts_the_steps(pipe, capsys):
     assert "4/4" in capsys.readouterr().err
 
 
-def test_the_loop_never_waits_for_the_device(checkpoint):
-    """No `_local_scalar_dense` (item) and no `nonzero` between the first and the last step."""
-    from torch.utils._python_dispatch import TorchDispatchMode
+class Recorder(TorchDispatchMode):
+    """Every operator that runs, and the device of its tensors."""
 
-    class Recorder(TorchDispatchMode):
-        names = []
+    def __init__(self):
+        super().__init__()
+        self.names = []
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.names.append(func.overloadpacket.__name__)
-            return func(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
+
+@pytest.mark.parametrize("modulation", ["table", "layers"])
+def test_the_loop_never_waits_for_the_device(checkpoint, modulation, monkeypatch):
+    """No `_local_scalar_dense` (item), no `nonzero` and no `_to_copy` between devices from the first step to the last."""
     pipe = stock(checkpoint, cls=qwen_fast.QwenImagePipeline)
+    qwen_fast.enable(pipe, modulation=modulation)
     recorder, marks = Recorder(), []
-
-    def mark(pipe, step, timestep, tensors):
-        marks.append(len(Recorder.names))
-        return {}
-
+    monkeypatch.setattr(denoise._Pace, "step", lambda self: marks.append(len(recorder.names)))
     with recorder:
-        draw(pipe, prompt="a red circle", callback_on_step_end=mark, **GUIDED)
-    loop = Recorder.names[marks[0] : marks[-1]]
-    assert loop.count("cfg_euler_step") == 3
-    assert not {"_local_scalar_dense", "nonzero"} & set(loop)
+        draw(pipe, prompt="a red circle", **GUIDED)
+    loop = recorder.names[marks[0] : marks[-1]]
+    assert loop.count("cfg_euler_step") == 3 and loop.count("joint_attention") == 6
+    assert not {"_local_scalar_dense", "nonzero", "is_nonzero", "equal"} & set(loop)
+
+
+def test_cond_and_uncond_go_packed_and_without_padding(checkpoint, monkeypatch):
+    """The token rows of each forward are the sum of all true lengths: two prompts and their negatives, two pictures."""
+    pipe = stock(checkpoint, cls=qwen_fast.QwenImagePipeline)
+    prompts, negatives = ["a red circle", "two green squares on a hill"], ["blurry", "low quality, text"]
+    lengths = [stock(checkpoint).encode_prompt(prompt)[0].shape[1] for prompt in prompts + negatives]
+    rows = []
+    monkeypatch.setattr(blocks, "qk_norm_rope", lambda query, *args: (rows.append(len(query)), qk_norm_rope(query, *args)))
+    draw(pipe, prompt=prompts, **(GUIDED | {"negative_prompt": negatives}))
+    assert len(set(lengths)) > 1 and set(rows) == {sum(lengths) + 4 * 24} and len(rows) == 4 * 2
+    assert qwen_fast.report(pipe).calls["packed transformer"] == 4
+
+
+def test_apart_when_memory_is_short(checkpoint, pipe, monkeypatch):
+    monkeypatch.setattr(forwards, "fits_in_memory", lambda *_: False)
+    assert_same_picture(pipe, prompt="a red circle", **GUIDED)
+    assert qwen_fast.report(pipe).calls["transformer"] == 8 and "packed transformer" not in qwen_fast.report(pipe).calls
+
+
+@pytest.mark.parametrize("modulation", ["table", "layers"])
+@pytest.mark.parametrize("attention", ["auto", "triton", "diffusers"])
+def test_options_draw_the_same_picture(pipe, modulation, attention):
+    fast = qwen_fast.enable(copy.deepcopy(pipe), modulation=modulation, attention=attention)
+    arguments = GUIDED | {"prompt": ["a red circle", "two green squares on a hill"]}
+    assert_same_picture(pipe, fast, **arguments)
+
+
+def test_a_schedule_computed_twice_hits_the_table_cache(pipe):
+    qwen_fast.enable(pipe)
+    for _ in range(3):
+        draw(pipe, prompt="a red circle", **SMALL)
+    tables = pipe.transformer.__dict__[ATTACHED].tables
+    assert (tables.misses, tables.hits) == (1, 2)

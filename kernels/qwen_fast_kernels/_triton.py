@@ -30,3 +30,9 @@ def require_triton(op: str) -> None:
 def on_device(tensor: torch.Tensor):
     """Context that makes the tensor's own CUDA device current: Triton launches on the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability as one number, 90 for sm_90; configurations are chosen by it."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

@@ -1,32 +1,16 @@
-"""What the compiler makes of every launch, without a GPU: IEEE arithmetic only, 64-bit offsets, nothing spilled.
+"""What the compiler makes of the sampler's launches, without a GPU: IEEE arithmetic only, 64-bit offsets, nothing spilled.
 
-Triton compiles for a GPU only in a process that does not interpret, so this file is also that process: run as a script
-with a compute capability, it prints what it found as JSON.
+Triton compiles for a GPU only in a process that does not interpret: benchmarks/compile_table.py starts it.
 """
 
-import functools
-import json
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
-import torch
 from packaging.version import Version
 
-import qwen_fast_kernels
-from qwen_fast_kernels.cfg_euler_step import DEFAULT_CONFIG as CFG_CONFIG
-from qwen_fast_kernels.cfg_euler_step import launch_cfg_euler_step
-from qwen_fast_kernels.euler_step import DEFAULT_CONFIG as EULER_CONFIG
-from qwen_fast_kernels.euler_step import launch_euler_step
-from qwen_fast_kernels.flow_match_schedule import DEFAULT_CONFIG as SCHEDULE_CONFIG
-from qwen_fast_kernels.flow_match_schedule import launch_flow_match_schedule
+from benchmarks.compile_table import ARCHS, TESTED_ARCHS, compiled_for_tests, faults
 
-TESTS = Path(__file__).resolve().parents[1]
-DEFAULT_ARCHS, ALL_ARCHS = (80, 90), (80, 86, 89, 90, 100, 120)
+OPS = ("flow_match_schedule", "euler_step", "cfg_euler_step")
 
 # Every instruction that is not correctly rounded, that flushes subnormals or rounds once for two; integer mad is fine.
 INEXACT = r"\b(?:mad\.r[nzmp]|div\.(?:full|approx)|sqrt\.approx|rsqrt|rcp\.approx|ex2|lg2)[.\w]*|\b\w[.\w]*\.ftz\b"
@@ -34,77 +18,12 @@ INEXACT = r"\b(?:mad\.r[nzmp]|div\.(?:full|approx)|sqrt\.approx|rsqrt|rcp\.appro
 PLUS_OR_MINUS_ONE, MINUS_ZERO = {0x3F80, 0xBF80, 0x3F803F80, 0xBF80BF80}, {0x8000, 0x80008000}
 
 
-def launches() -> Iterator[tuple[str, Callable[[], object]]]:
-    """(case, launch) for every dtype, and for every way in which Triton specialises a launch."""
-
-    def cuda(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="cuda")
-
-    def offset(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        """Not aligned to 16 bytes, which forbids vector loads."""
-        return cuda(torch.Size(shape).numel() + 3, dtype=dtype).narrow(0, 3, torch.Size(shape).numel()).view(shape)
-
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    cases = [(f"{dtype}".removeprefix("torch."), cuda, (2, 4096, 64), dtype, dtype, 20) for dtype in (bf16, fp16, fp32)]
-    cases += [
-        ("precise", cuda, (2, 4096, 64), fp32, bf16, 20),
-        ("offset", offset, (1, 77, 64), bf16, bf16, 20),
-        ("odd channels", cuda, (1, 77, 7), bf16, bf16, 20),
-        ("all ones", cuda, (1, 1, 1), bf16, bf16, 1),  # an argument that is 1 becomes a constant
-    ]
-    for name, make, shape, dtype, prediction_dtype, steps in cases:
-        latents, cond, uncond = (make(*shape, dtype=d) for d in (dtype, prediction_dtype, prediction_dtype))
-        step = (cuda(steps + 1), cuda(1, dtype=torch.int32))
-        yield f"euler_step: {name}", functools.partial(launch_euler_step, latents, cond, *step, config=EULER_CONFIG)
-        yield (
-            f"cfg_euler_step: {name}",
-            functools.partial(launch_cfg_euler_step, latents, cond, uncond, *step, 3.7, config=CFG_CONFIG),
-        )
-    for name, steps, sigmas, arguments in [
-        ("Qwen-Image", 20, cuda(0), (1.7, "dynamic", 0.02, 1000.0, False)),
-        ("Lightning", 8, cuda(0), (3.0, "dynamic", 0.0, 1000.0, False)),
-        ("one step", 1, cuda(0), (1.7, "dynamic", 0.02, 1000.0, False)),
-        ("custom sigmas", 50, cuda(50), (1.7, "dynamic", 0.02, 1000.0, False)),
-        ("static", 20, cuda(0), (3.0, "static", 0.02, 1000.0, False)),
-        ("shift 1, inverted", 20, cuda(20), (1.0, "static", 0.0, 1.0, True)),
-    ]:
-        yield (
-            f"flow_match_schedule: {name}",
-            functools.partial(launch_flow_match_schedule, steps, sigmas, *arguments, config=SCHEDULE_CONFIG),
-        )
-
-
-def compile_all(capability: int) -> dict[str, dict]:
-    """Compile every launch for one architecture and report what the tests below look at."""
-    import triton
-
-    from offline import compile_only
-
+def inexact(result: dict) -> list[str]:
+    (ptx,) = result["ptx"]
     # Triton 3.4 and 3.5 flush subnormals (below 1.2e-38) in correctly rounded divisions and roots; the README says so.
-    flushes = Version(triton.__version__) < Version("3.6")
-    found = {}
-    with compile_only(capability) as log:
-        compiled = {}
-        for name, launch in launches():
-            launch()
-            (compiled[name],) = log
-            log.clear()
-    for name, one in compiled.items():
-        machine, ptx = one.inspect(), one.ptx
-        if flushes:
-            ptx = re.sub(r"\b(div|sqrt)\.rn\.ftz\b", r"\1.rn", ptx)
-        found[name] = {
-            "inexact": sorted(set(re.findall(INEXACT, ptx)) | contractions(ptx)),
-            "rounded divisions": len(re.findall(r"\bdiv\.rn\.f32\b", ptx)),
-            "rounded roots": len(re.findall(r"\bsqrt\.rn\.f32\b", ptx)),
-            "narrow offsets": narrow_offsets(one.ttir),
-            "registers": machine["registers"],
-            "stack": machine["stack"],
-            "fused in SASS": machine["opcodes"]["FFMA"],
-            "spills": machine["opcodes"]["LDL"] + machine["opcodes"]["STL"],
-            "instructions": machine["opcodes"].total(),
-        }
-    return found
+    if Version(result["rows"][0]["triton"]) < Version("3.6"):
+        ptx = re.sub(r"\b(div|sqrt)\.rn\.ftz\b", r"\1.rn", ptx)
+    return sorted(set(re.findall(INEXACT, ptx)) | contractions(ptx))
 
 
 def contractions(ptx: str) -> set[str]:
@@ -137,63 +56,55 @@ def narrow_offsets(ttir: str) -> list[str]:
     return early + [line for line in blocks if "xi32>" in line] if ids else []
 
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(TESTS))
-    print(json.dumps(compile_all(int(sys.argv[1]))))
-
-
-@functools.cache
-def compiler_process(capability: int) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    packages = str(Path(qwen_fast_kernels.__file__).resolve().parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join([packages, environment.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, __file__, str(capability)], env=environment, capture_output=True, text=True, timeout=300
-    )
-
-
-def compiled(capability: int) -> dict[str, dict]:
-    done = compiler_process(capability)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "arch" in metafunc.fixturenames:
-        archs = ALL_ARCHS if metafunc.config.getoption("--all-archs") else DEFAULT_ARCHS
+        archs = ARCHS if metafunc.config.getoption("--all-archs") else TESTED_ARCHS
         metafunc.parametrize("arch", archs, ids=[f"sm_{arch}" for arch in archs])
+
+
+@pytest.fixture
+def compiled(arch: int, tmp_path_factory) -> dict[str, dict]:
+    """Case -> what the compiler made of its only kernel."""
+    results = [result for result in compiled_for_tests(arch, tmp_path_factory.getbasetemp()) if result["op"] in OPS]
+    assert {result["op"] for result in results} == set(OPS)
+    for result in results:
+        assert "error" not in result and len(result["rows"]) == 1, result
+    return {f"{result['op']}: {result['case']}": result for result in results}
 
 
 pytestmark = pytest.mark.triton
 
 
-def test_arithmetic_is_ieee(arch):
-    for name, found in compiled(arch).items():
-        assert not found["inexact"], f"{name}: {found['inexact']}"
+def test_arithmetic_is_ieee(compiled):
+    for name, result in compiled.items():
+        assert not inexact(result), f"{name}: {inexact(result)}"
 
 
-def test_divisions_and_roots_are_there_and_correctly_rounded(arch):
+def test_divisions_and_roots_are_there_and_correctly_rounded(compiled):
     """So that the test above cannot pass because the arithmetic went somewhere else."""
-    for name, found in compiled(arch).items():
+    for name, result in compiled.items():
+        (ptx,) = result["ptx"]
+        # Before Triton 3.6 they flush subnormals.
+        divisions, roots = (re.search(rf"\b{function}\.rn(\.ftz)?\.f32\b", ptx) for function in ("div", "sqrt"))
         if name.startswith("cfg_euler_step"):
-            assert found["rounded roots"] and found["rounded divisions"], name
+            assert roots and divisions, name
         if name.startswith("flow_match_schedule"):
-            assert found["rounded divisions"], name
+            assert divisions, name
 
 
-def test_the_assembler_contracts_nothing(arch):
+def test_the_assembler_contracts_nothing(compiled):
     """A correctly rounded division is made of FFMA, so only the op without one can show it."""
-    for name, found in compiled(arch).items():
+    for name, result in compiled.items():
         if name.startswith("euler_step"):
-            assert found["fused in SASS"] == 0, name
+            assert result["rows"][0]["FFMA"] == 0, name
 
 
-def test_offsets_are_64_bits_wide(arch):
-    for name, found in compiled(arch).items():
-        assert not found["narrow offsets"], f"{name}: {found['narrow offsets']}"
+def test_offsets_are_64_bits_wide(compiled):
+    for name, result in compiled.items():
+        (ttir,) = result["ttir"]
+        assert not narrow_offsets(ttir), f"{name}: {narrow_offsets(ttir)}"
 
 
-def test_nothing_is_spilled(arch):
-    for name, found in compiled(arch).items():
-        assert found["stack"] == found["spills"] == 0, f"{name}: {found}"
-        assert found["instructions"] > 20, f"{name}: an empty kernel? {found}"
+def test_nothing_is_spilled(compiled):
+    for name, result in compiled.items():
+        assert not faults(result["rows"][0]), f"{name}: {faults(result['rows'][0])}"

@@ -152,7 +152,7 @@ def _tool(name: str, *args: str) -> str:
 
 
 def inspect(cubin: bytes) -> dict:
-    """Registers, stack bytes (spills show there; LOCAL is always 0), static shared bytes, SASS and opcode counts."""
+    """Registers, stack bytes (spills show there; LOCAL is always 0), static shared bytes, SASS, opcode counts."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -164,5 +164,5 @@ def inspect(cubin: bytes) -> dict:
         code = re.match(r"\s*(?:/\*[0-9a-f]+\*/)?\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)(\.[\w.]+)?[\s;]", line)
         if code and "/*" in line:
             opcodes[code.group(1)] += 1
-    registers, stack, shared, _local = map(int, found.groups())
-    return {"registers": registers, "stack": stack, "shared": shared, "opcodes": opcodes, "sass": sass}
+    registers, stack, shared, local = map(int, found.groups())
+    return {"registers": registers, "stack": stack, "shared": shared, "local": local, "opcodes": opcodes, "sass": sass}

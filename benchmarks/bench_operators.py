@@ -1,0 +1,314 @@
+"""Every operator against its reference, torch.compile of that reference, and stock diffusers' own code for the same job.
+
+    pytest benchmarks --benchmark-only [--compiled] [-k linear_gelu] [--benchmark-json FILE]
+
+Before anything is timed its result is compared with the float64 reference; a wrong one fails and shows no time. On a GPU a
+round ends with a synchronisation, so it holds the launch; `device_seconds` are the kernels alone, the caches cold.
+"""
+
+import ast
+import functools
+import inspect
+import math
+import textwrap
+from collections.abc import Callable
+from types import CodeType
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock, apply_rotary_emb_qwen
+
+from benchmarks.cases import CASES, Case, Maker
+from budget import assert_within_budget
+from qwen_fast.testing import QWEN_IMAGE_SCHEDULER_CONFIG
+from qwen_fast_kernels._triton import capability
+
+Run = Callable[[], object]
+IN_PLACE = {"qk_norm_rope"}  # the first two arguments are the results
+
+
+# Stock ----------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def stock_lines(function: Callable, *wanted: tuple[str, str]) -> CodeType:
+    """The lines of a diffusers function that assign to a name and mention another, in order: for code that is no function.
+
+    Its results are in the namespace that the code is run in.
+    """
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    lines = []
+    for target, mentioned in wanted:
+        found = [
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Assign)
+            and any(isinstance(name, ast.Name) and name.id == target for name in node.targets)
+            and any(isinstance(name, ast.Name) and name.id == mentioned for name in ast.walk(node.value))
+        ]
+        if not found:
+            pytest.skip(f"this diffusers has no line that assigns {target} from {mentioned} in {function.__qualname__}")
+        lines.append(found[0])
+    return compile(ast.Module(lines, type_ignores=[]), f"<{function.__qualname__}>", "exec")
+
+
+def execute(code: CodeType, **names) -> dict:
+    exec(code, names)
+    return names
+
+
+def parameter(tensor: torch.Tensor | None) -> torch.nn.Parameter | None:
+    return None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def block(heads: int, head_dim: int) -> QwenImageTransformerBlock:
+    """Without weights; whoever needs one sets it."""
+    with torch.device("meta"):
+        return QwenImageTransformerBlock(dim=heads * head_dim, num_attention_heads=heads, attention_head_dim=head_dim)
+
+
+def streams(txt_rows: int, *tensors: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(text, image) of each, with stock's batch dimension."""
+    return [(tensor[None, :txt_rows], tensor[None, txt_rows:]) for tensor in tensors]
+
+
+def of_step(table: torch.Tensor, step_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(text, image) row of a modulation table, `[1, C]` each."""
+    return table[step_index.item(), -1][None], table[step_index.item(), 0][None]
+
+
+def joined(text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    return torch.cat([text[0], image[0]])
+
+
+def modulation(shift, scale, gate, step_index) -> list[torch.Tensor]:
+    """(text, image) of what `_modulate` takes apart again."""
+    return [torch.cat(parts, dim=-1) for parts in zip(*(of_step(t, step_index) for t in (shift, scale, gate)), strict=True)]
+
+
+def stock_flow_match_schedule(steps, sigmas, shift, *_) -> tuple[Run, Callable]:
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(QWEN_IMAGE_SCHEDULER_CONFIG)
+
+    def run():
+        # As QwenImagePipeline and its retrieve_timesteps do.
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=math.log(shift), device=sigmas.device)
+        return scheduler.sigmas, scheduler.timesteps
+
+    return run, lambda result: result
+
+
+def scheduler_at(sigmas: torch.Tensor) -> FlowMatchEulerDiscreteScheduler:
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(QWEN_IMAGE_SCHEDULER_CONFIG)
+    scheduler.sigmas, scheduler.timesteps = sigmas, 1000 * sigmas[:-1]
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+def stock_euler_step(latents, velocity, sigmas, _step_index) -> tuple[Run, Callable]:
+    scheduler = scheduler_at(sigmas)
+
+    def run():
+        scheduler._step_index = 0
+        return scheduler.step(velocity, scheduler.timesteps[0], latents, return_dict=False)[0]
+
+    return run, lambda result: result
+
+
+def stock_cfg_euler_step(latents, cond, uncond, sigmas, _step_index, scale) -> tuple[Run, Callable]:
+    combined = [("comb_pred", "noise_pred"), ("cond_norm", "noise_pred"), ("noise_norm", "comb_pred")]
+    code = stock_lines(QwenImagePipeline.__call__, *combined, ("noise_pred", "comb_pred"), ("latents", "noise_pred"))
+    pipe = QwenImagePipeline(scheduler_at(sigmas), None, None, None, None)
+
+    def run():
+        pipe.scheduler._step_index = 0
+        names = {"noise_pred": cond, "neg_noise_pred": uncond, "latents": latents, "true_cfg_scale": scale}
+        return execute(code, self=pipe, t=pipe.scheduler.timesteps[0], torch=torch, **names)["latents"]
+
+    return run, lambda result: result
+
+
+def stock_ada_layer_norm(x, shift, scale, step_index, txt_rows, *_) -> tuple[Run, Callable]:
+    stock, ((text, image),) = block(1, x.shape[1]), streams(txt_rows, x)
+    text_mod, image_mod = modulation(shift, scale, shift, step_index)
+
+    def run():
+        return stock._modulate(stock.txt_norm1(text), text_mod)[0], stock._modulate(stock.img_norm1(image), image_mod)[0]
+
+    return run, lambda result: joined(*result)
+
+
+def gated_lines(which: str) -> CodeType:
+    return stock_lines(
+        QwenImageTransformerBlock.forward,
+        ("encoder_hidden_states", f"txt_gate{which}"),
+        ("hidden_states", f"img_gate{which}"),
+    )
+
+
+def stock_gated_residual(residual, branch, gate, step_index, txt_rows, *_) -> tuple[Run, Callable]:
+    code = gated_lines("1")
+    (text, image), (text_branch, image_branch) = streams(txt_rows, residual, branch)
+    text_gate, image_gate = (row[:, None] for row in of_step(gate, step_index))
+
+    def run():
+        names = execute(
+            code,
+            hidden_states=image,
+            encoder_hidden_states=text,
+            img_gate1=image_gate,
+            txt_gate1=text_gate,
+            img_attn_output=image_branch,
+            txt_attn_output=text_branch,
+        )
+        return names["encoder_hidden_states"], names["hidden_states"]
+
+    return run, lambda result: joined(*result)
+
+
+def stock_gated_residual_ada_layer_norm(residual, branch, gate, shift, scale, step_index, txt_rows, *_) -> tuple[Run, Callable]:
+    gated, _ = stock_gated_residual(residual, branch, gate, step_index, txt_rows)
+    stock = block(1, residual.shape[1])
+    text_mod, image_mod = modulation(shift, scale, shift, step_index)
+
+    def run():
+        text, image = gated()
+        normed = stock._modulate(stock.txt_norm2(text), text_mod)[0], stock._modulate(stock.img_norm2(image), image_mod)[0]
+        return text, image, *normed
+
+    return run, lambda result: (joined(*result[:2]), joined(*result[2:]))
+
+
+def stock_qk_norm_rope(query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, txt_rows, *_) -> tuple[Run, Callable]:
+    attention = block(*query.shape[1:]).attn
+    norms = {"norm_q": norm_q, "norm_k": norm_k, "norm_added_q": norm_added_q, "norm_added_k": norm_added_k}
+    for name, weight in norms.items():
+        getattr(attention, name).weight = parameter(weight)
+    queries, keys = streams(txt_rows, query, key)
+    frequencies = torch.view_as_complex(rope.unflatten(-1, (-1, 2)))
+    txt_freqs, img_freqs = frequencies[:txt_rows], frequencies[txt_rows:]
+
+    def run():
+        return (
+            apply_rotary_emb_qwen(attention.norm_added_q(queries[0]), txt_freqs, use_real=False),
+            apply_rotary_emb_qwen(attention.norm_q(queries[1]), img_freqs, use_real=False),
+            apply_rotary_emb_qwen(attention.norm_added_k(keys[0]), txt_freqs, use_real=False),
+            apply_rotary_emb_qwen(attention.norm_k(keys[1]), img_freqs, use_real=False),
+        )
+
+    return run, lambda result: (joined(*result[:2]), joined(*result[2:]))
+
+
+def stock_joint_attention(query, key, value, *_) -> tuple[Run, Callable]:
+    def run():
+        return dispatch_attention_fn(query[None], key[None], value[None], dropout_p=0.0, is_causal=False)
+
+    return run, lambda result: result[0]
+
+
+def stock_linear_gelu(x, weight, bias) -> tuple[Run, Callable]:
+    gelu = block(1, x.shape[1]).img_mlp.net[0]
+    gelu.proj.weight, gelu.proj.bias = parameter(weight), parameter(bias)
+    return lambda: gelu(x[None]), lambda result: result[0]
+
+
+def stock_linear_gated_residual(x, weight, bias, residual, gate, step_index, txt_rows, *_) -> tuple[Run, Callable]:
+    code, linear = gated_lines("2"), block(1, residual.shape[1]).img_mlp.net[2]
+    linear.weight, linear.bias = parameter(weight), parameter(bias)
+    (text, image), (text_x, image_x) = streams(txt_rows, residual, x)
+    text_gate, image_gate = (row[:, None] for row in of_step(gate, step_index))
+
+    def run():
+        names = execute(
+            code,
+            hidden_states=image,
+            encoder_hidden_states=text,
+            img_gate2=image_gate,
+            txt_gate2=text_gate,
+            img_mlp_output=linear(image_x),
+            txt_mlp_output=linear(text_x),
+        )
+        return names["encoder_hidden_states"], names["hidden_states"]
+
+    return run, lambda result: joined(*result)
+
+
+# Measurements ---------------------------------------------------------------------------------------------------------
+
+
+def variants() -> list:
+    """(case, variant). Stock takes one sequence; "kernel" is Triton's where the operator may choose another library."""
+    return [
+        pytest.param(case, variant, id=f"{case.op}-{case.name}-{variant}")
+        for case in CASES
+        if case.measured
+        for variant in ("op", "kernel", "reference", "compiled", "stock")
+        if variant != "stock" or len(case.size.img) == 1 or case.op.endswith("euler_step")
+        if variant != "kernel" or case.op.startswith("linear")
+    ]
+
+
+def tensors(result: object, arguments: tuple, case: Case) -> tuple[torch.Tensor, ...]:
+    if result is None and case.op in IN_PLACE:
+        return arguments[:2]
+    return result if isinstance(result, tuple) else (result,)
+
+
+def in_float64(arguments: tuple) -> list:
+    return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
+
+
+def subject(case: Case, variant: str, arguments: tuple) -> tuple[Run, Callable]:
+    """What is timed, and what makes its result comparable."""
+    if variant == "stock":
+        return globals()[f"stock_{case.op}"](*arguments)
+    if variant == "kernel":
+        config = case.config(capability(arguments[0].device), arguments)
+        return lambda: case.launch(arguments, config), lambda result: result
+    if variant == "op":
+        case.module()  # registers it
+        function = getattr(torch.ops.qwen_fast, case.op)
+    else:
+        function = torch.compile(case.reference) if variant == "compiled" else case.reference
+    return functools.partial(function, *arguments), lambda result: result
+
+
+@pytest.mark.benchmark(max_time=0.2, min_rounds=5)
+@pytest.mark.parametrize(("case", "variant"), variants())
+def test_speed(benchmark, case, variant, device, request):
+    if variant == "compiled" and device.type == "cpu" and not request.config.getoption("--compiled"):
+        pytest.skip("torch.compile on the CPU is measured with --compiled")
+    if variant == "kernel" and device.type == "cpu":
+        pytest.skip("Triton's kernel needs a CUDA device")
+    case = case if device.type == "cuda" else case.small()
+    with torch.no_grad():
+        arguments = case.arguments(Maker(device))
+        run, comparable = subject(case, variant, arguments)
+
+        fresh = case.arguments(Maker(device))
+        reference = tensors(case.reference(*fresh), fresh, case)
+        oracle = tensors(case.reference(*in_float64(fresh)), fresh, case)
+        for actual, same, exact in zip(tensors(comparable(run()), arguments, case), reference, oracle, strict=True):
+            assert_within_budget(actual, same, exact.double())
+        del fresh, reference, oracle
+
+        synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+        def round_trip() -> None:
+            run()
+            synchronize()
+
+        benchmark.group = f"{case} {device.type}"
+        seconds = {}
+        if device.type == "cuda":
+            from triton.testing import do_bench
+
+            seconds["device_seconds"] = do_bench(run, warmup=25, rep=200, return_mode="median") / 1e3
+        benchmark(round_trip)
+    moved, flops = case.traffic(arguments)
+    time = seconds.get("device_seconds") or (benchmark.stats.stats.median if benchmark.stats else None)
+    benchmark.extra_info |= seconds | {"bytes": moved, "flops": flops, "size": str(case.size), "dtype": str(case.dtype)}
+    if time:
+        benchmark.extra_info |= {"GB/s": moved / time / 1e9, "TFLOP/s": flops / time / 1e12}

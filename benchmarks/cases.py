@@ -1,0 +1,385 @@
+"""The cases of every operator: its arguments, its launch, its bytes and FLOPs; shared by the compile table and benchmarks.
+
+Imports neither diffusers nor Triton's compiler. Token rows are joint as in the operators: all text rows, then all image rows.
+"""
+
+import importlib
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Size:
+    """Rows of each sequence, and the width of the model."""
+
+    txt: tuple[int, ...] = (30,)
+    img: tuple[int, ...] = (4096,)
+    heads: int = 24
+    head_dim: int = 128
+
+    @property
+    def txt_rows(self) -> int:
+        return sum(self.txt)
+
+    @property
+    def rows(self) -> int:
+        return sum(self.txt) + sum(self.img)
+
+    @property
+    def channels(self) -> int:
+        return self.heads * self.head_dim
+
+    def __str__(self) -> str:
+        rows = " + ".join("/".join(map(str, lengths)) for lengths in (self.txt, self.img) if lengths)
+        return f"{rows} rows, {self.heads} x {self.head_dim}"
+
+
+MODEL = Size()  # Qwen-Image at 1024 x 1024 with a short prompt
+PACKED = Size((30, 77, 11), (4096, 1024, 2304))  # sequences of different lengths in one batch
+GUIDED = Size((32, 32), (4096, 4096))  # both branches of CFG, row counts that 16 divides
+FEW = Size((13,), (64,))
+MIDDLE, TINY, TINIEST = Size((13,), (256,), 8, 64), Size((13,), (64,), 2, 32), Size((13,), (64,), 2, 16)
+SMALL, SMALL_PACKED = Size((13,), (256,), 8, 64), Size((13, 7), (256, 64), 8, 64)  # what a CPU measures
+
+
+class Maker:
+    """Random tensors on a device; on a fake CUDA device only their shapes and addresses count."""
+
+    def __init__(self, device: torch.device | str, *, fake: bool = False) -> None:
+        self.device, self.fake = torch.device(device), fake
+        self._generator = None if fake else torch.Generator().manual_seed(0)
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32, offset: int = 0) -> torch.Tensor:
+        """With `offset` not aligned to 16 bytes, which forbids vector loads."""
+        numel = math.prod(shape)
+        if self.fake:
+            flat = torch.empty(numel + offset, dtype=dtype, device=self.device)
+        else:
+            flat = torch.randn(numel + offset, generator=self._generator).to(device=self.device, dtype=dtype)
+        return flat.narrow(0, offset, numel).view(shape)
+
+    def values(self, values: list, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        if self.fake:
+            return torch.empty(len(values), dtype=dtype, device=self.device)
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+    def modulation(self, steps: int, streams: int, channels: int, dtype: torch.dtype, parts: int = 6) -> list[torch.Tensor]:
+        """Tables `[T, streams, C]` that lie beside each other in one allocation, as a block's modulation does."""
+        return list((self.normal(steps, streams, parts * channels, dtype=dtype) * 0.5).chunk(parts, dim=-1))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to call an operator. `variant` are keywords of the op's function below."""
+
+    op: str
+    name: str
+    dtype: torch.dtype = torch.bfloat16
+    size: Size = MODEL
+    variant: dict = field(default_factory=dict)
+    measured: bool = False  # one of the benchmarks
+    default: bool = False  # compiled for two architectures by every run of the tests
+
+    def __str__(self) -> str:
+        return f"{self.op}: {self.name}"
+
+    def module(self):
+        return importlib.import_module(f"qwen_fast_kernels.{self.op}")
+
+    def arguments(self, make: Maker) -> tuple:
+        return ARGUMENTS[self.op](make, self.dtype, self.size, **self.variant)
+
+    def config(self, capability: int, arguments: tuple) -> dict:
+        module = self.module()
+        if hasattr(module, "DEFAULT_CONFIG"):
+            return module.DEFAULT_CONFIG
+        return module.default_config(capability, *DIMENSIONS[self.op](*arguments))
+
+    def launch(self, arguments: tuple, config: dict) -> object:
+        return getattr(self.module(), f"launch_{self.op}")(*arguments, config=config)
+
+    def reference(self, *arguments) -> object:
+        return getattr(self.module(), f"{self.op}_reference")(*arguments)
+
+    def traffic(self, arguments: tuple) -> tuple[int, int]:
+        """(bytes, FLOPs), as the operator's docstring declares them."""
+        return TRAFFIC[self.op](*arguments)
+
+    def small(self) -> "Case":
+        return replace(self, size=SMALL_PACKED if len(self.size.txt) > 1 else SMALL)
+
+
+# Arguments ------------------------------------------------------------------------------------------------------------
+
+
+def _schedule(make, dtype, size, steps=20, own=False, arguments=(1.7, "dynamic", 0.02, 1000.0, False)):
+    sigmas = make.values([1 - i / steps for i in range(steps)] if own else [], torch.float32)
+    return steps, sigmas, *arguments
+
+
+def _sampler(make, dtype, size, predictions, prediction_dtype=None, steps=20, shape=None, offset=0):
+    shape = shape or (len(size.img), size.img[0], 64)
+    dtypes = [dtype] + [prediction_dtype or dtype] * predictions
+    latents = [make.normal(*shape, dtype=one, offset=offset) for one in dtypes]
+    sigmas = make.values([1 - (i / steps) ** 2 for i in range(steps + 1)], torch.float32)  # curved
+    return *latents, sigmas, make.values([0])
+
+
+def _euler_step(make, dtype, size, **variant):
+    return _sampler(make, dtype, size, 1, **variant)
+
+
+def _cfg_euler_step(make, dtype, size, **variant):
+    return *_sampler(make, dtype, size, 2, **variant), 3.7
+
+
+def _tokens(make, dtype, size, layout="rows", channels=None):
+    """`[R, C]`: rows behind each other, a part of wider rows, or rows that 16-byte loads cannot take."""
+    channels = channels or size.channels
+    if layout == "part":
+        return make.normal(size.rows, 3 * channels, dtype=dtype)[:, channels : 2 * channels]
+    return make.normal(size.rows, channels, dtype=dtype, offset=3 if layout == "offset" else 0)
+
+
+def _conditions(make, size, packed, clip_or_eps):
+    """step_index, txt_rows, token_rows, and eps or clip."""
+    # Packed sequences at different steps: the second one takes the step index.
+    rows = make.values([(-1 if row % 2 else 3) for row in range(size.rows)]) if packed else None
+    return make.values([2]), size.txt_rows, rows, clip_or_eps
+
+
+def _ada_layer_norm(make, dtype, size, layout="rows", streams=2, packed=False):
+    shift, scale = make.modulation(STEPS, streams, size.channels, dtype)[:2]
+    return _tokens(make, dtype, size, layout), shift, scale, *_conditions(make, size, packed, 1e-6)
+
+
+def _gated_residual(make, dtype, size, layout="rows", streams=2, packed=False, clip=False):
+    gate = make.modulation(STEPS, streams, size.channels, dtype)[2]
+    residual, branch = (_tokens(make, dtype, size, layout) for _ in range(2))
+    return residual, branch, gate, *_conditions(make, size, packed, clip)
+
+
+def _gated_residual_ada_layer_norm(make, dtype, size, layout="rows", streams=2, packed=False, clip=False):
+    shift, scale, gate = make.modulation(STEPS, streams, size.channels, dtype)[:3]
+    residual, branch = (_tokens(make, dtype, size, layout) for _ in range(2))
+    return residual, branch, gate, shift, scale, *_conditions(make, size, packed, 1e-6), clip
+
+
+def _heads(make, dtype, size, layout, count):
+    """`[R, H, D]` each; "fused": the outputs of one projection, beside each other in a row."""
+    if layout == "fused":
+        fused = make.normal(size.rows, 3, size.heads, size.head_dim, dtype=dtype)
+        return [fused[:, index] for index in range(count)]
+    offset = 3 if layout == "offset" else 0
+    return [make.normal(size.rows, size.heads, size.head_dim, dtype=dtype, offset=offset) for _ in range(count)]
+
+
+def _qk_norm_rope(make, dtype, size, layout="fused"):
+    weights = [make.normal(size.head_dim, dtype=dtype) for _ in range(4)]
+    angles = make.normal(size.rows, size.head_dim // 2)
+    rope = torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(-2)
+    return *_heads(make, dtype, size, layout, 2), *weights, rope, size.txt_rows, 1e-6
+
+
+def _joint_attention(make, dtype, size, layout="fused", used=False, masked=False):
+    starts = [make.values([0, *itertools.accumulate(lengths)]) for lengths in (size.txt, size.img)]
+    seqused = make.values([max(1, length - 5) for length in size.txt]) if used else None
+    mask = make.values([row % 7 != 3 for row in range(size.rows)], torch.bool) if masked else None
+    return *_heads(make, dtype, size, layout, 3), *starts, size.txt_rows, max(size.txt), max(size.img), seqused, mask, None
+
+
+def _linear(make, dtype, size, n, k, bias=True, layout="rows"):
+    weight = make.normal(n, k, dtype=dtype) * k**-0.5
+    return _tokens(make, dtype, size, layout, k), weight, make.normal(n, dtype=dtype) if bias else None
+
+
+def _linear_gelu(make, dtype, size, **variant):
+    return _linear(make, dtype, size, 4 * size.channels, size.channels, **variant)
+
+
+def _linear_gated_residual(make, dtype, size, expansion=4, streams=2, packed=False, clip=False, **variant):
+    """The MLP's second layer, or with `expansion` 1 the projection behind the attention."""
+    gate = make.modulation(STEPS, streams, size.channels, dtype)[2]
+    linear = _linear(make, dtype, size, size.channels, expansion * size.channels, **variant)
+    return *linear, _tokens(make, dtype, size), gate, *_conditions(make, size, packed, clip)
+
+
+ARGUMENTS: dict[str, Callable[..., tuple]] = {
+    "flow_match_schedule": _schedule,
+    "euler_step": _euler_step,
+    "cfg_euler_step": _cfg_euler_step,
+    "ada_layer_norm": _ada_layer_norm,
+    "gated_residual": _gated_residual,
+    "gated_residual_ada_layer_norm": _gated_residual_ada_layer_norm,
+    "qk_norm_rope": _qk_norm_rope,
+    "joint_attention": _joint_attention,
+    "linear_gelu": _linear_gelu,
+    "linear_gated_residual": _linear_gated_residual,
+}
+
+
+def _linear_dimensions(x, weight, *_):
+    return importlib.import_module("qwen_fast_kernels._matmul").dimensions(x, weight)
+
+
+def _attention_dimensions(query, key, value, *rest):
+    fits = importlib.import_module("qwen_fast_kernels._flash").fits_descriptors(query, key, value)
+    return query.shape[2], query.element_size(), rest[6] is not None, fits
+
+
+# What an op's default_config takes after the capability, from the arguments of its launch.
+DIMENSIONS: dict[str, Callable[..., tuple]] = {
+    "ada_layer_norm": lambda x, *_: (x.shape[1], x.element_size()),
+    "gated_residual": lambda x, *_: (x.shape[1], x.element_size()),
+    "gated_residual_ada_layer_norm": lambda x, *_: (x.shape[1], x.element_size()),
+    "qk_norm_rope": lambda query, *_: (*query.shape[1:], query.element_size()),
+    "joint_attention": _attention_dimensions,
+    "linear_gelu": _linear_dimensions,
+    "linear_gated_residual": _linear_dimensions,
+}
+
+# Bytes and FLOPs ------------------------------------------------------------------------------------------------------
+
+
+def _bytes(*tensors: torch.Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _rows_op(tokens: int, tables: int, flops: int) -> Callable[..., tuple[int, int]]:
+    """Passes over `[R, C]`, modulation tables of which a row per stream is read, and FLOPs per element."""
+
+    def traffic(x, *_):
+        return (tokens * x.shape[0] + 2 * tables) * x.shape[1] * x.element_size(), flops * x.numel()
+
+    return traffic
+
+
+def _attention(query, key, value, starts_txt, starts_img, txt_rows, *_):
+    lengths = torch.diff(starts_txt).add(torch.diff(starts_img)).tolist()
+    return 2 * _bytes(query) + _bytes(key, value), 4 * sum(length**2 for length in lengths) * query[0].numel()
+
+
+def _matmul(x, weight, bias):
+    rows, n = x.shape[0], weight.shape[0]
+    return _bytes(x, weight) + (rows * n + n) * x.element_size(), 2 * x.shape[0] * weight.numel()
+
+
+def _matmul_gated(x, weight, bias, residual, *_):
+    moved, flops = _matmul(x, weight, bias)
+    return moved + _bytes(residual) + 2 * weight.shape[0] * x.element_size(), flops
+
+
+TRAFFIC: dict[str, Callable[..., tuple[int, int]]] = {
+    "flow_match_schedule": lambda steps, sigmas, *_: (4 * (2 * steps + 1) + _bytes(sigmas), 8 * steps),
+    "euler_step": lambda latents, *_: (3 * _bytes(latents), 2 * latents.numel()),
+    "cfg_euler_step": lambda latents, *_: (4 * _bytes(latents), 12 * latents.numel()),
+    "ada_layer_norm": _rows_op(2, 2, 9),
+    "gated_residual": _rows_op(3, 1, 2),
+    "gated_residual_ada_layer_norm": _rows_op(4, 3, 11),
+    "qk_norm_rope": lambda query, key, *rest: (2 * _bytes(query, key) + _bytes(rest[4]), 14 * query.numel()),
+    "joint_attention": _attention,
+    "linear_gelu": _matmul,
+    "linear_gated_residual": _matmul_gated,
+}
+
+# Cases ----------------------------------------------------------------------------------------------------------------
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+STEPS = 20  # rows of the modulation tables
+_LATENTS = Size((), (4096, 4096))
+
+
+def _cases_of_the_sampler(op: str) -> list[Case]:
+    common = {"size": _LATENTS, "default": True}
+    return [
+        Case(op, "bf16", BF16, measured=True, **common),
+        Case(op, "fp16", FP16, **common),
+        Case(op, "fp32", FP32, measured=True, **common),
+        Case(op, "precise", FP32, variant={"prediction_dtype": BF16}, **common),
+        Case(op, "offset", BF16, variant={"shape": (1, 77, 64), "offset": 3}, **common),
+        Case(op, "odd channels", BF16, variant={"shape": (1, 77, 7)}, **common),
+        # An argument that is 1 becomes a constant.
+        Case(op, "all ones", BF16, variant={"shape": (1, 1, 1), "steps": 1}, **common),
+    ]
+
+
+def _cases_of_the_schedule() -> list[Case]:
+    variants = {
+        "Qwen-Image": {},
+        "Lightning": {"steps": 8, "arguments": (3.0, "dynamic", 0.0, 1000.0, False)},
+        "one step": {"steps": 1},
+        "custom sigmas": {"steps": 50, "own": True},
+        "static": {"arguments": (3.0, "static", 0.02, 1000.0, False)},
+        "shift 1, inverted": {"own": True, "arguments": (1.0, "static", 0.0, 1.0, True)},
+    }
+    return [
+        Case("flow_match_schedule", name, FP32, variant=variant, measured=name == "Qwen-Image", default=True)
+        for name, variant in variants.items()
+    ]
+
+
+def _cases_of_token_rows(op: str, **variant) -> list[Case]:
+    """`variant` goes with every case."""
+
+    def case(name: str, dtype=BF16, size=MODEL, *, measured=False, default=False, **more) -> Case:
+        return Case(op, name, dtype, size, variant | more, measured, default)
+
+    found = [
+        case("bf16", measured=True, default=True),
+        case("fp16", FP16, default=not op.startswith("linear"), **({"clip": True} if "gated" in op else {})),
+        case("fp32", FP32, measured=True),
+        case("few rows", size=FEW),
+        case("rows by 16", size=GUIDED),
+        case("part of wider rows", layout="part"),
+        case("offset", layout="offset"),
+        *(case(f"{size.channels} channels", size=size) for size in (MIDDLE, TINY)),
+    ]
+    if op.startswith("linear"):  # the tiles depend on the rows
+        found += [case(f"{rows} rows", size=Size((), (rows,))) for rows in (8, 24, 60, 256, 1054)]
+    if op != "linear_gelu":
+        found += [
+            case("packed", size=PACKED, packed=True, default=True),
+            case("image rows only", size=Size((), (4096,)), streams=1),
+        ]
+    return found
+
+
+def _cases_of_heads(op: str) -> list[Case]:
+    return [
+        Case(op, "bf16", BF16, measured=True, default=True),
+        Case(op, "fp16", FP16, default=True),
+        Case(op, "fp32", FP32, measured=True),
+        Case(op, "packed", BF16, PACKED, measured=True),
+        Case(op, "few rows", BF16, FEW),
+        Case(op, "rows by 16", BF16, GUIDED),
+        Case(op, "separate projections", BF16, variant={"layout": "rows"}),
+        Case(op, "offset", BF16, variant={"layout": "offset"}),
+        *(
+            Case(op, f"head_dim {size.head_dim}, {name}", dtype, size)
+            for size in (MIDDLE, TINY, TINIEST)
+            for name, dtype in (("bf16", BF16), ("fp32", FP32))
+        ),
+    ]
+
+
+CASES: list[Case] = [
+    *_cases_of_the_schedule(),
+    *_cases_of_the_sampler("euler_step"),
+    *_cases_of_the_sampler("cfg_euler_step"),
+    *_cases_of_token_rows("ada_layer_norm"),
+    *_cases_of_token_rows("gated_residual"),
+    *_cases_of_token_rows("gated_residual_ada_layer_norm"),
+    *_cases_of_heads("qk_norm_rope"),
+    *_cases_of_heads("joint_attention"),
+    Case("joint_attention", "text lengths", BF16, PACKED, {"used": True}, default=True),
+    Case("joint_attention", "key mask", BF16, PACKED, {"masked": True}, default=True),
+    *_cases_of_token_rows("linear_gelu"),
+    Case("linear_gelu", "no bias", BF16, variant={"bias": False}),
+    *_cases_of_token_rows("linear_gated_residual"),
+    Case("linear_gated_residual", "attention", BF16, variant={"expansion": 1}, measured=True),
+    Case("linear_gated_residual", "no bias", BF16, variant={"bias": False}),
+]

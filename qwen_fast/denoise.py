@@ -1,0 +1,84 @@
+"""The denoising loop: predictions of the fused transformer, each step's CFG and Euler update in one kernel."""
+
+import contextlib
+from collections import deque
+from typing import Any
+
+import torch
+
+from . import graph
+from .calls import accelerated, lora_scale
+from .forwards import Forwards, Task, sampler_step
+
+_STEPS_AHEAD = 2  # the host may prepare so many steps before it waits: `interrupt` and the progress bar stay honest
+
+
+def denoise(pipe: Any, latents: torch.Tensor, task: Task, callback: Any, callback_inputs: list[str]) -> torch.Tensor:
+    """T steps; the host never waits for the values of the device.
+
+    Args:
+        latents: `[B, S_img, C]` in the model's dtype.
+        callback, callback_inputs: stock's `callback_on_step_end` and the tensors that it gets.
+    Returns:
+        Tensor: `[B, S_img, C]`; fp32 with the precise sampler.
+    """
+    state, scheduler, schedule = pipe.fast_state, pipe.scheduler, task.schedule
+    model_dtype = latents.dtype
+    if state.precise_sampler:
+        latents = latents.float()
+    step_index = torch.zeros(1, dtype=torch.int32, device=latents.device)
+    # Callbacks read the scheduler, so it shows what stock's would.
+    scheduler.sigmas, scheduler.timesteps = schedule.sigmas, schedule.timesteps
+    scheduler.num_inference_steps = schedule.num_inference_steps
+    scheduler._step_index, scheduler._begin_index = None, 0
+
+    pace = _Pace(latents.device)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lora_scale(pipe.transformer, pipe.attention_kwargs))
+        call = stack.enter_context(accelerated(pipe.transformer, state))
+        call.changing = callback is not None
+        progress_bar = stack.enter_context(pipe.progress_bar(total=schedule.num_inference_steps))
+        forwards = Forwards(pipe, call, task, step_index, latents.shape[0], model_dtype)
+        captured = None
+        reason = graph.reason_against(pipe, forwards, callback)
+        if reason is None:
+            captured = graph.captured_step(pipe, call, forwards, latents)
+        state.graph = reason
+        for i, t in enumerate(schedule.timesteps):
+            if pipe.interrupt:
+                continue
+            pipe._current_timestep = t
+            if captured is not None:
+                latents = captured.run(state)
+            else:
+                predictions = forwards.predict(latents.to(model_dtype))
+                latents = sampler_step(state, latents, predictions, schedule.sigmas, step_index, task.true_cfg_scale)
+                step_index.add_(1)  # in stream order, so no program of this step can see the next index
+            scheduler._step_index = i + 1
+            if callback is not None:
+                tensors = {"latents": latents, "prompt_embeds": task.prompts[0][0]}
+                outputs = callback(pipe, i, t, {name: tensors[name] for name in callback_inputs})
+                latents = outputs.pop("latents", latents)
+                embeds = outputs.pop("prompt_embeds", task.prompts[0][0])
+                task.prompts[0] = (embeds, task.prompts[0][1])
+                forwards = Forwards(pipe, call, task, step_index, latents.shape[0], model_dtype, kept=forwards)
+            pace.step()
+            progress_bar.update()
+    pipe._current_timestep = None
+    return latents if captured is None else latents.clone()  # the next call writes into the graph's buffers
+
+
+class _Pace:
+    """Keeps the host from running more than two steps ahead of the device."""
+
+    def __init__(self, device: torch.device):
+        self._events: deque | None = deque() if device.type == "cuda" else None
+
+    def step(self) -> None:
+        if self._events is None:
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self._events.append(event)
+        if len(self._events) > _STEPS_AHEAD:
+            self._events.popleft().synchronize()

@@ -1,0 +1,174 @@
+"""A whole denoising step as one CUDA graph: forward, CFG, Euler update, step index.
+
+Everything that changes from step to step or from prompt to prompt lies in buffers of fixed addresses: latents, sigmas,
+step index, text rows, their rotary rows and true lengths. Prompts are put into buckets of lengths, so that a new prompt
+re-uses the graph. What a graph bakes in (sizes, weights' addresses, adapters, guidance scale) is its key.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .attention import chosen_backend
+from .calls import ATTACHED, Call, Packed, accelerated
+from .conditions import TableConditions
+from .forwards import Forwards, Task, sampler_step
+from .hooks import is_hooked
+from .layout import build_layout, check_image_shapes
+from .modulation import weights_signature
+
+DEVICES = ("cuda",)
+_BUCKETS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)  # text tokens; longer prompts in steps of 512
+_KEPT = 2  # graphs of one model; each keeps the activations of a step
+# "auto": others measured a gain for 512x512 and for few-step models, and 1.6 % of loss at 1024x1024 on an H200.
+_FEW_TOKENS, _FEW_STEPS = 1024, 8
+
+
+def bucket(length: int) -> int:
+    """Rows that a text of `length` tokens gets."""
+    return next((size for size in _BUCKETS if size >= length), -(-length // 512) * 512)
+
+
+def reason_against(pipe: Any, forwards: Forwards, callback: Any) -> str | None:
+    """Why the steps of this call are not captured, or None."""
+    option, task = pipe.fast_state.cuda_graph, forwards.task
+    if option is False:
+        return "cuda_graph=False"
+    if forwards.step_index.device.type not in DEVICES:
+        return f"the device is {forwards.step_index.device}"
+    if callback is not None:
+        return "a callback may change anything between two steps"
+    if forwards.packs is None:
+        return "hooks, caches, compiled blocks or custom attention processors"
+    if len(forwards.packs) > 1:
+        return "memory is too short for one forward of both predictions"
+    if is_hooked(pipe.transformer):
+        return "a hook on the transformer, such as offloading"
+    if any(chosen_backend(block.attn.processor) is not None for block in pipe.transformer.transformer_blocks):
+        return "an attention backend chosen in diffusers"
+    if option == "auto":
+        tokens = forwards.packs[0].layout.img_lengths[0]
+        if tokens > _FEW_TOKENS and task.schedule.num_inference_steps > _FEW_STEPS:
+            return f"auto: {tokens} image tokens and {task.schedule.num_inference_steps} steps are not limited by launches"
+    return None
+
+
+def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """`step` as a CUDA graph; calling what is returned replays it. Runs `step` three times before the capture."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+class CapturedStep:
+    """Static buffers of one shape of call, and the graph over them.
+
+    Args:
+        forwards: of the call that is captured; its sizes and options are taken over.
+        latents: `[B, S_img, C]`, for shape and dtype.
+    """
+
+    def __init__(self, pipe: Any, call: Call, forwards: Forwards, latents: torch.Tensor):
+        pack, task, device = forwards.packs[0], forwards.task, latents.device
+        model, state = pipe.transformer, call.state
+        shapes = check_image_shapes(task.img_shapes, forwards.batch) * pack.copies
+        self.capacities = tuple(bucket(length) for length in pack.layout.txt_lengths)
+        self.latents, self.sigmas = torch.empty_like(latents), torch.empty_like(task.schedule.sigmas)
+        self.step_index = torch.zeros(1, dtype=torch.int32, device=device)
+        lengths = torch.zeros(len(self.capacities), dtype=torch.int32, device=device)
+        layout = build_layout(model.pos_embed, shapes, self.capacities, device, seqused_txt=lengths)
+        text = torch.zeros(layout.txt_rows, model.inner_dim, dtype=forwards.timesteps.dtype, device=device)
+        self.pack = Packed(layout, pack.embeds.new_empty(0), pack.copies, text)
+        conditions = None
+        if state.modulation == "table":
+            tables = model.__dict__[ATTACHED].tables
+            conditions = TableConditions(model, tables, task.host_timesteps, self.step_index)
+        self.load(model, latents, task, pack)
+
+        model_dtype, true_cfg_scale = forwards.timesteps.dtype, task.true_cfg_scale
+
+        counting = copy.copy(state)
+        counting.calls = Counter()
+
+        def step() -> None:
+            with accelerated(model, counting) as own:
+                own.conditions = conditions
+                predictions = forwards.on(own, self.step_index, [self.pack]).predict(self.latents.to(model_dtype))
+            latents = sampler_step(counting, self.latents, predictions, self.sigmas, self.step_index, true_cfg_scale)
+            self.latents.copy_(latents)
+            self.step_index.add_(1)
+
+        step()  # compiles, computes the table, and shows what one step counts
+        self.calls = Counter(counting.calls)
+        self._replay = capture(step, device)
+
+    def load(self, model: torch.nn.Module, latents: torch.Tensor, task: Task, pack: Packed) -> None:
+        """Put another call's latents, schedule and prompts into the buffers; step 0 comes next."""
+        layout, own = self.pack.layout, pack.layout
+        self.latents.copy_(latents)
+        self.sigmas.copy_(task.schedule.sigmas)
+        self.step_index.zero_()
+        if pack.text is None:
+            pack.text = model.txt_in(model.txt_norm(pack.embeds))
+        self.pack.text.zero_()
+        layout.seqused_txt.copy_(torch.tensor(own.txt_lengths, dtype=torch.int32), non_blocking=True)
+        start = place = 0
+        for length, capacity in zip(own.txt_lengths, self.capacities, strict=True):
+            self.pack.text[place : place + length] = pack.text[start : start + length]
+            layout.rope[place : place + length] = own.rope[start : start + length]
+            start, place = start + length, place + capacity
+
+    def run(self, state: Any) -> torch.Tensor:
+        """One step; the latents after it, in the static buffer."""
+        self._replay()
+        state.calls.update(self.calls)
+        return self.latents
+
+
+def captured_step(pipe: Any, call: Call, forwards: Forwards, latents: torch.Tensor) -> CapturedStep:
+    """The graph for this call, loaded with it: one of those kept, or a new one."""
+    task, pack, model = forwards.task, forwards.packs[0], pipe.transformer
+    graphs = model.__dict__[ATTACHED].graphs
+    key = (
+        tuple(latents.shape),
+        latents.dtype,
+        forwards.timesteps.dtype,
+        latents.device,
+        tuple(map(bucket, pack.layout.txt_lengths)),
+        str(task.img_shapes),
+        tuple(task.host_timesteps.tolist()),
+        task.true_cfg_scale,
+        (call.state.attention, call.state.modulation),
+        _weights(model),
+    )
+    step = graphs.get(key)
+    if step is None:
+        step = graphs[key] = CapturedStep(pipe, call, forwards, latents)
+        call.state.calls["graph captures"] += 1
+        while len(graphs) > _KEPT:
+            graphs.popitem(last=False)
+    graphs.move_to_end(key)
+    step.load(model, latents, task, pack)
+    return step
+
+
+def _weights(model: torch.nn.Module) -> tuple:
+    """What a graph bakes in of the model: addresses, kinds of layers, adapters and their scales, table contents."""
+    adapters = tuple(
+        (tuple(module.active_adapters), tuple(sorted(module.scaling.items())), module.disable_adapters, module.merged)
+        for module in model.modules()
+        if hasattr(module, "active_adapters") and hasattr(module, "scaling")
+    )
+    addresses = tuple(parameter.data_ptr() for parameter in model.parameters())
+    kinds = tuple(type(module) for module in model.modules())
+    return addresses, kinds, adapters, weights_signature(model).content

@@ -1,0 +1,102 @@
+"""gated_residual_ada_layer_norm against stock's block, against the two operators it fuses, and against float64."""
+
+import pytest
+import torch
+from elementwise_cases import DTYPES, TOKEN_ROWS, RowOp, RowOpTests, bad_arguments, both
+from stock_block import StockBlock
+
+from budget import assert_bit_equal, assert_within_budget
+from qwen_fast_kernels.gated_residual_ada_layer_norm import gated_residual_ada_layer_norm
+
+pytestmark = pytest.mark.usefixtures("nan_filled_empties")
+
+ROW_OP = RowOp("gated_residual_ada_layer_norm", tokens=("residual", "branch"), tables=("gate", "shift", "scale"))
+GATED = RowOp("gated_residual", tokens=("residual", "branch"), tables=("gate",))
+NORM = RowOp("ada_layer_norm", tokens=("x",), tables=("shift", "scale"))
+
+
+class TestGatedResidualAdaLayerNorm(RowOpTests):
+    row_op = ROW_OP
+
+
+@both
+@pytest.mark.parametrize("zero_cond_t", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_is_the_middle_of_stocks_block(implementation, dtype, zero_cond_t, device):
+    stock = StockBlock.random(dtype, device, zero_cond_t)
+    gate, shift, scale = stock.modulation(2, 3, 4)
+    tensors = {"residual": stock.hidden, "branch": stock.attended, "gate": gate, "shift": shift, "scale": scale}
+    y, normed = getattr(ROW_OP, implementation)(**tensors, **stock.arguments())
+    expected, oracle = stock.run(), stock.double().run()
+    assert_within_budget(y, expected["y"], oracle["y"])
+    assert_within_budget(normed, expected["normed2"], oracle["normed2"])
+
+
+@both
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("shape", [(37, 64, 19), (21, 7, 5), (2, 3072, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_is_the_two_operators_one_after_the_other(implementation, dtype, shape, clip, device):
+    """To the bit, so the norm is of the rounded (and clipped) sum."""
+    inputs = ROW_OP.inputs(shape, dtype, device, "some their own")
+    inputs["residual"][:, ::3] *= 3e4
+    inputs["residual"][:, ::2] += 100.0  # coarse roundings of the sum
+    take = {name: inputs[name] for name in ("step_index", "txt_rows", "token_rows")}
+    y, normed = getattr(ROW_OP, implementation)(**inputs, clip=clip)
+    gated = {name: inputs[name] for name in ("residual", "branch", "gate")}
+    assert_bit_equal(y, getattr(GATED, implementation)(**gated, **take, clip=clip))
+    tables = {name: inputs[name] for name in ("shift", "scale")}
+    assert_bit_equal(normed, getattr(NORM, implementation)(x=y, **tables, **take))
+    assert (y.abs().max() <= torch.tensor(65504.0).to(dtype)) == clip
+
+
+@both
+@pytest.mark.parametrize("eps", [1e-6, 1e-2, 10.0])
+def test_eps_is_part_of_the_variance(implementation, eps, device):
+    inputs = ROW_OP.inputs((5, 64, 2), torch.float32, device)
+    for name in ROW_OP.tokens:
+        inputs[name] *= 1e-2
+    ROW_OP.check(getattr(ROW_OP, implementation)(**inputs, eps=eps), inputs | {"eps": eps})
+
+
+@both
+def test_eps_is_stocks_by_default(implementation, device):
+    inputs = ROW_OP.inputs((5, 64, 2), torch.float32, device)
+    for name in ROW_OP.tokens:
+        inputs[name] *= 1e-3
+    ROW_OP.check(getattr(ROW_OP, implementation)(**inputs), inputs | {"eps": 1e-6, "clip": False})
+
+
+@both
+def test_a_mean_far_from_zero_and_constant_rows(implementation, device):
+    inputs = ROW_OP.inputs((6, 3072, 2), torch.float32, device)
+    inputs["residual"][:4] += 30.0
+    inputs["residual"][4:], inputs["branch"][4:] = -7.0, 0.0
+    ROW_OP.check(getattr(ROW_OP, implementation)(**inputs), inputs)
+
+
+@both
+def test_clip_keeps_nan(implementation, device):
+    inputs = ROW_OP.inputs((6, 64, 2), torch.float16, device)
+    inputs["residual"][1, 2], inputs["residual"][4, 3] = float("nan"), float("inf")
+    y, normed = getattr(ROW_OP, implementation)(**inputs, clip=True)
+    assert y.isnan().sum() == 1 and y[1, 2].isnan() and y[4, 3] == 65504
+    assert normed[1].isnan().all() and normed.isfinite().sum() == 5 * 64
+
+
+@pytest.mark.parametrize("rows, txt_rows", [(200, 0), (200, 90), (24, 24)])
+def test_the_cpu_with_a_row_for_every_token_and_with_long_stretches(rows, txt_rows):
+    for token_rows in TOKEN_ROWS:
+        inputs = ROW_OP.inputs((rows, 16, txt_rows), torch.float32, torch.device("cpu"), token_rows)
+        ROW_OP.check(gated_residual_ada_layer_norm(**inputs), inputs)
+
+
+BAD = bad_arguments(ROW_OP)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_named(name):
+    argument, value, message = BAD[name]
+    inputs = ROW_OP.inputs((4, 64, 2), torch.float32, torch.device("cpu"))
+    with pytest.raises(ValueError, match=message):
+        gated_residual_ada_layer_norm(**inputs | {argument: value})

@@ -1,0 +1,91 @@
+"""A small transformer of unit gain, and what stock diffusers computes inside it: the values a modulation table must hold."""
+
+import peft
+import torch
+from diffusers import QwenImageTransformer2DModel
+
+from qwen_fast import host_weights
+from qwen_fast.schedule import Schedule
+from qwen_fast.testing import QWEN_IMAGE_SCHEDULER_CONFIG, initialize
+
+LAYERS, WIDTH = 2, 64
+_LORA = {"r": 4, "lora_alpha": 4, "target_modules": ["img_mod.1", "txt_mod.1"], "init_lora_weights": False}
+
+
+def build(dtype=torch.float32, **config) -> QwenImageTransformer2DModel:
+    """A small transformer whose every layer matters."""
+    sizes = {"num_layers": LAYERS, "num_attention_heads": 2, "attention_head_dim": 32, "axes_dims_rope": (4, 14, 14)}
+    transformer = QwenImageTransformer2DModel(in_channels=16, out_channels=4, joint_attention_dim=32, **sizes, **config)
+    initialize(transformer, "transformer", 0)
+    return torch.nn.Module.to(transformer.eval(), dtype)
+
+
+def timesteps(dtype=torch.float32, steps: int = 3, image_seq_len: int = 24) -> torch.Tensor:
+    """`[T]`, what stock's forward gets."""
+    schedule = Schedule.from_config(QWEN_IMAGE_SCHEDULER_CONFIG, steps, image_seq_len=image_seq_len)
+    return schedule.model_timesteps(dtype)
+
+
+def with_lora(transformer, seed: int = 3, name: str = "style", **changes):
+    """`transformer` with an adapter that changes its modulations."""
+    torch.manual_seed(seed)
+    transformer.add_adapter(peft.LoraConfig(**_LORA | changes), adapter_name=name)
+    return transformer
+
+
+@torch.no_grad()
+def stock_values(transformer, model_timesteps: torch.Tensor, device="cpu", **arguments) -> dict[str, torch.Tensor]:
+    """What stock's modules give in one forward of batch 1 a step: `[T, M, features]` by module name."""
+    found: dict[str, list[torch.Tensor]] = {}
+    modules = dict(transformer.named_modules())
+    names = ["time_text_embed", "norm_out.linear"]
+    names += [f"transformer_blocks.{layer}.{mod}" for layer in range(LAYERS) for mod in ("img_mod", "txt_mod")]
+    hooks = [
+        modules[name].register_forward_hook(lambda m, i, out, name=name: found.setdefault(name, []).append(out.clone()))
+        for name in names
+    ]
+    generator, dtype = torch.Generator().manual_seed(1), model_timesteps.dtype
+    hidden_states = torch.randn(1, 24, 16, generator=generator).to(device, dtype)
+    text = torch.randn(1, 5, 32, generator=generator).to(device, dtype)
+    for t in model_timesteps.to(device):
+        transformer(hidden_states, text, timestep=t.expand(1), img_shapes=[[(1, 2, 4), (1, 4, 4)]], **arguments)
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.stack(values) for name, values in found.items()}
+
+
+def assert_equals_stock(table, expected) -> None:
+    """Every row of `table` equals `expected`, of `stock_values`, to the bit."""
+    steps = len(expected["time_text_embed"])
+    assert torch.equal(table.temb[:steps], expected["time_text_embed"][:, 0])
+    assert torch.equal(table.norm_out[:steps].flatten(1), expected["norm_out.linear"][:, 0])
+    for layer in range(LAYERS):
+        image, text = (expected[f"transformer_blocks.{layer}.{mod}"] for mod in ("img_mod", "txt_mod"))
+        assert torch.equal(table.rows[:steps, layer, 0].flatten(1), image[:, 0])
+        assert torch.equal(table.rows[:steps, layer, 1].flatten(1), text[:, 0])
+        if table.zero_row is not None:
+            for step in image[:, 1]:
+                assert torch.equal(table.rows[table.zero_row, layer, 0].flatten(), step)
+    if table.zero_row is not None:
+        for step in expected["time_text_embed"][:, 1]:
+            assert torch.equal(table.temb[table.zero_row], step)
+    assert table.rows[:, :, 0].std() > 0.3 and len({row.sum().item() for row in table.rows.flatten(0, 3)}) > 12 * steps
+
+
+def with_fused_lora(transformer):
+    with_lora(transformer).fuse_lora()
+    return transformer
+
+
+def with_layerwise_casting(transformer):
+    transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    return transformer
+
+
+def pretend_elsewhere(monkeypatch) -> list[torch.nn.Module]:
+    """As if all weights lay on another device: copies in the place of transfers. Lists the modules called with copies."""
+    tensors, calls, functional_call = host_weights._tensors, [], host_weights.functional_call
+    monkeypatch.setattr(host_weights, "_is_elsewhere", lambda module, device: bool(tensors(module)))
+    monkeypatch.setattr(host_weights, "_tensors", lambda module: {n: t.clone() for n, t in tensors(module).items()})
+    monkeypatch.setattr(host_weights, "functional_call", lambda *a: calls.append(a[0]) or functional_call(*a))
+    return calls
