@@ -1,5 +1,7 @@
 """Checks of a pipeline call's arguments, all before any GPU work; each message names the argument, its value and what works."""
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from .schedule import check_num_inference_steps, check_sigmas
@@ -17,6 +19,19 @@ def check_options(**options: Any) -> dict[str, Any]:
         if not any(value is known or (isinstance(value, str) and value == known) for known in OPTIONS[name]):
             raise ValueError(f"`{name}` is {value!r}; use one of {', '.join(map(repr, OPTIONS[name]))}.")
     return options
+
+
+def writable_folder(name: str, folder: str | Path | None) -> Path | None:
+    """`folder`, made if it is not there, or a ValueError that names the argument when nothing can be written in it."""
+    if folder is None:
+        return None
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"`{name}` is {folder}, where nothing can be written: {error}; give a folder of your own.") from error
+    return folder
 
 
 def check_call(pipe: Any, arguments: dict[str, Any]) -> None:

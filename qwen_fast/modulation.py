@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .host_weights import bringing_hook, disk_reason, modulation_modules, on_device, on_device_in_turn
+from .inputs import writable_folder
 from .reporting import logger
 
 _SAMPLES = 256  # elements of a tensor that a signature reads; at least half as many after rounding the stride
@@ -199,7 +200,7 @@ class TableCache:
 
     def __init__(self, *, max_bytes: int = 2**30, max_entries: int = 4, folder: Path | str | None = None):
         self.max_bytes, self.max_entries = max_bytes, max_entries
-        self.folder = None if folder is None else _writable(Path(folder))
+        self.folder = writable_folder("folder", folder)
         self.hits = self.misses = 0
         self._tables: OrderedDict[tuple[str, torch.device], ModulationTable] = OrderedDict()
 
@@ -320,15 +321,6 @@ def _digest(content: str, timesteps: torch.Tensor, device: torch.device, *condit
     conditions = [value.tolist() if isinstance(value, torch.Tensor) else value for value in conditions]
     versions = torch.__version__, diffusers.__version__, torch.get_float32_matmul_precision()
     return hashlib.sha256(repr((content, values, str(timesteps.dtype), kind, conditions, versions)).encode()).hexdigest()
-
-
-def _writable(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"`folder` is {folder}, where no table can be written: {error}; give a folder of your own.") from error
-    return folder
 
 
 def _checksum(tensors: dict[str, torch.Tensor]) -> str:

@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -18,7 +19,7 @@ from .conditions import ScheduledConditions
 from .denoise import denoise
 from .forwards import Task
 from .hardware import unsupported_reason
-from .inputs import check_call, check_options
+from .inputs import check_call, check_options, writable_folder
 from .modulation import table_reason
 from .reporting import STATE, State, logger
 from .schedule import Schedule, check_device
@@ -159,7 +160,7 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
     Args:
         precise_sampler (bool): keep latents and step size in fp32 between steps; callbacks and `output_type="latent"`
             then see fp32 latents.
-        modulation, attention, cuda_graph, strict: see `enable`.
+        modulation, modulation_cache, attention, cuda_graph, strict: see `enable`.
     """
 
     supports_precise_sampler = True
@@ -174,11 +175,13 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
         *,
         precise_sampler: bool = False,
         modulation: str = "table",
+        modulation_cache: str | Path | None = None,
         attention: str = "auto",
         cuda_graph: bool | str = "auto",
         strict: bool = False,
     ):
         options = check_options(modulation=modulation, attention=attention, cuda_graph=cuda_graph)
+        options["modulation_cache"] = writable_folder("modulation_cache", modulation_cache)
         super().__init__(scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer)
         self.__dict__[STATE] = State(precise_sampler=precise_sampler, strict=strict, **options)
         self.install_transformer()

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ class State:
     Attributes:
         precise_sampler: latents and step size stay fp32 between steps.
         modulation: "table" (once per schedule, its weights on the host) or "layers" (in each forward, as stock).
+        modulation_cache: folder in which modulation tables are kept for other processes, or None.
         attention: "auto", "triton" or "diffusers".
         cuda_graph: "auto", True or False.
         strict: raise where stock diffusers would be used instead.
@@ -32,6 +34,7 @@ class State:
 
     precise_sampler: bool = False
     modulation: str = "table"
+    modulation_cache: Path | None = None
     attention: str = "auto"
     cuda_graph: bool | str = "auto"
     strict: bool = False

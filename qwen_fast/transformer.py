@@ -26,6 +26,7 @@ from .conditions import Conditions, LayerConditions
 from .hooks import OURS, is_hooked, rebind_forward
 from .host_weights import host_bytes, keep_on_host, return_to_device
 from .layout import ImageShapes, Layout, build_layout, check_image_shapes
+from .modulation import TableCache
 from .reporting import State
 
 STOCK = diffusers.QwenImageTransformer2DModel
@@ -332,6 +333,8 @@ def attach(model: torch.nn.Module, state: State) -> str | None:
         rebind_forward(model)
         _swap_blocks(model, STOCK_BLOCK, QwenImageTransformerBlock)
     attachment.users.add(state)
+    if state.modulation_cache not in (None, attachment.tables.folder):
+        attachment.tables = TableCache(folder=state.modulation_cache)
     if state.modulation == "table":
         keep_on_host(model)
     return None

@@ -130,6 +130,12 @@ def test_moved_to_unsupported_hardware_after_enable(checkpoint, monkeypatch, cls
     assert qwen_fast.report(pipe).calls
 
 
+def test_a_folder_for_tables_that_cannot_be_written(checkpoint, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="`modulation_cache` is .*file"):
+        qwen_fast.enable(stock(checkpoint), modulation_cache=tmp_path / "file")
+
+
 @pytest.mark.parametrize(("name", "value"), [("modulation", "tables"), ("attention", "flash"), ("cuda_graph", 1)])
 def test_unknown_values_of_options(checkpoint, name, value):
     pipe = stock(checkpoint)

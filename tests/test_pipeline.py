@@ -295,3 +295,38 @@ def test_a_schedule_computed_twice_hits_the_table_cache(pipe):
         draw(pipe, prompt="a red circle", **SMALL)
     tables = pipe.transformer.__dict__[ATTACHED].tables
     assert (tables.misses, tables.hits) == (1, 2)
+
+
+def test_tables_on_disk_serve_another_process(checkpoint, pipe, tmp_path):
+    for run in range(2):
+        fast = qwen_fast.enable(stock(checkpoint), modulation_cache=tmp_path / "tables")
+        assert_same_picture(pipe, fast, prompt="a red circle", **SMALL)
+        tables = fast.transformer.__dict__[ATTACHED].tables
+        assert (tables.misses, tables.hits) == (1 - run, run)
+    assert len(list((tmp_path / "tables").iterdir())) == 1
+
+
+def test_a_sample_whose_text_is_all_masked(pipe):
+    mask = torch.tensor([[1] * 9, [0] * 9])
+    embeds = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
+    assert_same_picture(pipe, prompt_embeds=embeds, prompt_embeds_mask=mask, **SMALL)
+
+
+def test_the_host_stays_two_steps_behind_the_device_at_most(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self):
+            self.number = sum(entry[0] == "record" for entry in log)
+
+        def record(self):
+            log.append(("record", self.number))
+
+        def synchronize(self):
+            log.append(("wait", self.number))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    pace = denoise._Pace(torch.device("cuda"))
+    for _ in range(4):
+        pace.step()
+    assert log == [("record", 0), ("record", 1), ("record", 2), ("wait", 0), ("record", 3), ("wait", 1)]
