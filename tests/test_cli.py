@@ -263,7 +263,7 @@ def test_doctor_is_healthy_here(capsys):
         assert "none that PyTorch can use" in out
     assert "yes QwenImagePipeline" in out and "yes QwenImageImg2ImgPipeline" in out
     assert "no  QwenImageEditPipeline: not yet" in out
-    assert "48 schedules equal diffusers' bit for bit" in out
+    assert "48 schedules equal diffusers' bit for bit" in out and "ok   transformer on cpu: RMS error" in out
     assert out.splitlines()[-1] == "healthy"
 
 
@@ -292,6 +292,12 @@ def test_doctor_finds_a_wrong_schedule_a_wrong_step_and_a_broken_import(capsys, 
         patch.setattr(qwen_fast_kernels, "euler_step", lambda x, v, sigmas, i: step(x, -v, sigmas, i))
         assert main(["doctor"]) == 1
         assert "FAIL euler_step on cpu: torch.bfloat16, step 0: differs" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        from qwen_fast import blocks
+
+        patch.setattr(blocks, "qk_norm_rope", lambda *args: None)
+        assert main(["doctor"]) == 1
+        assert "FAIL transformer on cpu: torch.bfloat16: error" in capsys.readouterr().out
     monkeypatch.setattr(doctor, "accelerated", lambda: 1 / 0)
     assert main(["doctor"]) == 1
     assert "FAIL import: ZeroDivisionError" in capsys.readouterr().out

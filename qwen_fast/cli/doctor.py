@@ -54,7 +54,7 @@ def examine() -> dict[str, Any]:
         findings["checks"].append({"name": "import", "ok": False, "detail": f"{type(error).__name__}: {error}"})
     else:
         for device in ["cpu"] + [d["device"] for d in findings["devices"] if d["why_not"] is None]:
-            for check in (check_schedule, check_euler_step):
+            for check in (check_schedule, check_euler_step, check_transformer):
                 findings["checks"].append(_attempt(check, device))
     findings["healthy"] = all(check["ok"] for check in findings["checks"])
     return findings
@@ -138,6 +138,53 @@ def check_euler_step(device: str) -> tuple[bool, str]:
                 worst = (ours - stock).abs().max().item()
                 return False, f"{dtype}, step {i}: differs from diffusers' step by up to {worst:.3g}"
     return True, "8 steps in bf16, fp16 and fp32 equal diffusers' bit for bit"
+
+
+def check_transformer(device: str) -> tuple[bool, str]:
+    """The fused transformer on `device` against stock diffusers', at the real head size: errors against float64."""
+    import copy
+
+    import diffusers
+    import torch
+
+    from qwen_fast.calls import accelerated
+    from qwen_fast.reporting import State
+    from qwen_fast.testing import initialize
+    from qwen_fast.transformer import attach
+
+    generator = torch.Generator().manual_seed(0)
+    weights = diffusers.QwenImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=2, num_attention_heads=2, joint_attention_dim=32
+    )
+    image, text = torch.randn(2, 8 * 12, 16, generator=generator), torch.randn(2, 37, 32, generator=generator)
+    errors = []
+    with torch.no_grad():
+        initialize(weights, "transformer", 0)
+        for dtype in (torch.bfloat16, torch.float16):
+            model, state = copy.deepcopy(weights).to(device, dtype), State(attention="triton", modulation="layers")
+
+            def run(model, dtype=dtype):
+                inputs = {
+                    "hidden_states": image.to(device, dtype),
+                    "encoder_hidden_states": text.to(device, dtype),
+                    "encoder_hidden_states_mask": torch.arange(37, device=device) < torch.tensor([[37], [5]], device=device),
+                    "timestep": torch.full((2,), 0.75, dtype=dtype, device=device),
+                    "img_shapes": [[(1, 8, 12)]] * 2,
+                }
+                return model(**inputs, return_dict=False)[0].double()
+
+            stock = run(model)
+            attach(model, state)
+            with accelerated(model, state):
+                fused = run(model)
+            if state.calls["transformer"] != 1 or state.fallbacks:
+                return False, f"{dtype}: stock diffusers ran: {dict(state.fallbacks)}"
+            exact = run(copy.deepcopy(model).double(), torch.float64)
+            ours, theirs = ((actual - exact).square().mean().sqrt().item() for actual in (fused, stock))
+            if not ours <= 1.05 * theirs:
+                return False, f"{dtype}: error {ours:.3g} against float64, stock's is {theirs:.3g}"
+            errors.append(f"{str(dtype).removeprefix('torch.')} {ours / theirs:.2f}")
+    return True, f"RMS error against float64, as a part of stock's: {', '.join(errors)}"
 
 
 def _attempt(check: Any, device: str) -> dict[str, Any]:
