@@ -10,6 +10,7 @@ OPTIONS = {
     "modulation": ("table", "layers"),
     "attention": ("auto", "triton", "diffusers"),
     "cuda_graph": ("auto", True, False),
+    "vae": ("image", "diffusers"),
 }
 
 

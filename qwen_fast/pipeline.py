@@ -20,77 +20,10 @@ from .denoise import denoise
 from .forwards import Task
 from .hardware import unsupported_reason
 from .inputs import check_call, check_options, writable_folder
+from .mixin import AcceleratedPipeline
 from .modulation import table_reason
 from .reporting import STATE, State, logger
-from .schedule import Schedule, check_device
-from .transformer import attach, detach
-
-
-class AcceleratedPipeline:
-    """What all accelerated pipelines share: state, checks before any work, and the repair of diffusers' mask pairing."""
-
-    supports_precise_sampler = False
-
-    @property
-    def fast_state(self) -> State:
-        """Options and counters of this instance."""
-        return self.__dict__[STATE]
-
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        """As diffusers', but a CUDA device where there is none is refused before anything moves."""
-        for value in (*args, kwargs.get("device")):
-            if isinstance(value, (str, torch.device)):
-                check_device(value)
-        return super().to(*args, **kwargs)
-
-    def encode_prompt(
-        self,
-        prompt: str | list[str],
-        device: torch.device | None = None,
-        num_images_per_prompt: int = 1,
-        prompt_embeds: torch.Tensor | None = None,
-        prompt_embeds_mask: torch.Tensor | None = None,
-        max_sequence_length: int = 1024,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As diffusers', with the right mask for each picture.
-
-        diffusers 0.42.1 repeats embeddings prompt by prompt but tiles the masks, so prompts of different lengths with
-        num_images_per_prompt > 1 get each other's masks. Here both are repeated prompt by prompt.
-        """
-        prompt_embeds, prompt_embeds_mask = super().encode_prompt(
-            prompt=prompt,
-            device=device,
-            num_images_per_prompt=1,
-            prompt_embeds=prompt_embeds,
-            prompt_embeds_mask=prompt_embeds_mask,
-            max_sequence_length=max_sequence_length,
-        )
-        prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
-        if prompt_embeds_mask is not None:
-            prompt_embeds_mask = prompt_embeds_mask.repeat_interleave(num_images_per_prompt, dim=0)
-        return prompt_embeds, prompt_embeds_mask
-
-    def install_transformer(self) -> str | None:
-        """Attach to the transformer that the pipeline has now; returns why it cannot be, or None."""
-        state, model = self.fast_state, self.transformer
-        if state.transformer is not None and state.transformer is not model:
-            self.remove_transformer()  # the user put another in
-        reason = attach(model, state)
-        state.transformer = model if reason is None else None
-        return reason
-
-    def remove_transformer(self) -> None:
-        """Give the transformer back as it was."""
-        state = self.fast_state
-        if state.transformer is not None:
-            detach(state.transformer, state)
-            state.transformer = None
-
-    def install_scheduler(self) -> None:
-        """Put our scheduler in, where the pipeline's own loop calls `scheduler.step`."""
-
-    def remove_scheduler(self) -> None:
-        """Give the user's scheduler back."""
+from .schedule import Schedule
 
 
 def _stock_loop(stock: type) -> Callable[..., Any]:
@@ -114,7 +47,7 @@ def _stock_loop(stock: type) -> Callable[..., Any]:
         if reason is not None:
             self.fast_state.fall_back(reason)
             return stock.__call__(self, *args, **kwargs)
-        with accelerated(self.transformer, self.fast_state) as forwards:
+        with self._images(), accelerated(self.transformer, self.fast_state) as forwards:
             forwards.changing = bound.arguments.get("callback_on_step_end") is not None
             self.fast_state.no_table = table_reason(self.transformer)
             if self.fast_state.modulation == "table" and self.fast_state.no_table is None:
@@ -160,7 +93,7 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
     Args:
         precise_sampler (bool): keep latents and step size in fp32 between steps; callbacks and `output_type="latent"`
             then see fp32 latents.
-        modulation, modulation_cache, attention, cuda_graph, strict: see `enable`.
+        modulation, modulation_cache, attention, cuda_graph, strict: see `enable`. vae_option: its `vae`.
     """
 
     supports_precise_sampler = True
@@ -178,13 +111,17 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
         modulation_cache: str | Path | None = None,
         attention: str = "auto",
         cuda_graph: bool | str = "auto",
+        vae_option: str = "image",
         strict: bool = False,
     ):
+        check_options(vae=vae_option)
         options = check_options(modulation=modulation, attention=attention, cuda_graph=cuda_graph)
+        options["vae_option"] = vae_option
         options["modulation_cache"] = writable_folder("modulation_cache", modulation_cache)
         super().__init__(scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer)
         self.__dict__[STATE] = State(precise_sampler=precise_sampler, strict=strict, **options)
         self.install_transformer()
+        self.install_vae()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs: Any) -> "QwenImagePipeline":
@@ -318,7 +255,10 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
             img_shapes=[[grid_size]] * batch_size,
         )
         latents = denoise(self, latents, task, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        image = latents if output_type == "latent" else self._decode(latents, height, width, output_type)
+        image = latents
+        if output_type != "latent":
+            with self._images():
+                image = self._decode(latents, height, width, output_type)
         self.maybe_free_model_hooks()
         return QwenImagePipelineOutput(images=image) if return_dict else (image,)
 

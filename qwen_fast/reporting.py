@@ -23,11 +23,12 @@ class State:
         modulation_cache: folder in which modulation tables are kept for other processes, or None.
         attention: "auto", "triton" or "diffusers".
         cuda_graph: "auto", True or False.
+        vae_option: "image" or "diffusers".
         strict: raise where stock diffusers would be used instead.
         calls: fast calls so far, by operator.
         fallbacks: calls left to stock diffusers, by reason.
         stock_scheduler: the scheduler to give back, where ours took its place.
-        transformer: the model that this pipeline attached to.
+        transformer, vae: the models that this pipeline attached to.
         graph: why the last call's steps were not captured in a CUDA graph; None: they were, or there was no call yet.
         no_table: why the last call computed its modulations in each forward all the same, or None.
     """
@@ -37,11 +38,13 @@ class State:
     modulation_cache: Path | None = None
     attention: str = "auto"
     cuda_graph: bool | str = "auto"
+    vae_option: str = "image"
     strict: bool = False
     calls: Counter = field(default_factory=Counter)
     fallbacks: Counter = field(default_factory=Counter)
     stock_scheduler: Any = None
     transformer: Any = None
+    vae: Any = None
     graph: str | None = None
     no_table: str | None = None
 
@@ -117,6 +120,8 @@ def report(pipe: Any) -> Report:
                 graphs = f"no CUDA graph: {state.graph}" if state.graph else f"CUDA graph {state.cuda_graph}"
                 replaced.append(f"steps ({graphs})")
             memory |= state.transformer.fast_memory()
+        if state.vae is not None:
+            replaced.append("VAE (one frame through 2-D convolutions)")
     return Report(
         pipeline=type(pipe).__name__,
         enabled=state is not None,

@@ -21,6 +21,7 @@ def enable(
     modulation_cache: str | Path | None = None,
     attention: str = "auto",
     cuda_graph: bool | str = "auto",
+    vae: str = "image",
     strict: bool = False,
 ) -> Pipeline:
     """Accelerate `pipe` in place. Calling it again changes the options.
@@ -41,6 +42,8 @@ def enable(
             attention kernel. "diffusers": diffusers' dispatcher. A backend chosen in diffusers itself is always used.
         cuda_graph: capture a whole step in a CUDA graph: "auto" where launches limit the speed, True wherever nothing
             forbids it, False never.
+        vae: "image": single frames through 2-D convolutions, which is what the VAE's causal 3-D ones are for them.
+            "diffusers": as it is.
         strict: raise where a call would run on stock diffusers, instead of running it there and saying so.
     Returns:
         The same object.
@@ -53,7 +56,8 @@ def enable(
         stock, ours = next((s, o) for s, o in ACCELERATED.items() if o is stock)
     if ours is None:
         raise ValueError(_refusal(pipe))
-    options = check_options(modulation=modulation, attention=attention, cuda_graph=cuda_graph)
+    options = check_options(modulation=modulation, attention=attention, cuda_graph=cuda_graph, vae=vae)
+    options["vae_option"] = options.pop("vae")
     options["modulation_cache"] = writable_folder("modulation_cache", modulation_cache)
     if precise_sampler and not ours.supports_precise_sampler:
         raise ValueError(
@@ -78,6 +82,7 @@ def enable(
     reason = pipe.install_transformer()
     if reason is not None:
         logger.warning("the transformer stays as it is: %s.", reason)
+    pipe.install_vae()
     pipe.install_scheduler()
     return pipe
 
@@ -92,6 +97,7 @@ def disable(pipe: Pipeline) -> Pipeline:
     if state is not None:
         pipe.remove_scheduler()
         pipe.remove_transformer()
+        pipe.remove_vae()
         del pipe.__dict__[STATE]
         pipe.__class__ = next(stock for stock, ours in ACCELERATED.items() if ours is type(pipe))
     return pipe

@@ -71,7 +71,8 @@ def reads_only(*tensors: torch.Tensor | None):
     load, reads = InterpreterBuilder.create_masked_load, []
 
     def checked(self, pointers, mask, *rest, **options):
-        addresses = np.broadcast_to(pointers.data, mask.data.shape)[mask.data.astype(bool)]
+        taken = np.asarray(mask.data).astype(bool)  # Triton 3.6 has an array where 3.9 has a handle
+        addresses = np.broadcast_to(pointers.data, taken.shape)[taken]
         inside = np.zeros(addresses.shape, dtype=bool)
         for begin, end in ranges:
             inside |= (addresses >= begin) & (addresses < end)

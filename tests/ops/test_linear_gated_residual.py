@@ -172,8 +172,8 @@ def test_rows_of_any_stride_and_alignment(run, padding, device):
 @pytest.mark.triton
 def test_descriptors_of_strided_rows(device):
     launch = by_descriptors(launch_linear_gated_residual)
-    inputs = made((33, 40, 35), torch.bfloat16, device, 7)
-    views = {name: in_rows(inputs[name], 8, 16) for name in ("x", "weight", "residual")}
+    inputs = made((33, 48, 35), torch.bfloat16, device, 7)
+    views = {name: in_rows(inputs[name], 8, 8) for name in ("x", "weight", "residual")}
     assert dimensions(views["x"], views["weight"])[-1]
     assert_bit_equal(launch(**inputs | views), launch(**inputs))
 
@@ -267,7 +267,7 @@ def test_inputs_stay_and_the_output_is_new(run, device):
 @pytest.mark.parametrize("step", [STEP, -1, CONDITIONS])
 def test_no_load_leaves_the_inputs(run, token_rows, step, device):
     """Also those loads whose numbers nobody would see: of rows and columns behind the last, of conditions that are none."""
-    inputs = made((33, 40, 72), torch.bfloat16, device, 7, token_rows)
+    inputs = made((33, 48, 72), torch.bfloat16, device, 7, token_rows)
     inputs |= {"gate": inputs["gate"].contiguous(), "step_index": torch.tensor([step], dtype=torch.int32, device=device)}
     with reads_only(*(value for value in inputs.values() if isinstance(value, torch.Tensor))):
         run(**inputs)
@@ -275,7 +275,7 @@ def test_no_load_leaves_the_inputs(run, token_rows, step, device):
 
 @pytest.mark.parametrize("run", LAUNCHES)
 @pytest.mark.parametrize("token_rows", TOKEN_ROWS)
-@pytest.mark.parametrize("shape", [(33, 40, 72), (1, 8, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(33, 48, 72), (1, 16, 1)], ids=str)
 def test_nothing_outside_the_buffers_is_read(run, token_rows, shape, device):
     """Inputs between NaN: what is read outside them shows in the output."""
     inputs = made(shape, torch.bfloat16, device, 1, token_rows)

@@ -1,0 +1,83 @@
+"""Decoding and encoding one picture, stock against the 2-D path, on this machine's CPU, interleaved, on the same weights.
+
+    python -m benchmarks.bench_vae [--pixels 256 512] [--repeats N] [--append benchmarks/results/vae.csv]
+
+The full-width VAE of Qwen-Image (base_dim 96) with random weights; CPU time of one thread. A difference beyond 1e-5 in fp32
+ends the run without a ratio.
+"""
+
+import argparse
+import csv
+import datetime
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import diffusers
+import torch
+
+from qwen_fast import vae as fast_vae
+from qwen_fast.reporting import State
+from qwen_fast.testing import initialize
+
+from .bench_pipeline import git
+
+FIELDS = "date commit dirty machine torch diffusers dtype pixels what repeats stock_p50 fast_p50 ratio_p50".split()
+FIELDS += ["max_difference"]
+
+
+@torch.no_grad()
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pixels", type=int, nargs="+", default=[256, 512])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--append", type=Path, help="CSV file that gets one row a case")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    weights, state, rows = diffusers.AutoencoderKLQwenImage(), State(), []
+    initialize(weights, "vae", 0)
+    for dtype in (torch.float32, torch.bfloat16):
+        vae = weights.to(dtype).eval()
+        fast_vae.attach(vae, state)
+        for pixels in options.pixels:
+            cases = {
+                "decode": torch.randn(1, 16, 1, pixels // 8, pixels // 8),
+                "encode": torch.rand(1, 3, 1, pixels, pixels) * 2 - 1,
+            }
+            for what, value in cases.items():
+                value, outputs, seconds = value.to(dtype), {}, {"stock": [], "fast": []}
+                for repeat in range(options.repeats):
+                    for name in sorted(seconds, reverse=bool(repeat % 2)):
+                        begin = time.thread_time()
+                        with fast_vae.images(vae, state if name == "fast" else State()):
+                            decoding = what == "decode"
+                            outputs[name] = vae.decode(value).sample if decoding else vae.encode(value).latent_dist.mean
+                        seconds[name].append(time.thread_time() - begin)
+                difference = (outputs["fast"] - outputs["stock"]).abs().max().item()
+                if dtype == torch.float32 and difference > 1e-5 * max(1.0, outputs["stock"].abs().max().item()):
+                    print(f"{what} {pixels} px: differs by {difference:g}; no times are given")
+                    return 1
+                medians = {name: statistics.median(values) for name, values in seconds.items()}
+                ratio = statistics.median(s / f for s, f in zip(seconds["stock"], seconds["fast"], strict=True))
+                print(
+                    f"{what} {pixels:4d} px, {dtype}: stock {medians['stock']:.3f} s, ours {medians['fast']:.3f} s, "
+                    f"ratio {ratio:.2f}, largest difference {difference:g}"
+                )
+                rows.append(
+                    [
+                        datetime.date.today(), git("rev-parse", "--short", "HEAD"), bool(git("status", "--porcelain")),
+                        f"{platform.machine()} CPU, 1 thread", torch.__version__, diffusers.__version__,
+                        str(dtype).removeprefix("torch."), pixels, what, options.repeats,
+                        f"{medians['stock']:.4f}", f"{medians['fast']:.4f}", f"{ratio:.4f}", f"{difference:.3g}",
+                    ]
+                )  # fmt: skip
+    if options.append:
+        new = not options.append.exists()
+        with options.append.open("a", newline="") as file:
+            csv.writer(file).writerows([FIELDS] * new + rows)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

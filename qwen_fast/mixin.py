@@ -1,0 +1,101 @@
+"""What all accelerated pipelines share."""
+
+import contextlib
+from typing import Any
+
+import torch
+
+from . import vae as fast_vae
+from .reporting import STATE, State
+from .schedule import check_device
+from .transformer import attach, detach
+
+
+class AcceleratedPipeline:
+    """What all accelerated pipelines share: state, checks before any work, and the repair of diffusers' mask pairing."""
+
+    supports_precise_sampler = False
+
+    @property
+    def fast_state(self) -> State:
+        """Options and counters of this instance."""
+        return self.__dict__[STATE]
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers', but a CUDA device where there is none is refused before anything moves."""
+        for value in (*args, kwargs.get("device")):
+            if isinstance(value, (str, torch.device)):
+                check_device(value)
+        return super().to(*args, **kwargs)
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str],
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds_mask: torch.Tensor | None = None,
+        max_sequence_length: int = 1024,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As diffusers', with the right mask for each picture.
+
+        diffusers 0.42.1 repeats embeddings prompt by prompt but tiles the masks, so prompts of different lengths with
+        num_images_per_prompt > 1 get each other's masks. Here both are repeated prompt by prompt.
+        """
+        prompt_embeds, prompt_embeds_mask = super().encode_prompt(
+            prompt=prompt,
+            device=device,
+            num_images_per_prompt=1,
+            prompt_embeds=prompt_embeds,
+            prompt_embeds_mask=prompt_embeds_mask,
+            max_sequence_length=max_sequence_length,
+        )
+        prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+        if prompt_embeds_mask is not None:
+            prompt_embeds_mask = prompt_embeds_mask.repeat_interleave(num_images_per_prompt, dim=0)
+        return prompt_embeds, prompt_embeds_mask
+
+    def install_transformer(self) -> str | None:
+        """Attach to the transformer that the pipeline has now; returns why it cannot be, or None."""
+        state, model = self.fast_state, self.transformer
+        if state.transformer is not None and state.transformer is not model:
+            self.remove_transformer()  # the user put another in
+        reason = attach(model, state)
+        state.transformer = model if reason is None else None
+        return reason
+
+    def _images(self):
+        """Context in which the VAE codes single frames as pictures."""
+        reason = self.install_vae()
+        if reason is not None:
+            self.fast_state.fall_back(reason)
+        return fast_vae.images(self.vae, self.fast_state) if self.fast_state.vae is not None else contextlib.nullcontext()
+
+    def remove_transformer(self) -> None:
+        """Give the transformer back as it was."""
+        state = self.fast_state
+        if state.transformer is not None:
+            detach(state.transformer, state)
+            state.transformer = None
+
+    def install_vae(self) -> str | None:
+        """Attach to the VAE that the pipeline has now, if the option says so; returns why it cannot be, or None."""
+        state, vae = self.fast_state, self.vae
+        wanted = state.vae_option == "image"
+        if state.vae is not None and (state.vae is not vae or not wanted):
+            self.remove_vae()
+        reason = fast_vae.attach(vae, state) if wanted and vae is not None else None
+        state.vae = vae if wanted and vae is not None and reason is None else None
+        return reason
+
+    def remove_vae(self) -> None:
+        """Give the VAE back as it was."""
+        if self.fast_state.vae is not None:
+            fast_vae.detach(self.fast_state.vae, self.fast_state)
+            self.fast_state.vae = None
+
+    def install_scheduler(self) -> None:
+        """Put our scheduler in, where the pipeline's own loop calls `scheduler.step`."""
+
+    def remove_scheduler(self) -> None:
+        """Give the user's scheduler back."""
