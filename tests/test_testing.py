@@ -125,7 +125,12 @@ def test_shards(checkpoint: Path, tmp_path: Path):
         shards = set(index["weight_map"].values())
         assert len(shards) > 1
         assert {file.name for file in (sharded / component).glob("*.safetensors")} == shards
-    assert torch.equal(draw(load(sharded)), draw(load(checkpoint)))
+    ours, expected = load(sharded), load(checkpoint)
+    for component in ("transformer", "text_encoder"):
+        weights = getattr(expected, component).state_dict()
+        assert all(torch.equal(value, weights[name]) for name, value in getattr(ours, component).state_dict().items())
+    # Not to the bit: a matrix product may depend on the alignment at which a file was mapped into memory.
+    assert (draw(ours) - draw(expected)).abs().max() < 1e-5
 
 
 def test_template_prefix_is_what_the_pipeline_drops(checkpoint: Path):
