@@ -345,9 +345,9 @@ def detach(model: torch.nn.Module, state: State) -> None:
     attachment = model.__dict__.get(ATTACHED)
     if attachment is None:
         return
+    if not any(user.modulation == "table" for user in attachment.users if user is not state):
+        return_to_device(model)  # raises where memory is too short, and then nothing has changed
     attachment.users.discard(state)
-    if not any(user.modulation == "table" for user in attachment.users):
-        return_to_device(model)
     if not attachment.users and attachment.own is None:
         del model.__dict__[ATTACHED]
         model.__class__ = STOCK

@@ -174,6 +174,22 @@ def test_attach_and_detach_are_exact_inverses():
     assert {name: (type(module), set(vars(module))) for name, module in model.named_modules()} == before
 
 
+def test_weights_that_do_not_fit_back_leave_everything_as_it_was(monkeypatch):
+    model, state = transformer(), State()
+    attach(model, state)
+
+    def refuse(model):
+        raise RuntimeError("13.6 GB are needed")
+
+    monkeypatch.setattr(fused_transformer, "return_to_device", refuse)
+    with pytest.raises(RuntimeError, match="13.6 GB"):
+        detach(model, state)
+    assert state in model.__dict__[ATTACHED].users and type(model) is not STOCK
+    monkeypatch.undo()
+    detach(model, state)
+    assert type(model) is STOCK
+
+
 def test_a_copy_has_its_own_caches():
     model, state = transformer(), State(modulation="layers")
     fused(model, inputs(), state)
