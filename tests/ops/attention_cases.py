@@ -8,7 +8,7 @@ import torch
 from qwen_fast_kernels.joint_attention import default_config, joint_attention_reference
 
 HALF = [torch.bfloat16, torch.float16]
-LAYOUTS = ["buffer", "contiguous", "head-major", "offset", "spread"]
+LAYOUTS = ["buffer", "head-major", "spread", "mixed", "offset"]
 
 # (text lengths, image lengths) of the sequences; tiles are 128 queries, blocks 64 or 128 keys.
 ONE_SEQUENCE = [
@@ -106,8 +106,8 @@ def in_layout(tensors: torch.Tensor, layout: str) -> list[torch.Tensor]:
     _, rows, heads, dim = tensors.shape
     if layout == "buffer":  # one projection's output, or three in one buffer
         return list(tensors)
-    if layout == "contiguous":
-        return [x.clone() for x in tensors]
+    if layout == "mixed":
+        return [tensors[0].clone(), in_layout(tensors, "head-major")[1], in_layout(tensors, "spread")[2]]
     if layout == "head-major":
         return list(tensors.transpose(1, 2).contiguous().transpose(1, 2))
     if layout == "offset":  # not aligned to 16 bytes: out of reach of descriptors

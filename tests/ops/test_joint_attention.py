@@ -52,7 +52,7 @@ def test_other_dtypes(implementation, dtype, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("dim", [dim for dim in HEAD_DIMS if dim != 128])
 def test_other_head_dims(implementation, dim, dtype, device):
-    check(implementation, problem((7, 12), (45, 33), dtype, device, dim=dim, heads=3))
+    check(implementation, problem((7, 12), (45, 33), dtype, device, dim=dim, heads=2))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -65,8 +65,7 @@ def test_packed_sequences_are_what_each_is_alone(implementation, txt, img, devic
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("used", [(20, 64, 0), (0, 1, 0), (31, 63, 2)], ids=str)
-@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize(("used", "masked"), [((20, 64, 0), False), ((0, 1, 0), False), ((31, 63, 2), True)])
 def test_padding_is_no_key_and_gets_zeros(implementation, used, masked, device):
     seqused = torch.tensor(used, dtype=torch.int32, device=device)
     given = problem((31, 64, 2), (5, 70, 0), torch.bfloat16, device, seqused_txt=seqused)
@@ -77,6 +76,13 @@ def test_padding_is_no_key_and_gets_zeros(implementation, used, masked, device):
         given.key_mask = torch.rand(given.query.shape[0], generator=torch.Generator().manual_seed(1)).to(device) < 0.5
     out = check(implementation, given)
     assert (out[padding] == 0).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_padding_of_the_only_sequence(implementation, device):
+    given = problem((31,), (40,), torch.bfloat16, device, seqused_txt=torch.tensor([20], dtype=torch.int32, device=device))
+    given.key[20:31] *= 30.0
+    assert (check(implementation, given)[20:31] == 0).all()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -114,12 +120,11 @@ def test_layouts(implementation, layout, device):
 def test_tensors_that_descriptors_do_not_reach(device):
     given = problem((9, 21), (70, 40), torch.bfloat16, device, heads=2, layout="offset")
     config = default_config(90, 128, 2, aligned=False)
-    assert not config["DESCRIPTORS"] and not config["WARP_SPECIALIZE"]
     assert_within_budget(launch(*given, config=config), given.reference(), given.oracle())
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("scale", [1e-3, 0.3, 1.0])
+@pytest.mark.parametrize("scale", [1e-3, 1.0])
 def test_scale(implementation, scale, device):
     check(implementation, problem((9,), (140,), torch.bfloat16, device, scale=scale))
 
@@ -246,7 +251,8 @@ def test_descriptors_are_for_architectures_that_have_them(capability, masked):
         config = default_config(capability, dim, 2, masked=masked)
         assert config["DESCRIPTORS"] == (90 <= capability < 120)
         assert config["WARP_SPECIALIZE"] == (capability == 90 and not masked)
-        assert config["num_warps"] == (4 if config["WARP_SPECIALIZE"] else 8)
+        unaligned = default_config(capability, dim, 2, masked=masked, aligned=False)
+        assert not unaligned["DESCRIPTORS"] and not unaligned["WARP_SPECIALIZE"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -272,7 +278,7 @@ def test_bad_arguments_are_named(name):
 def test_opcheck(dtype, device):
     seqused = torch.tensor([7, 5], dtype=torch.int32, device=device)
     key_mask = torch.arange(29, device=device) % 3 > 0
-    for layout in ("contiguous", "head-major"):
+    for layout in ("buffer", "mixed"):
         given = problem((7, 6), (5, 11), dtype, device, dim=32, heads=2, layout=layout)
         for optional in ({}, {"seqused_txt": seqused, "key_mask": key_mask, "scale": 0.3}):
             torch.library.opcheck(torch.ops.qwen_fast.joint_attention.default, tuple(replace(given, **optional)))
