@@ -336,10 +336,15 @@ def _cases_of_token_rows(op: str, **variant) -> list[Case]:
         case("rows by 16", size=GUIDED),
         case("part of wider rows", layout="part"),
         case("offset", layout="offset"),
-        *(case(f"{size.channels} channels", size=size) for size in (MIDDLE, TINY)),
+        *(
+            case(f"{size.channels} channels, {name}", dtype, size)
+            for size in (MIDDLE, TINY)
+            for name, dtype in (("bf16", BF16), ("fp32", FP32))
+        ),
     ]
     if op.startswith("linear"):  # the tiles depend on the rows
         found += [case(f"{rows} rows", size=Size((), (rows,))) for rows in (8, 24, 60, 256, 1054)]
+        found += [case("offset, fp32", FP32, layout="offset")]
     if op != "linear_gelu":
         found += [
             case("packed", size=PACKED, packed=True, default=True),
@@ -351,7 +356,7 @@ def _cases_of_token_rows(op: str, **variant) -> list[Case]:
 def _cases_of_heads(op: str) -> list[Case]:
     return [
         Case(op, "bf16", BF16, measured=True, default=True),
-        Case(op, "fp16", FP16, default=True),
+        Case(op, "fp16", FP16),
         Case(op, "fp32", FP32, measured=True),
         Case(op, "packed", BF16, PACKED, measured=True),
         Case(op, "few rows", BF16, FEW),
@@ -377,6 +382,15 @@ CASES: list[Case] = [
     *_cases_of_heads("joint_attention"),
     Case("joint_attention", "text lengths", BF16, PACKED, {"used": True}, default=True),
     Case("joint_attention", "key mask", BF16, PACKED, {"masked": True}, default=True),
+    *(
+        Case("joint_attention", f"key mask and text lengths, {name}", dtype, size, {"masked": True, "used": True, **layout})
+        for name, dtype, size, layout in (
+            ("bf16", BF16, PACKED, {}),
+            ("fp32", FP32, PACKED, {}),
+            ("offset", BF16, PACKED, {"layout": "offset"}),
+            ("head_dim 64", BF16, MIDDLE, {}),
+        )
+    ),
     *_cases_of_token_rows("linear_gelu"),
     Case("linear_gelu", "no bias", BF16, variant={"bias": False}),
     *_cases_of_token_rows("linear_gated_residual"),
