@@ -68,18 +68,21 @@ class Case:
         layout = self.model.layout((self.shapes,) * 2, text_tokens, torch.device("cpu"))
         embeds = torch.cat([text[0] for text in self.texts])
         self.packed = Packed(layout, embeds, 2)
+        # A pipeline looks for hooks on the blocks once a call; what is measured is a later step.
+        self.separate = [False] * len(self.model.transformer_blocks)
 
     def stock(self) -> list[torch.Tensor]:
         """As stock's loop calls it: outside `accelerated` an attached model is stock to the bit."""
         return [self._forward(text) for text in self.texts]
 
     def layers(self) -> list[torch.Tensor]:
-        with accelerated(self.model, self.state):
+        with accelerated(self.model, self.state) as call:
+            call.separate = self.separate
             return [self._forward(text) for text in self.texts]
 
     def from_table(self) -> list[torch.Tensor]:
         with accelerated(self.model, self.state) as call:
-            call.conditions = self.table
+            call.conditions, call.separate = self.table, self.separate
             return [self._forward(text) for text in self.texts]
 
     def from_table_packed(self) -> list[torch.Tensor]:

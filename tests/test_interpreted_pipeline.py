@@ -32,14 +32,18 @@ def launches(request, monkeypatch) -> Counter:
             config = module.default_config
             monkeypatch.setattr(module, "default_config", lambda *args, config=config: config(*args) | {"BACKEND": "triton"})
 
-        def launched(*args, name=name, launch=getattr(module, f"launch_{name}"), **kwargs):
-            counter[name] += 1
-            return launch(*args, **kwargs)
-
-        monkeypatch.setattr(module, f"launch_{name}", launched)
+        monkeypatch.setattr(module, f"launch_{name}", _counted(getattr(module, f"launch_{name}"), name, counter))
         library.impl(name, getattr(module, f"_{name}_cuda"), "CPU", allow_override=True)
     yield counter
     library._destroy()
+
+
+def _counted(launch, name: str, counter: Counter):
+    def launched(*args, **kwargs):
+        counter[name] += 1
+        return launch(*args, **kwargs)
+
+    return launched
 
 
 @pytest.mark.triton

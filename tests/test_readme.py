@@ -34,3 +34,16 @@ def test_the_measured_times():
         row = newest[model, pixels, steps, "4.0" if cfg == "CFG" else "1.0"]
         figures = [f"{float(row[field]):.3f}" for field in ("stock_p50", "fast_p50", "ratio_p50")]
         assert figures == [stock, fast, ratio] and float(row["max_latent_difference"]) <= 2e-6
+
+
+def test_the_vae_times():
+    with (ROOT / "benchmarks" / "results" / "vae.csv").open() as file:
+        newest = {(row["what"], row["pixels"], row["dtype"]): row for row in csv.DictReader(file)}
+    lines = re.findall(
+        r"^\| VAE (\w+), full width, (\d+)x\2, (\w+) \| ([\d.]+) s \| ([\d.]+) s, ([\d.]+)x \|", README, re.MULTILINE
+    )
+    assert len(lines) == len(newest)
+    for what, pixels, dtype, *shown in lines:
+        row = newest[what, pixels, dtype]
+        assert [f"{float(row[field]):.3f}" for field in ("stock_p50", "fast_p50", "ratio_p50")] == shown
+        assert float(row["max_difference"]) <= (1e-5 if dtype == "float32" else 0)
