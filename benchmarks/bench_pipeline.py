@@ -7,11 +7,9 @@ the run without a ratio.
 """
 
 import argparse
-import csv
 import datetime
 import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +21,8 @@ from diffusers.utils import logging
 
 import qwen_fast
 from qwen_fast.testing import build_checkpoint
+
+from .rows import append, git
 
 # Sizes of the checkpoint: tiny shows what the driver costs, middle what a user would notice.
 MODELS = {
@@ -50,12 +50,6 @@ def measure(pipes: dict, arguments: dict, repeats: int) -> tuple[dict[str, list[
             if repeat >= 0:
                 seconds[name].append(time.thread_time() - begin)
     return seconds, (latents["fast"] - latents["stock"]).abs().max().item() / latents["stock"].abs().max().item()
-
-
-def git(*arguments: str) -> str:
-    """Output of a git command in this repository, empty where there is none."""
-    done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return done.stdout.strip()
 
 
 def main() -> int:
@@ -102,10 +96,7 @@ def main() -> int:
                 ]
             )  # fmt: skip
     if options.append:
-        new = not options.append.exists()
-        options.append.parent.mkdir(parents=True, exist_ok=True)
-        with options.append.open("a", newline="") as file:
-            csv.writer(file).writerows([FIELDS] * new + rows)
+        append(options.append, FIELDS, rows)
     return 0
 
 

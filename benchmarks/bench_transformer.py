@@ -8,7 +8,6 @@ difference beyond the numerical contract ends the run without a ratio.
 """
 
 import argparse
-import csv
 import datetime
 import platform
 import statistics
@@ -26,7 +25,7 @@ from qwen_fast.reporting import State
 from qwen_fast.testing import initialize
 from qwen_fast.transformer import attach
 
-from .bench_pipeline import git
+from .rows import append, git
 
 MODELS = {
     "tiny": {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 32, "axes_dims_rope": (4, 14, 14)},
@@ -150,10 +149,7 @@ def main() -> int:
                 ]
             )  # fmt: skip
     if options.append:
-        new = not options.append.exists()
-        options.append.parent.mkdir(parents=True, exist_ok=True)
-        with options.append.open("a", newline="") as file:
-            csv.writer(file).writerows([FIELDS] * new + rows)
+        append(options.append, FIELDS, rows)
     return 0
 
 

@@ -7,7 +7,6 @@ ends the run without a ratio.
 """
 
 import argparse
-import csv
 import datetime
 import platform
 import statistics
@@ -21,7 +20,7 @@ from qwen_fast import vae as fast_vae
 from qwen_fast.reporting import State
 from qwen_fast.testing import initialize
 
-from .bench_pipeline import git
+from .rows import append, git
 
 FIELDS = "date commit dirty machine torch diffusers dtype pixels what repeats stock_p50 fast_p50 ratio_p50".split()
 FIELDS += ["max_difference"]
@@ -73,9 +72,7 @@ def main() -> int:
                     ]
                 )  # fmt: skip
     if options.append:
-        new = not options.append.exists()
-        with options.append.open("a", newline="") as file:
-            csv.writer(file).writerows([FIELDS] * new + rows)
+        append(options.append, FIELDS, rows)
     return 0
 
 
