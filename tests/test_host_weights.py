@@ -21,7 +21,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from qwen_fast import host_weights
 from qwen_fast.host_weights import HostSequential, host_bytes, keep_on_host, modulation_modules, return_to_device
 from qwen_fast.modulation import TableCache, compute_table, weights_signature
-from small_transformer import LAYERS, build, pretend_elsewhere
+from small_transformer import LAYERS, build, needs_group_offload, pretend_elsewhere
 
 MODS = [f"transformer_blocks.{layer}.{mod}" for layer in range(LAYERS) for mod in ("img_mod", "txt_mod")]
 BYTES = LAYERS * 2 * (384 * 64 + 384) * 4
@@ -273,6 +273,7 @@ def groups_of(model) -> list:
     return [block._diffusers_hook.get_hook("group_offloading").group for block in model.transformer_blocks]
 
 
+@needs_group_offload
 @pytest.mark.parametrize("keep_first", [False, True])
 @pytest.mark.parametrize("num_blocks_per_group", [1, 2])
 def test_group_offload_moves_all_but_the_modulations(transformer, keep_first, num_blocks_per_group):
@@ -293,7 +294,7 @@ def test_group_offload_moves_all_but_the_modulations(transformer, keep_first, nu
     assert torch.equal(run(transformer), expected)
 
 
-@pytest.mark.parametrize("reason", ["accelerate", "leaf-level"])
+@pytest.mark.parametrize("reason", ["accelerate", pytest.param("leaf-level", marks=needs_group_offload)])
 def test_modules_that_hooks_provide_for_are_left(transformer, reason):
     expected, steps = run(transformer), torch.tensor([0.9, 0.3])
     table = compute_table(transformer, steps, device="cpu")
@@ -310,6 +311,7 @@ def test_modules_that_hooks_provide_for_are_left(transformer, reason):
     assert return_to_device(transformer) == 0
 
 
+@needs_group_offload
 def test_weights_on_disk_are_left(transformer, tmp_path):
     group_offload(transformer, offload_to_disk_path=str(tmp_path))
     left = keep_on_host(transformer)

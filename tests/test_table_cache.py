@@ -13,6 +13,7 @@ from qwen_fast.modulation import TableCache, compute_table, table_reason, weight
 from small_transformer import (
     assert_equals_stock,
     build,
+    needs_group_offload,
     stock_values,
     timesteps,
     with_fused_lora,
@@ -118,6 +119,7 @@ def test_weights_out_of_reach_are_computed_each_time():
     assert table_reason(build()) is None
 
 
+@needs_group_offload
 def test_group_offload_on_disk_and_by_leaf_is_named(tmp_path):
     transformer = build()
     options = {"onload_device": torch.device("cpu"), "offload_device": torch.device("cpu")}

@@ -214,7 +214,7 @@ def test_every_default_configuration_is_right(name, device):
     if device.type == "cuda" and config["num_stages"] * config["BLOCK_N"] * config["BLOCK_K"] > 50000:
         if torch.cuda.get_device_properties(device).shared_memory_per_block_optin < 200_000:
             pytest.skip("more shared memory than this GPU has")
-    shape = (config["BLOCK_M"] + 3, 72, config["BLOCK_N"] + 5)
+    shape = (config["BLOCK_M"] + 3, 80, config["BLOCK_N"] + 5)
     x, weight, bias = layer(shape, torch.bfloat16 if itemsize == 2 else torch.float32, device)
     assert_right(launch_linear_gelu(x, weight, bias, config=config), x, weight, bias)
 
