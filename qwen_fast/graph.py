@@ -56,12 +56,17 @@ def reason_against(pipe: Any, forwards: Forwards, callback: Any) -> str | None:
     return None
 
 
-def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """`step` as a CUDA graph; calling what is returned replays it. Runs `step` three times before the capture."""
+def capture(step: Callable[[], None], rewind: Callable[[], object], device: torch.device) -> Callable[[], None]:
+    """`step` as a CUDA graph; calling what is returned replays it.
+
+    Runs `step` three times before the capture, each after `rewind`: a schedule may be a single step long, and an index
+    beyond its end is a device-side assertion.
+    """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for _ in range(3):
+            rewind()
             step()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -90,7 +95,7 @@ class CapturedStep:
         text = torch.zeros(layout.txt_rows, model.inner_dim, dtype=forwards.timesteps.dtype, device=device)
         self.pack = Packed(layout, pack.embeds.new_empty(0), pack.copies, text)
         conditions = None
-        if state.modulation == "table":
+        if call.conditions is not None:
             tables = model.__dict__[ATTACHED].tables
             conditions = TableConditions(model, tables, task.host_timesteps, self.step_index)
         self.load(model, latents, task, pack)
@@ -110,7 +115,7 @@ class CapturedStep:
 
         step()  # compiles, computes the table, and shows what one step counts
         self.calls = Counter(counting.calls)
-        self._replay = capture(step, device)
+        self._replay = capture(step, self.step_index.zero_, device)
 
     def load(self, model: torch.nn.Module, latents: torch.Tensor, task: Task, pack: Packed) -> None:
         """Put another call's latents, schedule and prompts into the buffers; step 0 comes next."""
