@@ -110,7 +110,7 @@ def kernel_is_right(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
         scores = (joint[0] @ joint[1].mT) * head_dim**-0.5
         expected = (scores.softmax(-1) @ joint[2]).transpose(0, 1)
         # Ten roundings of the output's size; a wrong product is off by its size.
-        if (actual[own].float() - expected).abs().max() > 10 * torch.finfo(dtype).eps + 1e-3:
+        if not (actual[own].float() - expected).abs().max() <= 10 * torch.finfo(dtype).eps + 1e-3:  # NaN is wrong too
             logger.warning("the attention kernel is wrong on %s in %s; torch's attention is used.", device, dtype)
             return False
         start += length

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers.utils import USE_PEFT_BACKEND
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 
 from .blocks import Address
@@ -110,7 +111,7 @@ def accelerated(model: torch.nn.Module, state: State) -> Iterator[Call]:
 def lora_scale(model: torch.nn.Module, attention_kwargs: dict[str, Any] | None) -> Iterator[None]:
     """What `attention_kwargs={"scale": ...}` does to the LoRA layers of `model`, for the time inside."""
     scale = (attention_kwargs or {}).get("scale", 1.0)
-    if scale == 1.0:
+    if scale == 1.0 or not USE_PEFT_BACKEND:
         yield
         return
     scale_lora_layers(model, scale)

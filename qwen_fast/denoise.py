@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from . import graph
-from .calls import accelerated, lora_scale
+from .calls import CALL, accelerated, lora_scale
 from .forwards import Forwards, Task, sampler_step
 
 _STEPS_AHEAD = 2  # the host may prepare so many steps before it waits: `interrupt` and the progress bar stay honest
@@ -57,7 +57,11 @@ def denoise(pipe: Any, latents: torch.Tensor, task: Task, callback: Any, callbac
             scheduler._step_index = i + 1
             if callback is not None:
                 tensors = {"latents": latents, "prompt_embeds": task.prompts[0][0]}
-                outputs = callback(pipe, i, t, {name: tensors[name] for name in callback_inputs})
+                outside = CALL.set(None)  # a callback may run another pipeline on the same transformer
+                try:
+                    outputs = callback(pipe, i, t, {name: tensors[name] for name in callback_inputs})
+                finally:
+                    CALL.reset(outside)
                 latents = outputs.pop("latents", latents)
                 embeds = outputs.pop("prompt_embeds", task.prompts[0][0])
                 task.prompts[0] = (embeds, task.prompts[0][1])

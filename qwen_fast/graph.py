@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .attention import chosen_backend
+from .attention import chosen_backend, kernel_is_right
 from .calls import ATTACHED, Call, Packed, accelerated
 from .conditions import TableConditions
 from .forwards import Forwards, Task, sampler_step
@@ -45,10 +45,16 @@ def reason_against(pipe: Any, forwards: Forwards, callback: Any) -> str | None:
         return "hooks, caches, compiled blocks or custom attention processors"
     if len(forwards.packs) > 1:
         return "memory is too short for one forward of both predictions"
-    if is_hooked(pipe.transformer):
-        return "a hook on the transformer, such as offloading"
+    if any(map(is_hooked, pipe.transformer.modules())):
+        return "a hook on the transformer or a layer, such as offloading or casting"
     if any(chosen_backend(block.attn.processor) is not None for block in pipe.transformer.transformer_blocks):
         return "an attention backend chosen in diffusers"
+    attn = pipe.transformer.transformer_blocks[0].attn
+    if pipe.fast_state.attention == "diffusers":
+        return "attention='diffusers' cannot read true prompt lengths on the device"
+    if pipe.fast_state.attention == "auto" and forwards.step_index.is_cuda:
+        if not kernel_is_right(forwards.step_index.device, forwards.timesteps.dtype, attn.inner_dim // attn.heads):
+            return "the attention kernel is wrong on this GPU"
     if option == "auto":
         tokens = forwards.packs[0].layout.img_lengths[0]
         if tokens > _FEW_TOKENS and task.schedule.num_inference_steps > _FEW_STEPS:
@@ -70,7 +76,7 @@ def capture(step: Callable[[], None], rewind: Callable[[], object], device: torc
             step()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
         step()
     return graph.replay
 
@@ -116,6 +122,8 @@ class CapturedStep:
         step()  # compiles, computes the table, and shows what one step counts
         self.calls = Counter(counting.calls)
         self._replay = capture(step, self.step_index.zero_, device)
+        # A replay reads these by address, and caches elsewhere may forget them.
+        self._read = forwards.timesteps, None if conditions is None else conditions.table
 
     def load(self, model: torch.nn.Module, latents: torch.Tensor, task: Task, pack: Packed) -> None:
         """Put another call's latents, schedule and prompts into the buffers; step 0 comes next."""
@@ -158,7 +166,8 @@ def captured_step(pipe: Any, call: Call, forwards: Forwards, latents: torch.Tens
     )
     step = graphs.get(key)
     if step is None:
-        step = graphs[key] = CapturedStep(pipe, call, forwards, latents)
+        with torch.inference_mode(False), torch.no_grad():  # buffers that calls in either mode may write
+            step = graphs[key] = CapturedStep(pipe, call, forwards, latents)
         call.state.calls["graph captures"] += 1
         while len(graphs) > _KEPT:
             graphs.popitem(last=False)
