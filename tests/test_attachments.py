@@ -212,3 +212,18 @@ def test_the_table_follows_the_scheduler_of_stocks_loop(checkpoint, cls):
         draw(fast, **arguments)
     tables = fast.transformer.__dict__["_qwen_fast_attachment"].tables
     assert (tables.misses, tables.hits) == (1, 2)
+
+
+def test_a_callback_may_run_another_pipeline_on_the_same_transformer(checkpoint):
+    pipe = stock(checkpoint)
+    other = diffusers.QwenImagePipeline(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    inner = SMALL | {"prompt": "two green squares"}
+    expected, seen = draw(other, **inner), []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append(draw(other, **inner))
+        return {}
+
+    draw(qwen_fast.enable(pipe), callback_on_step_end=callback, **ARGUMENTS)
+    assert len(seen) == 6 and all(torch.equal(latents, expected) for latents in seen)

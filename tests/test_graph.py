@@ -170,7 +170,17 @@ def forbid_backend(pipe):
         block.attn.processor._attention_backend = "native"
 
 
+def forbid_hook_on_a_layer(pipe):
+    pipe.transformer.proj_out.register_forward_hook(lambda module, args, output: None)
+
+
+def forbid_diffusers_attention(pipe):
+    qwen_fast.enable(pipe, cuda_graph=True, attention="diffusers")
+
+
 REASONS = {
+    forbid_hook_on_a_layer: "or a layer",
+    forbid_diffusers_attention: "attention='diffusers'",
     forbid_callback: "a callback",
     forbid_cache: "hooks, caches",
     forbid_hook: "a hook on the transformer",
@@ -188,6 +198,15 @@ def test_bypassed_and_said_so(pair, captures, forbid):
     assert_same_latents(actual, draw(pair[0], **PROMPT, **GUIDED))
     assert captures == [4], "a graph was replayed"
     assert REASONS[forbid] in pair[1].fast_state.graph and REASONS[forbid] in str(qwen_fast.report(pair[1]))
+
+
+def test_a_graph_keeps_what_it_reads(pair, captures):
+    """A replay reads the table and the timesteps by address, whatever the caches forget."""
+    draw(pair[1], **PROMPT, **GUIDED)
+    attachment = pair[1].transformer.__dict__[ATTACHED]
+    (captured,) = attachment.graphs.values()
+    timesteps, table = captured._read
+    assert timesteps.numel() == 4 and any(table is kept for kept in attachment.tables._tables.values())
 
 
 def test_memory_too_short_for_one_forward(pair, captures, monkeypatch):
