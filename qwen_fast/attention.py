@@ -1,18 +1,15 @@
 """Which implementation computes the joint attention of a block."""
 
 import functools
-import logging
 
 import torch
 from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
-from torch import nn
 
 from qwen_fast_kernels import joint_attention
 
 from .layout import Layout
-
-logger = logging.getLogger("qwen_fast")
+from .reporting import logger
 
 
 def chosen_backend(processor: object) -> AttentionBackendName | None:
@@ -115,8 +112,3 @@ def kernel_is_right(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
             return False
         start += length
     return True
-
-
-def parallel(processor: nn.Module) -> bool:
-    """Whether context parallelism is set up on this processor."""
-    return getattr(processor, "_parallel_config", None) is not None

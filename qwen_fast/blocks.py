@@ -12,7 +12,7 @@ from torch import nn
 
 from qwen_fast_kernels import ada_layer_norm, gated_residual, gated_residual_ada_layer_norm, linear_gelu, qk_norm_rope
 
-from .attention import attend, parallel
+from .attention import attend
 from .hooks import is_hooked, is_plain_linear
 from .layout import Layout
 from .modulation import BlockModulation
@@ -78,7 +78,7 @@ class Rows:
         linear_into(attn.to_out[0], attended[split:], self.branch[split:])
         if drop_text:
             self.residual, self.branch = self.residual[split:], self.branch[split:]
-            self.address, self.split, modulation = self.address.image(split), 0, modulation.image()
+            self.address, self.split = self.address.image(split), 0
         else:
             linear_into(attn.to_add_out, attended[:split], self.branch[:split])
         self._gate_and_norm(modulation.gate1, modulation.shift2, modulation.scale2, clip=False)
@@ -134,7 +134,7 @@ def stock_reason(block: nn.Module) -> str | None:
     attn = block.attn
     if type(attn.processor) is not QwenDoubleStreamAttnProcessor2_0:
         return f"attention processor {type(attn.processor).__name__}"
-    if parallel(attn.processor):
+    if getattr(attn.processor, "_parallel_config", None) is not None:
         return "context parallelism"
     norms = (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k)
     if any(type(norm) is not RMSNorm or norm.weight is None or norm.bias is not None for norm in norms):

@@ -121,7 +121,8 @@ class TableConditions:
         return self.table.out()
 
     def temb(self, batch: int) -> torch.Tensor:
-        rows = self.table.temb.index_select(0, self.step_index).expand(batch, -1)
+        # An index of -1 shows in the output norm, whose rows are NaN then; here it would be a device-side assertion.
+        rows = self.table.temb.index_select(0, self.step_index.clamp(min=0)).expand(batch, -1)
         if self.zero_row is None:
             return rows
         return torch.cat([rows, self.table.temb[self.zero_row].expand(batch, -1)])
@@ -134,9 +135,10 @@ class ScheduledConditions(TableConditions):
     row: where it is not, the row index becomes -1 and the prediction NaN, rather than a picture of another timestep.
     """
 
-    def __init__(self, model: torch.nn.Module, tables: TableCache, pipe: diffusers.DiffusionPipeline):
-        self._model, self._tables, self._pipe = model, tables, pipe
+    def __init__(self, model: torch.nn.Module, tables: TableCache, pipe: diffusers.DiffusionPipeline, changing: bool):
+        self._model, self._tables, self._pipe, self._changing = model, tables, pipe, changing
         self._scheduled: torch.Tensor | None = None
+        self._index: int | None = None
 
     def begin(self, timestep: torch.Tensor) -> bool:
         scheduler = self._pipe.scheduler
@@ -144,8 +146,11 @@ class ScheduledConditions(TableConditions):
             self._scheduled, self.table = scheduler.timesteps, None
             self._known = (scheduler.timesteps.to(timestep.dtype) / 1000).to(timestep.device)
             self.timesteps = self._known.cpu()  # the key of the table: the one time that the host reads the device
-        super().begin(timestep)
         index = scheduler.begin_index or 0 if scheduler.step_index is None else scheduler.step_index
+        if self._changing and index != self._index:
+            self.refresh()  # a callback came in between
+        self._index = index
+        super().begin(timestep)
         fits = (timestep == self._known[index]).all()
         self.step_index = torch.where(fits, index, -1).to(torch.int32).reshape(1)
         return True

@@ -76,13 +76,14 @@ class _Pace:
     """Keeps the host from running more than two steps ahead of the device."""
 
     def __init__(self, device: torch.device):
+        self._device = device
         self._events: deque | None = deque() if device.type == "cuda" else None
 
     def step(self) -> None:
         if self._events is None:
             return
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))  # which need not be the current device
         self._events.append(event)
         if len(self._events) > _STEPS_AHEAD:
             self._events.popleft().synchronize()

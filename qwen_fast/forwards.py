@@ -131,13 +131,10 @@ class Forwards:
             )[0]
 
     def _takes_rows(self, model: torch.nn.Module, attachment: object) -> bool:
-        """Whether nothing stands between the loop and the rows: no hooks on blocks, no cache, no compiled parts."""
+        """Whether nothing stands between the loop and the rows: no hooks on blocks, no cache."""
         if attachment is None or self.task.guidance is not None or self.kwargs:
             return False
         if getattr(model, "is_cache_enabled", False) or getattr(model, "_parallel_config", None) is not None:
-            return False
-        if any(module.__dict__.get("_compiled_call_impl") is not None for module in (model, *model.transformer_blocks)):
-            self.call.state.fall_back("torch.compile of the transformer or its blocks")
             return False
         return not any(is_hooked(block) or stock_reason(block) is not None for block in model.transformer_blocks)
 

@@ -17,6 +17,7 @@ from .calls import ATTACHED, Call, Packed, accelerated
 from .conditions import TableConditions
 from .forwards import Forwards, Task, sampler_step
 from .hooks import is_hooked
+from .host_weights import host_bytes
 from .layout import build_layout, check_image_shapes
 from .modulation import weights_signature
 
@@ -55,6 +56,8 @@ def reason_against(pipe: Any, forwards: Forwards, callback: Any) -> str | None:
     if pipe.fast_state.attention == "auto" and forwards.step_index.is_cuda:
         if not kernel_is_right(forwards.step_index.device, forwards.timesteps.dtype, attn.inner_dim // attn.heads):
             return "the attention kernel is wrong on this GPU"
+    if forwards.call.conditions is None and host_bytes(pipe.transformer):
+        return "the modulation weights stay on the host for another pipeline"
     if option == "auto":
         tokens = forwards.packs[0].layout.img_lengths[0]
         if tokens > _FEW_TOKENS and task.schedule.num_inference_steps > _FEW_STEPS:

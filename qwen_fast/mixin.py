@@ -60,6 +60,10 @@ class AcceleratedPipeline:
         state, model = self.fast_state, self.transformer
         if state.transformer is not None and state.transformer is not model:
             self.remove_transformer()  # the user put another in
+        parts = (model, *getattr(model, "transformer_blocks", ()))
+        if any(part.__dict__.get("_compiled_call_impl") is not None for part in parts):
+            self.remove_transformer()  # what was compiled is stock's forward, which needs all its weights on the device
+            return "torch.compile of the transformer or its blocks"
         reason = attach(model, state)
         state.transformer = model if reason is None else None
         return reason

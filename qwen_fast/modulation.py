@@ -39,10 +39,6 @@ class BlockModulation(NamedTuple):
     scale2: torch.Tensor
     gate2: torch.Tensor
 
-    def image(self) -> "BlockModulation":
-        """The image stream alone, for rows without text."""
-        return BlockModulation(*(view[:, :1] for view in self))
-
 
 @dataclass(frozen=True, eq=False)
 class ModulationTable:

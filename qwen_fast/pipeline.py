@@ -42,6 +42,7 @@ def _stock_loop(stock: type) -> Callable[..., Any]:
             self.remove_scheduler()  # its step would launch a kernel where none can run
         if reason is not None:
             self.fast_state.fall_back(reason)
+            self.remove_transformer()  # stock's forward needs all its weights on the device
             return stock.__call__(self, *args, **kwargs)
         reason = self.install_transformer()
         if reason is not None:
@@ -51,7 +52,8 @@ def _stock_loop(stock: type) -> Callable[..., Any]:
             forwards.changing = bound.arguments.get("callback_on_step_end") is not None
             self.fast_state.no_table = table_reason(self.transformer)
             if self.fast_state.modulation == "table" and self.fast_state.no_table is None:
-                forwards.conditions = ScheduledConditions(self.transformer, self.transformer.__dict__[ATTACHED].tables, self)
+                tables = self.transformer.__dict__[ATTACHED].tables
+                forwards.conditions = ScheduledConditions(self.transformer, tables, self, forwards.changing)
             return stock.__call__(self, *args, **kwargs)
 
     return call
@@ -142,6 +144,7 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
         reason = self._fallback_reason(device)
         if reason is not None:
             self.fast_state.fall_back(reason)
+            self.remove_transformer()  # stock's forward needs all its weights on the device
             return super().__call__(*args, **kwargs)
         arguments = dict(bound.arguments)
         arguments.pop("self")

@@ -333,7 +333,7 @@ def attach(model: torch.nn.Module, state: State) -> str | None:
         rebind_forward(model)
         _swap_blocks(model, STOCK_BLOCK, QwenImageTransformerBlock)
     attachment.users.add(state)
-    if state.modulation_cache not in (None, attachment.tables.folder):
+    if state.modulation_cache != attachment.tables.folder:
         attachment.tables = TableCache(folder=state.modulation_cache)
     if state.modulation == "table":
         keep_on_host(model)

@@ -115,6 +115,22 @@ def test_scale_changed_by_a_callback(pair):
     assert_same_latents(actual, expected)
 
 
+def test_scale_changed_by_a_callback_of_stocks_loop(checkpoint):
+    from test_switch import EDITING
+
+    cls = diffusers.QwenImageImg2ImgPipeline
+    pair = stock(checkpoint, cls=cls), qwen_fast.enable(stock(checkpoint, cls=cls))
+    for pipe in pair:
+        load(pipe, 0, "style")
+
+    def fade(pipe, step, timestep, tensors):
+        pipe.set_adapters(["style"], [1.0 - 0.4 * step])
+        return {}
+
+    expected, actual = (draw(pipe, callback_on_step_end=fade, **(ARGUMENTS | EDITING[cls])) for pipe in pair)
+    assert_same_latents(actual, expected)
+
+
 @pytest.mark.parametrize("steps", [4, 8])
 def test_lightning(pair, steps):
     """Few steps, no guidance, Lightning's schedule, its LoRA on the modulations too."""

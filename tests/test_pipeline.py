@@ -304,6 +304,8 @@ def test_tables_on_disk_serve_another_process(checkpoint, pipe, tmp_path):
         tables = fast.transformer.__dict__[ATTACHED].tables
         assert (tables.misses, tables.hits) == (1 - run, run)
     assert len(list((tmp_path / "tables").iterdir())) == 1
+    draw(qwen_fast.enable(fast), prompt="a red circle", **(SMALL | {"num_inference_steps": 3}))  # and off again
+    assert len(list((tmp_path / "tables").iterdir())) == 1
 
 
 def test_a_sample_whose_text_is_all_masked(pipe):
@@ -319,14 +321,16 @@ def test_the_host_stays_two_steps_behind_the_device_at_most(monkeypatch):
         def __init__(self):
             self.number = sum(entry[0] == "record" for entry in log)
 
-        def record(self):
+        def record(self, stream):
+            assert stream == "of cuda:1"
             log.append(("record", self.number))
 
         def synchronize(self):
             log.append(("wait", self.number))
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    pace = denoise._Pace(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "current_stream", "of {}".format)
+    pace = denoise._Pace(torch.device("cuda:1"))
     for _ in range(4):
         pace.step()
     assert log == [("record", 0), ("record", 1), ("record", 2), ("wait", 0), ("record", 3), ("wait", 1)]

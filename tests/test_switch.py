@@ -248,6 +248,8 @@ def test_other_samplers_run_on_stock_and_are_named(pipe, caplog, change, reason)
     except Exception as error:  # a scheduler that stock cannot use either: our part is to say who ran
         assert "fast" not in str(error)
     assert any(reason in text for text in qwen_fast.report(pipe).fallbacks) and reason in caplog.text
+    # With the transformer stock's own: of ours its forward would fetch the modulation weights from the host each time.
+    assert type(pipe.transformer) is diffusers.QwenImageTransformer2DModel
     with pytest.raises(RuntimeError, match=reason):
         draw(qwen_fast.enable(pipe, strict=True), **PROMPT, **GUIDED)
 
