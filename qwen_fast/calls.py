@@ -17,6 +17,7 @@ from .blocks import Address
 from .conditions import Conditions
 from .layout import Layout
 from .modulation import TableCache
+from .prompt_cache import Encoded
 from .reporting import State
 
 ATTACHED = "_qwen_fast_attachment"  # the one attribute that an attached model carries
@@ -53,12 +54,14 @@ class Packed:
         copies: how often the image rows of the batch are repeated.
         text: `[txt_rows, C]`, the embeddings after txt_norm and txt_in; the first forward fills it in (before it, an
             offloaded model's weights are not on the device).
+        sources: the encoded prompts that `embeds` was made of and how many tokens of each, where that is known.
     """
 
     layout: Layout
     embeds: torch.Tensor
     copies: int
     text: torch.Tensor | None = None
+    sources: list[tuple[Encoded, int]] | None = None
 
 
 @dataclass

@@ -16,6 +16,7 @@ from .layout import check_image_shapes
 from .modulation import table_reason
 from .reporting import State
 from .schedule import Schedule
+from .text import Source, sources_of
 
 Prompt = tuple[torch.Tensor, torch.Tensor | None]  # embeddings [B, S_txt, C_txt], mask [B, S_txt] or None
 
@@ -139,19 +140,26 @@ class Forwards:
         return not any(is_hooked(block) or stock_reason(block) is not None for block in model.transformer_blocks)
 
     def _pack(self, model: torch.nn.Module) -> list[Packed]:
-        prompts = [self._rows_of(*prompt) for prompt in self.task.prompts]
+        prompts = [(*self._rows_of(*prompt), self._sources(prompt[0])) for prompt in self.task.prompts]
         shapes = check_image_shapes(self.task.img_shapes, self.batch)
         device = self.step_index.device
 
         def packed(group: list) -> Packed:
-            embeds = torch.cat([embeds for embeds, _ in group])
-            positions = [position for _, own in group for position in own]
-            return Packed(model.layout(shapes * len(group), positions, device), embeds, len(group))
+            embeds = torch.cat([embeds for embeds, _, _ in group])
+            positions = [position for _, own, _ in group for position in own]
+            known = [source for _, _, own in group for source in own or ()]
+            sources = known if sum(length for _, length in known) == len(embeds) else None
+            return Packed(model.layout(shapes * len(group), positions, device), embeds, len(group), sources=sources)
 
         together = packed(prompts)
         if len(prompts) == 1 or fits_in_memory(together.layout.rows, model, self.timesteps.dtype, device):
             return [together]
         return [packed([prompt]) for prompt in prompts]
+
+    def _sources(self, embeds: torch.Tensor) -> list[Source] | None:
+        """The encoded prompts that the rows of `embeds` were made of, sample by sample, if they are known."""
+        sources = sources_of(embeds)
+        return sources * self.batch if sources is not None and embeds.shape[0] == 1 else sources
 
     def _rows_of(self, embeds: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, list[int | tuple[int, ...]]]:
         """Embeddings as rows without the masked ones, and per sample how many they are, or where they stood."""

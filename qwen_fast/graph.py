@@ -135,7 +135,7 @@ class CapturedStep:
         self.sigmas.copy_(task.schedule.sigmas)
         self.step_index.zero_()
         if pack.text is None:
-            pack.text = model.txt_in(model.txt_norm(pack.embeds))
+            pack.text = model.text_rows(pack)
         self.pack.text.zero_()
         layout.seqused_txt.copy_(torch.tensor(own.txt_lengths, dtype=torch.int32), non_blocking=True)
         start = place = 0

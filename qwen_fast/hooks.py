@@ -13,7 +13,7 @@ def is_hooked(module: nn.Module) -> bool:
     forward = attributes.get("forward")
     return bool(
         # diffusers leaves the plain bound method behind when it removes its last hook.
-        (forward is not None and not _is_own_forward(forward, module))
+        (forward is not None and not is_own_forward(forward, module))
         or attributes.get("_compiled_call_impl") is not None
         or attributes["_forward_hooks"]
         or attributes["_forward_pre_hooks"]
@@ -33,7 +33,7 @@ def rebind_forward(module: nn.Module) -> None:
     """Make hooks that captured `module.forward` under another class call the forward of its present class."""
 
     def present(forward):
-        return types.MethodType(type(module).forward, module) if _is_own_forward(forward, module) else forward
+        return types.MethodType(type(module).forward, module) if is_own_forward(forward, module) else forward
 
     for name in ("forward", "_old_forward"):  # what a removed hook leaves behind, and what accelerate's hooks call
         if name in module.__dict__:
@@ -44,7 +44,7 @@ def rebind_forward(module: nn.Module) -> None:
         reference.original_forward = present(reference.original_forward)
 
 
-def _is_own_forward(forward: object, module: nn.Module) -> bool:
+def is_own_forward(forward: object, module: nn.Module) -> bool:
     """Whether `forward` is the method of the module's class, or of the one that `enable` gave it for a while."""
     if not isinstance(forward, types.MethodType) or forward.__self__ is not module:
         return False

@@ -101,12 +101,27 @@ def host_bytes(transformer: nn.Module) -> int:
     return sum(tensor.nbytes for module in modules for tensor in _tensors(module).values() if tensor.device.type == "cpu")
 
 
+def to_host(module: nn.Module) -> None:
+    """Move the weights of `module` to host memory, pinned where CUDA is available."""
+    module._apply(functools.partial(_apply_on_host, _to_cpu))
+
+
+def to_device(module: nn.Module, device: torch.device) -> None:
+    """Move the weights of `module` to `device`, unpinned if that is the CPU."""
+    module._apply(functools.partial(_release, device))
+
+
 def disk_reason(transformer: nn.Module) -> str | None:
     """Why the weights cannot be read between forwards, or None: group offloading to disk leaves uninitialised memory."""
-    groups = filter(None, map(_offload_group, (transformer, *transformer.transformer_blocks)))
-    if any(group.offload_to_disk_path is not None for group in groups):
+    if any(map(group_keeps_on_disk, (transformer, *transformer.transformer_blocks))):
         return "diffusers' group offload keeps its weights on disk"
     return None
+
+
+def group_keeps_on_disk(module: nn.Module) -> bool:
+    """Whether diffusers' group offloading has put `module` into a group whose weights are on disk between forwards."""
+    group = _offload_group(module)
+    return group is not None and group.offload_to_disk_path is not None
 
 
 def bringing_hook(module: nn.Module) -> str | None:
@@ -120,6 +135,19 @@ def bringing_hook(module: nn.Module) -> str | None:
     return None
 
 
+def weights_reason(module: nn.Module) -> str | None:
+    """Why the weights of `module` are not ours to move, or None."""
+    hook = bringing_hook(module)
+    if hook is not None:
+        return hook
+    for name, tensor in _tensors(module).items():
+        if type(tensor) not in (nn.Parameter, torch.Tensor):
+            return f"{name} is a {type(tensor).__name__}, not a plain tensor"
+        if tensor.is_meta:
+            return f"{name} is on meta: there is nothing to keep"
+    return None
+
+
 def modulation_modules(transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Name and module of every block's `img_mod` and `txt_mod`, in the order of the model."""
     for index, block in enumerate(transformer.transformer_blocks):
@@ -127,16 +155,19 @@ def modulation_modules(transformer: nn.Module) -> Iterator[tuple[str, nn.Module]
             yield f"transformer_blocks.{index}.{name}", getattr(block, name)
 
 
-def on_device(module: nn.Module, device: torch.device) -> Callable[..., Any]:
+def on_device(module: nn.Module, device: torch.device, *, skip: str | tuple[str, ...] = ()) -> Callable[..., Any]:
     """`module` as a callable on `device`; where its weights are elsewhere, with copies of them, made once.
+
+    Weights whose names begin with `skip` are not copied: the call does not use them.
 
     The module is called either way, with all its hooks, and is not changed. Where a hook of its own brings the weights
     for each call (sequential offload, leaf-level group offload) that is left to the hook.
     """
     if not _is_elsewhere(module, device):
         return module
-    copies = {name: tensor.to(device, non_blocking=True) for name, tensor in _tensors(module).items()}
-    return lambda *args: functional_call(module, copies, args)
+    tensors = {name: tensor for name, tensor in _tensors(module).items() if not name.startswith(skip)}
+    copies = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    return lambda *args, **kwargs: functional_call(module, copies, args, kwargs)
 
 
 def on_device_in_turn(groups: Iterable[tuple[nn.Module, ...]], device: torch.device) -> Iterator[list[Callable[..., Any]]]:
@@ -197,15 +228,7 @@ def _leave_out(group: Any) -> None:
 def _reason_to_leave(module: nn.Module) -> str | None:
     if type(module) not in (nn.Sequential, HostSequential):
         return f"it is a {type(module).__name__}, not a plain nn.Sequential"
-    hook = bringing_hook(module)
-    if hook is not None:
-        return hook
-    for name, tensor in _tensors(module).items():
-        if type(tensor) not in (nn.Parameter, torch.Tensor):
-            return f"{name} is a {type(tensor).__name__}, not a plain tensor"
-        if tensor.is_meta:
-            return f"{name} is on meta: there is nothing to keep"
-    return None
+    return weights_reason(module)
 
 
 def _to_cpu(tensor: torch.Tensor) -> torch.Tensor:
@@ -226,7 +249,7 @@ def _pinned(tensor: torch.Tensor) -> torch.Tensor:
     try:
         return tensor.pin_memory()
     except RuntimeError as error:  # the system's limit for locked memory: slower to copy, otherwise the same
-        logger.warning("%d bytes of modulation weights could not be pinned: %s", tensor.nbytes, error)
+        logger.warning("%d bytes of weights could not be pinned: %s", tensor.nbytes, error)
         return tensor
 
 

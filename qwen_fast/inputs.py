@@ -11,6 +11,7 @@ OPTIONS = {
     "attention": ("auto", "triton", "diffusers"),
     "cuda_graph": ("auto", True, False),
     "vae": ("image", "diffusers"),
+    "text_encoder": ("keep", "offload", "free"),
 }
 
 
@@ -20,6 +21,18 @@ def check_options(**options: Any) -> dict[str, Any]:
         if not any(value is known or (isinstance(value, str) and value == known) for known in OPTIONS[name]):
             raise ValueError(f"`{name}` is {value!r}; use one of {', '.join(map(repr, OPTIONS[name]))}.")
     return options
+
+
+def check_text_options(prompt_cache: str | Path | None, text_encoder: str) -> str | Path | None:
+    """`prompt_cache` as "memory", None or a folder that is there, or a ValueError that names what is wrong."""
+    check_options(text_encoder=text_encoder)
+    if prompt_cache is None and text_encoder == "free":
+        raise ValueError("`text_encoder` is 'free' and `prompt_cache` is None: nothing could be drawn twice; use 'offload'.")
+    if prompt_cache is None or prompt_cache == "memory":
+        return prompt_cache
+    if not isinstance(prompt_cache, (str, Path)) or prompt_cache == "":
+        raise ValueError(f"`prompt_cache` is {prompt_cache!r}; use 'memory', None or a folder.")
+    return writable_folder("prompt_cache", prompt_cache)
 
 
 def writable_folder(name: str, folder: str | Path | None) -> Path | None:

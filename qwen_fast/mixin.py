@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
+from . import text
 from . import vae as fast_vae
-from .reporting import STATE, State
+from .reporting import STATE, State, logger
 from .schedule import check_device
 from .transformer import attach, detach
 
@@ -26,7 +27,11 @@ class AcceleratedPipeline:
         for value in (*args, kwargs.get("device")):
             if isinstance(value, (str, torch.device)):
                 check_device(value)
-        return super().to(*args, **kwargs)
+        super().to(*args, **kwargs)
+        if self.fast_state.texts.resting:
+            text.rest(self)  # it went along
+        self.fast_state.texts.cache.leave(self._execution_device)
+        return self
 
     def encode_prompt(
         self,
@@ -42,6 +47,7 @@ class AcceleratedPipeline:
         diffusers 0.42.1 repeats embeddings prompt by prompt but tiles the masks, so prompts of different lengths with
         num_images_per_prompt > 1 get each other's masks. Here both are repeated prompt by prompt.
         """
+        given = prompt_embeds is not None
         prompt_embeds, prompt_embeds_mask = super().encode_prompt(
             prompt=prompt,
             device=device,
@@ -51,9 +57,43 @@ class AcceleratedPipeline:
             max_sequence_length=max_sequence_length,
         )
         prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+        if not given:
+            text.note_source(self, [prompt] if isinstance(prompt, str) else prompt, prompt_embeds, num_images_per_prompt)
         if prompt_embeds_mask is not None:
             prompt_embeds_mask = prompt_embeds_mask.repeat_interleave(num_images_per_prompt, dim=0)
         return prompt_embeds, prompt_embeds_mask
+
+    def _get_qwen_prompt_embeds(
+        self,
+        prompt: str | list[str] | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As diffusers', equal to the bit on the CPU: without logits, and from the prompt cache where it holds the prompt."""
+        reason = text.stock_reason(self)
+        if reason is not None:
+            self.fast_state.fall_back(reason)
+            return super()._get_qwen_prompt_embeds(prompt, device, dtype)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        return text.prompt_embeds(self, prompts, device or self._execution_device, dtype)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers'; a pipeline whose text encoder was freed has none to save.
+
+        Raises:
+            ValueError: the text encoder was freed.
+        """
+        if self.text_encoder is None and self.fast_state.texts.freed:
+            raise ValueError("text_encoder='free' has dropped the text encoder: set `pipe.text_encoder` again before saving.")
+        return super().save_pretrained(*args, **kwargs)
+
+    @property
+    def device(self) -> torch.device:
+        """As diffusers', never that of a text encoder that rests in host memory."""
+        state = self.__dict__.get(STATE)
+        if state is not None and state.texts is not None and state.texts.resting:
+            return self.transformer.device
+        return super().device
 
     def install_transformer(self) -> str | None:
         """Attach to the transformer that the pipeline has now; returns why it cannot be, or None."""
@@ -97,6 +137,13 @@ class AcceleratedPipeline:
         if self.fast_state.vae is not None:
             fast_vae.detach(self.fast_state.vae, self.fast_state)
             self.fast_state.vae = None
+
+    def remove_texts(self) -> None:
+        """Bring a text encoder back that rests in host memory; a freed one is named."""
+        state = self.fast_state
+        text.bring_back(self, state)
+        if state.texts.freed and self.text_encoder is None:
+            logger.warning("text_encoder='free' has dropped the text encoder: set `pipe.text_encoder` to encode new prompts.")
 
     def install_scheduler(self) -> None:
         """Put our scheduler in, where the pipeline's own loop calls `scheduler.step`."""

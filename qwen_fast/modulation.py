@@ -7,23 +7,19 @@ from 13.6 GB of weights; here it is one table of 4.4 MB a step, kept as long as 
 import hashlib
 import itertools
 import math
-import tempfile
-import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from .files import read_checked, write_whole
 from .host_weights import bringing_hook, disk_reason, modulation_modules, on_device, on_device_in_turn
 from .inputs import writable_folder
-from .reporting import logger
 
 _SAMPLES = 256  # elements of a tensor that a signature reads; at least half as many after rounding the stride
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -163,18 +159,23 @@ def weights_signature(transformer: nn.Module) -> Signature:
     than a few hundredths of one single tensor. A fused LoRA changes all tensors it targets, each nearly everywhere. It
     sees neither attributes of a quantised layer that are no tensors nor what a hook does.
     """
+    return modules_signature(_modules(transformer), readable=disk_reason(transformer) is None)
+
+
+def modules_signature(modules: Iterable[tuple[str, nn.Module]], *, readable: bool = True) -> Signature:
+    """`weights_signature` of named modules; without `readable` their content is out of reach."""
     description: list[Any] = []
     tensors: list[torch.Tensor] = []
-    for name, module in _modules(transformer):
+    for name, module in modules:
         for path, part in module.named_modules(prefix=name):
             hooks = len(part._forward_hooks) + len(part._forward_pre_hooks)
-            description.append((path, part._get_name(), hooks, _adapter_state(part)))
+            description.append((path, part._get_name(), hooks, adapter_state(part)))
             for key, tensor in itertools.chain(part._parameters.items(), part._buffers.items()):
-                for plain in () if tensor is None else _plain_tensors(tensor):
+                for plain in () if tensor is None else plain_tensors(tensor):
                     description.append((key, type(tensor).__name__, tuple(plain.shape), plain.stride(), str(plain.dtype)))
                     tensors.append(plain)
     addresses = tuple(tensor.data_ptr() for tensor in tensors)
-    if any(tensor.is_meta for tensor in tensors) or disk_reason(transformer) is not None:
+    if any(tensor.is_meta for tensor in tensors) or not readable:
         return Signature(None, addresses)
     digest = hashlib.sha256(repr(description).encode())
     digest.update(_sampled(tensors))
@@ -270,19 +271,19 @@ def _fill(row: torch.Tensor, values: torch.Tensor) -> None:
     row.copy_(values.view_as(row))
 
 
-def _adapter_state(module: nn.Module) -> tuple[Any, ...] | None:
+def adapter_state(module: nn.Module) -> tuple[Any, ...] | None:
     """What PEFT does in `module` beside its tensors: active adapters, their scalings, merged ones, switched off."""
-    if not hasattr(module, "active_adapters"):
+    if not hasattr(module, "merged_adapters"):  # a transformers model has a method `active_adapters`
         return None
     scaling = sorted(getattr(module, "scaling", {}).items())
     return tuple(module.active_adapters), scaling, list(module.merged_adapters), module.disable_adapters
 
 
-def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensors that hold the data of a wrapper such as torchao's, or `tensor` itself."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain_tensors(getattr(tensor, name))
+            yield from plain_tensors(getattr(tensor, name))
     else:
         yield tensor.detach()
 
@@ -300,14 +301,20 @@ def _sampled(tensors: list[torch.Tensor]) -> bytes:
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
     """`[n]` integers, a view: 128 <= n <= 256, or all elements of a tensor with fewer than 512."""
+    count, step = sample_places(tensor, _SAMPLES)
+    return torch.as_strided(tensor, (count,), (step,)).view(_INTEGERS[tensor.element_size()])
+
+
+def sample_places(tensor: torch.Tensor, samples: int) -> tuple[int, int]:
+    """How many elements a sample of about `samples` reads, and how far apart in memory: all, if they are not twice as many."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    step = max(1, span // _SAMPLES)
+    step = max(1, span // samples)
     row = max(tensor.stride(), default=1)
     if step > row > 1:
         # Whole rows and the golden part of one: a stride of whole rows would read a single column.
         step = step // row * row + max(1, round(row * (math.sqrt(5) - 1) / 2))
-    count = min(_SAMPLES, (span - 1) // step + 1) if step > 1 else span
-    return torch.as_strided(tensor, (count,), (step,)).view(_INTEGERS[tensor.element_size()])
+    count = min(samples, (span - 1) // step + 1) if step > 1 else span
+    return count, step
 
 
 def _digest(content: str, timesteps: torch.Tensor, device: torch.device, *conditions: Any) -> str:
@@ -319,36 +326,15 @@ def _digest(content: str, timesteps: torch.Tensor, device: torch.device, *condit
     return hashlib.sha256(repr((content, values, str(timesteps.dtype), kind, conditions, versions)).encode()).hexdigest()
 
 
-def _checksum(tensors: dict[str, torch.Tensor]) -> str:
-    parts = (tensors[name].contiguous().view(torch.uint8).numpy() for name in sorted(tensors))
-    return str(sum(zlib.crc32(part) << 32 * index for index, part in enumerate(parts)))
-
-
 def _write(table: ModulationTable, path: Path) -> None:
-    """Whole or not at all; a folder that has become full or unwritable is a warning, since the table is there."""
-    tensors = {"rows": table.rows.cpu(), "norm_out": table.norm_out.cpu(), "temb": table.temb.cpu()}
-    metadata = {"zero_row": str(table.zero_row), "checksum": _checksum(tensors)}
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".table") as scratch:
-            save_file(tensors, Path(scratch, path.name), metadata)
-            Path(scratch, path.name).replace(path)
-    except (OSError, SafetensorError) as error:
-        logger.warning("the modulation table could not be written to %s: %s", path, error)
+    tensors = {"rows": table.rows, "norm_out": table.norm_out, "temb": table.temb}
+    write_whole(tensors, {"zero_row": str(table.zero_row)}, path, "modulation table")
 
 
 def _read(path: Path, device: torch.device) -> ModulationTable | None:
-    """The table in `path`; None where there is none or it is damaged."""
-    if not path.exists():
+    found = read_checked(path, ("rows", "norm_out", "temb"))
+    if found is None:
         return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in ("rows", "norm_out", "temb")}
-            metadata = file.metadata() or {}
-        if metadata.get("checksum") != _checksum(tensors):
-            raise SafetensorError("its checksum is another")
-        zero_row = None if metadata["zero_row"] == "None" else int(metadata["zero_row"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        logger.warning("%s is damaged and will be written anew: %s", path, error)
-        return None
-    moved = {name: tensor.to(device) for name, tensor in tensors.items()}
-    return ModulationTable(**moved, zero_row=zero_row)
+    tensors, metadata = found
+    zero_row = None if metadata["zero_row"] == "None" else int(metadata["zero_row"])
+    return ModulationTable(**{name: tensor.to(device) for name, tensor in tensors.items()}, zero_row=zero_row)

@@ -19,12 +19,14 @@ from .conditions import ScheduledConditions
 from .denoise import denoise
 from .forwards import Task
 from .hardware import unsupported_reason
-from .inputs import check_call, check_options, writable_folder
+from .inputs import check_call, check_options, check_text_options, writable_folder
 from .mixin import AcceleratedPipeline
 from .modulation import table_reason
 from .reporting import STATE, State, logger
 from .schedule import Schedule
 from .stages import stage, staged
+from .text import configure as configure_texts
+from .text import of_call as texts_of_call
 
 
 def _stock_loop(stock: type) -> Callable[..., Any]:
@@ -53,7 +55,8 @@ def _stock_loop(stock: type) -> Callable[..., Any]:
         if reason is not None:
             self.fast_state.fall_back(reason)
             return in_stages(self, *args, **kwargs)
-        with self._images(), accelerated(self.transformer, self.fast_state) as forwards:
+        texts = texts_of_call(self, bound.arguments)
+        with texts, self._images(), accelerated(self.transformer, self.fast_state) as forwards:
             forwards.changing = bound.arguments.get("callback_on_step_end") is not None
             self.fast_state.no_table = table_reason(self.transformer)
             if self.fast_state.modulation == "table" and self.fast_state.no_table is None:
@@ -100,7 +103,8 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
     Args:
         precise_sampler (bool): keep latents and step size in fp32 between steps; callbacks and `output_type="latent"`
             then see fp32 latents.
-        modulation, modulation_cache, attention, cuda_graph, strict: see `enable`. vae_option: its `vae`.
+        modulation, modulation_cache, attention, cuda_graph, prompt_cache, strict: see `enable`.
+        vae_option, text_encoder_option: its `vae` and `text_encoder`.
     """
 
     supports_precise_sampler = True
@@ -119,14 +123,18 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
         attention: str = "auto",
         cuda_graph: bool | str = "auto",
         vae_option: str = "image",
+        prompt_cache: str | Path | None = "memory",
+        text_encoder_option: str = "keep",
         strict: bool = False,
     ):
         check_options(vae=vae_option)
+        prompt_cache = check_text_options(prompt_cache, text_encoder_option)
         options = check_options(modulation=modulation, attention=attention, cuda_graph=cuda_graph)
         options["vae_option"] = vae_option
         options["modulation_cache"] = writable_folder("modulation_cache", modulation_cache)
         super().__init__(scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer)
         self.__dict__[STATE] = State(precise_sampler=precise_sampler, strict=strict, **options)
+        configure_texts(self, self.fast_state, prompt_cache, text_encoder_option)
         self.install_transformer()
         self.install_vae()
 
@@ -154,7 +162,8 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
                 return super().__call__(*args, **kwargs)
         arguments = dict(bound.arguments)
         arguments.pop("self")
-        return self._sample(device, **arguments)
+        with texts_of_call(self, arguments):
+            return self._sample(device, **arguments)
 
     def _fallback_reason(self, device: torch.device) -> str | None:
         accepted = (fast_scheduler.STOCK, fast_scheduler.FlowMatchEulerDiscreteScheduler)

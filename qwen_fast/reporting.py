@@ -24,6 +24,7 @@ class State:
         attention: "auto", "triton" or "diffusers".
         cuda_graph: "auto", True or False.
         vae_option: "image" or "diffusers".
+        texts: what is kept of prompts and of the text encoder, see text.Texts.
         strict: raise where stock diffusers would be used instead.
         calls: fast calls so far, by operator.
         fallbacks: calls left to stock diffusers, by reason.
@@ -39,6 +40,7 @@ class State:
     attention: str = "auto"
     cuda_graph: bool | str = "auto"
     vae_option: str = "image"
+    texts: Any = None
     strict: bool = False
     calls: Counter = field(default_factory=Counter)
     fallbacks: Counter = field(default_factory=Counter)
@@ -70,6 +72,7 @@ class Report:
         lossy (list[str]): lossy modes that are on.
         memory (dict[str, int]): bytes of each component's parameters and buffers, which of them stay in host memory, and
             what qwen_fast adds.
+        prompt_cache (dict[str, int]): hits and misses so far, and bytes in memory.
     """
 
     pipeline: str
@@ -79,6 +82,7 @@ class Report:
     fallbacks: dict[str, int]
     lossy: list[str]
     memory: dict[str, int]
+    prompt_cache: dict[str, int]
 
     def __str__(self) -> str:
         if not self.enabled:
@@ -120,6 +124,9 @@ def report(pipe: Any) -> Report:
                 graphs = f"no CUDA graph: {state.graph}" if state.graph else f"CUDA graph {state.cuda_graph}"
                 replaced.append(f"steps ({graphs})")
             memory |= state.transformer.fast_memory()
+        if state.texts is not None:
+            replaced.append(f"text encoding (no logits; {_prompts(state.texts)}; text encoder: {state.texts.placement})")
+            memory["prompt cache"] = state.texts.cache.nbytes
         if state.vae is not None:
             replaced.append("VAE (one frame through 2-D convolutions)")
     return Report(
@@ -130,4 +137,13 @@ def report(pipe: Any) -> Report:
         fallbacks=dict(state.fallbacks) if state else {},
         lossy=[],
         memory=memory,
+        prompt_cache={name: getattr(state.texts.cache, name) for name in ("hits", "misses", "nbytes")}
+        if state is not None and state.texts is not None
+        else {},
     )
+
+
+def _prompts(texts: Any) -> str:
+    if texts.uncached is not None:
+        return f"no prompt cache: {texts.uncached}"
+    return f"prompt cache: {texts.cache.hits} hits, {texts.cache.misses} misses"

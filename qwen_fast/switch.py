@@ -6,9 +6,10 @@ from typing import Any, TypeVar
 import diffusers
 
 from .hardware import unsupported_reason
-from .inputs import check_options, writable_folder
+from .inputs import check_options, check_text_options, writable_folder
 from .pipeline import ACCELERATED
 from .reporting import STATE, State, logger
+from .text import configure as configure_texts
 
 Pipeline = TypeVar("Pipeline")
 
@@ -22,6 +23,8 @@ def enable(
     attention: str = "auto",
     cuda_graph: bool | str = "auto",
     vae: str = "image",
+    prompt_cache: str | Path | None = "memory",
+    text_encoder: str = "keep",
     strict: bool = False,
 ) -> Pipeline:
     """Accelerate `pipe` in place. Calling it again changes the options.
@@ -44,6 +47,11 @@ def enable(
             forbids it, False never.
         vae: "image": single frames through 2-D convolutions, which is what the VAE's causal 3-D ones are for them.
             "diffusers": as it is.
+        prompt_cache: "memory": the last prompts stay encoded, up to 64 MiB, for as long as the text encoder's weights are
+            the same. A folder: there too, for other processes; its files are named by hashes and hold no text. None: off.
+        text_encoder: "keep": it stays where it is. "offload": after encoding it goes to host memory, and its weights are
+            copied to the device while it encodes a new prompt. "free": after encoding it is dropped (`pipe.text_encoder`
+            is None, also after `disable`), and a prompt that is not in the cache raises a RuntimeError.
         strict: raise where a call would run on stock diffusers, instead of running it there and saying so.
     Returns:
         The same object.
@@ -58,6 +66,7 @@ def enable(
         raise ValueError(_refusal(pipe))
     options = check_options(modulation=modulation, attention=attention, cuda_graph=cuda_graph, vae=vae)
     options["vae_option"] = options.pop("vae")
+    prompt_cache = check_text_options(prompt_cache, text_encoder)
     options["modulation_cache"] = writable_folder("modulation_cache", modulation_cache)
     if precise_sampler and not ours.supports_precise_sampler:
         raise ValueError(
@@ -79,6 +88,7 @@ def enable(
     state.precise_sampler, state.strict = precise_sampler, strict
     for name, value in options.items():
         setattr(state, name, value)
+    configure_texts(pipe, state, prompt_cache, text_encoder)
     reason = pipe.install_transformer()
     if reason is not None:
         logger.warning("the transformer stays as it is: %s.", reason)
@@ -98,6 +108,7 @@ def disable(pipe: Pipeline) -> Pipeline:
         pipe.remove_scheduler()
         pipe.remove_transformer()
         pipe.remove_vae()
+        pipe.remove_texts()
         del pipe.__dict__[STATE]
         pipe.__class__ = next(stock for stock, ours in ACCELERATED.items() if ours is type(pipe))
     return pipe

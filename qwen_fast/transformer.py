@@ -21,12 +21,12 @@ from diffusers.models.transformers import transformer_qwenimage
 from qwen_fast_kernels import ada_layer_norm
 
 from .blocks import Address, Rows, linear_into, stock_reason
-from .calls import ATTACHED, CALL, Attachment, Call, SharedForward, lora_scale
+from .calls import ATTACHED, CALL, Attachment, Call, Packed, SharedForward, lora_scale
 from .conditions import Conditions, LayerConditions
 from .hooks import OURS, is_hooked, rebind_forward
-from .host_weights import host_bytes, keep_on_host, return_to_device
+from .host_weights import disk_reason, host_bytes, keep_on_host, return_to_device
 from .layout import ImageShapes, Layout, build_layout, check_image_shapes
-from .modulation import TableCache
+from .modulation import TableCache, modules_signature
 from .reporting import State
 
 STOCK = diffusers.QwenImageTransformer2DModel
@@ -193,7 +193,7 @@ class QwenImageTransformer2DModel(STOCK):
         packed, layout = call.packed, call.packed.layout
         residual = hidden_states.new_empty(layout.rows, self.inner_dim)
         if packed.text is None:
-            packed.text = self.txt_in(self.txt_norm(packed.embeds))
+            packed.text = self.text_rows(packed)
         residual[: layout.txt_rows] = packed.text
         image = residual[layout.txt_rows :].unflatten(0, (packed.copies, -1))
         linear_into(self.img_in, hidden_states.flatten(0, 1), image[0])
@@ -272,6 +272,22 @@ class QwenImageTransformer2DModel(STOCK):
         }
         index = {id(block): i for i, block in enumerate(self.transformer_blocks)}
         return SharedForward(layout, address, conditions, index, arguments)
+
+    def text_rows(self, packed: Packed) -> torch.Tensor:
+        """`[txt_rows, C]`: the text after txt_norm and txt_in, from what is kept of a prompt where its prompts are known."""
+
+        def project(embeds: torch.Tensor) -> torch.Tensor:
+            return self.txt_in(self.txt_norm(embeds))
+
+        layers = (self.txt_norm, self.txt_in)
+        if packed.sources is None or any(is_hooked(part) for layer in layers for part in layer.modules()):
+            return project(packed.embeds)
+        signature = modules_signature(zip(("txt_norm", "txt_in"), layers, strict=True), readable=disk_reason(self) is None)
+        if signature.content is None:
+            return project(packed.embeds)
+        device = packed.embeds.device.type
+        content = f"{signature.content} {torch.is_autocast_enabled(device)} {torch.get_autocast_dtype(device)}"
+        return torch.cat([prompt.projected(content, project)[:length] for prompt, length in packed.sources])
 
     def fast_memory(self) -> dict[str, int]:
         """Bytes that stay in host memory, and bytes that the caches of this model take."""

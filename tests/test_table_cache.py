@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import tempfile
 
 import accelerate
 import pytest
@@ -196,7 +197,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, caplog, monkeypatch):
     with pytest.raises(ValueError, match=str(tmp_path / "file" / "tables")):
         TableCache(folder=tmp_path / "file" / "tables")
     with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"{tmp_path}, .*Permission denied"):
-        patch.setattr(modulation.tempfile, "TemporaryFile", refuse)  # root, as tests may run, is refused nothing
+        patch.setattr(tempfile, "TemporaryFile", refuse)  # root, as tests may run, is refused nothing
         TableCache(folder=tmp_path)
     cache = TableCache(folder=tmp_path / "gone")
     (tmp_path / "gone").rmdir()
