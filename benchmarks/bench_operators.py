@@ -11,7 +11,7 @@ import functools
 import inspect
 import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import CodeType
 
 import numpy as np
@@ -119,15 +119,26 @@ def stock_euler_step(latents, velocity, sigmas, _step_index) -> tuple[Run, Calla
     return run, lambda result: result
 
 
-def stock_cfg_euler_step(latents, cond, uncond, sigmas, _step_index, scale) -> tuple[Run, Callable]:
+def guided_step(scheduler: FlowMatchEulerDiscreteScheduler) -> Callable:
+    """What stock's loop does behind its model: CFG, norm rescale and `scheduler.step`, from names to the next latents."""
     combined = [("comb_pred", "noise_pred"), ("cond_norm", "noise_pred"), ("noise_norm", "comb_pred")]
     code = stock_lines(QwenImagePipeline.__call__, *combined, ("noise_pred", "comb_pred"), ("latents", "noise_pred"))
-    pipe = QwenImagePipeline(scheduler_at(sigmas), None, None, None, None)
+    pipe = QwenImagePipeline(scheduler, None, None, None, None)
+
+    def step(latents, cond, uncond, timestep, scale):
+        names = {"noise_pred": cond, "neg_noise_pred": uncond, "latents": latents, "true_cfg_scale": scale}
+        return execute(code, self=pipe, t=timestep, torch=torch, **names)["latents"]
+
+    return step
+
+
+def stock_cfg_euler_step(latents, cond, uncond, sigmas, _step_index, scale) -> tuple[Run, Callable]:
+    scheduler = scheduler_at(sigmas)
+    step = guided_step(scheduler)
 
     def run():
-        pipe.scheduler._step_index = 0
-        names = {"noise_pred": cond, "neg_noise_pred": uncond, "latents": latents, "true_cfg_scale": scale}
-        return execute(code, self=pipe, t=pipe.scheduler.timesteps[0], torch=torch, **names)["latents"]
+        scheduler._step_index = 0
+        return step(latents, cond, uncond, scheduler.timesteps[0], scale)
 
     return run, lambda result: result
 
@@ -285,15 +296,21 @@ def subject(case: Case, variant: str, arguments: tuple) -> tuple[Run, Callable]:
     return functools.partial(function, *arguments), lambda result: result
 
 
-def checked(actual: tuple, reference: tuple, oracle: tuple) -> dict[str, float]:
-    """Errors against a float64 oracle as parts of its size, the largest over the tensors; none may exceed its budget."""
-    found = {"max_error": 0.0, "rms_error": 0.0}
+def relative_errors(actual: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
+    """Largest and RMS difference from a float64 tensor, as parts of its largest and RMS value."""
+    sizes = exact.abs().max().item(), exact.square().mean().sqrt().item()
+    return {
+        name: error / size for name, error, size in zip(("max_error", "rms_error"), errors(actual, exact), sizes, strict=True)
+    }
+
+
+def checked(actual: Sequence, reference: Sequence, oracle: Sequence) -> dict[str, float]:
+    """The largest relative errors over the tensors; AssertionError if one exceeds its budget."""
+    found = []
     for ours, same, exact in zip(actual, reference, oracle, strict=True):
         assert_within_budget(ours, same, exact)
-        sizes = exact.abs().max().item(), exact.square().mean().sqrt().item()
-        for name, error, size in zip(found, errors(ours, exact), sizes, strict=True):
-            found[name] = max(found[name], error / size)
-    return found
+        found.append(relative_errors(ours, exact))
+    return {name: max(one[name] for one in found) for name in found[0]}
 
 
 @pytest.mark.parametrize(("case", "variant"), variants())

@@ -1,7 +1,7 @@
 """How the benchmarks measure: a check first, then rounds on buffers by turns, then bytes and FLOPs over the median.
 
-The rounds are pytest-benchmark's, with its `--benchmark-max-time`, `--benchmark-min-rounds` and, on a CPU,
-`--benchmark-timer` (`time.thread_time` where other work runs on the machine); at most 1000 of them, one call each.
+The rounds are pytest-benchmark's, one call each, with its `--benchmark-max-time` and `--benchmark-min-rounds`; at most 1000
+of them. On a CPU they take the thread's own time, or `--benchmark-timer=time.perf_counter`.
 """
 
 import itertools
