@@ -127,7 +127,7 @@ def test_a_lookup_is_cached_by_device(configs, monkeypatch):
     monkeypatch.setattr(tuning, "CONFIGS", None)
     assert get() == 1
     monkeypatch.setattr(tuning, "capability", lambda device: 80)
-    with pytest.raises(AttributeError):
+    with pytest.raises(TypeError):
         tuning.get_config("op", (4096, 3072, 2, True), torch.device("cuda", 1), default)
 
 

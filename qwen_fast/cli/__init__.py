@@ -5,9 +5,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import doctor, generate, schedule
+from . import doctor, generate, profile, schedule, tune
 
-COMMANDS = {"generate": generate, "schedule": schedule, "doctor": doctor}
+COMMANDS = {"generate": generate, "schedule": schedule, "doctor": doctor, "profile": profile, "tune": tune}
 
 DESCRIPTION = """\
 Qwen-Image through diffusers: the same picture, faster."""
