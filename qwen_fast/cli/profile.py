@@ -25,8 +25,8 @@ A few steps are enough: all but the first are alike. On a CPU torch's operators 
 EPILOG = """\
 examples:
   qwen-fast profile
-  qwen-fast profile --random qwen-image --size 1024x1024 --steps 4      full size, without a checkpoint
-  qwen-fast profile --random qwen-image --size 1024x1024 --stock --out profile-stock
+  qwen-fast profile --shape qwen-image --size 1024x1024 --steps 4      full size, without a checkpoint
+  qwen-fast profile --shape qwen-image --size 1024x1024 --stock --out profile-stock
   qwen-fast profile --nvtx       under nsys or ncu, as the printed command lines do"""
 
 
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", metavar="MODEL", help="a checkpoint's folder or hub id (default: the demo)")
     model.add_argument(
-        "--random", metavar="SHAPE", help="seeded random weights made on the device: qwen-image (41 GB), middle or tiny"
+        "--shape", metavar="NAME", help="seeded random weights instead, made on the device: qwen-image (41 GB), middle or tiny"
     )
     parser.add_argument("--prompt", default="a red fox in the snow", help="(default: %(default)s)")
     parser.add_argument("--steps", type=positive_int, default=4, metavar="N", help="denoising steps (default: %(default)s)")
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
             )
 
     print(
-        f"{'stock diffusers' if args.stock else 'qwen_fast'}, {args.model or args.random or 'demo model'}, {width}x{height}, "
+        f"{'stock diffusers' if args.stock else 'qwen_fast'}, {args.model or args.shape or 'demo model'}, {width}x{height}, "
         f"{args.steps} steps, cfg {args.cfg:g}, {str(dtype).removeprefix('torch.')} on {device}",
         flush=True,
     )
@@ -116,14 +116,14 @@ def _pipeline(args: argparse.Namespace, device: "torch.device", dtype: "torch.dt
     from qwen_fast import enable
 
     guided = args.cfg > 1
-    if args.random is None:
+    if args.shape is None:
         pipe = load_pipeline(args.model or str(demo_checkpoint()), device, dtype, stock=True)
         prompts = {"prompt": args.prompt, "negative_prompt": " " if guided else None}
     else:
         shapes = benchmarks("grid").SHAPES
-        if args.random not in shapes:
-            raise ValueError(f"--random {args.random}: no such shape; use one of {', '.join(shapes)}.")
-        shape = shapes[args.random]
+        if args.shape not in shapes:
+            raise ValueError(f"--shape {args.shape}: no such shape; use one of {', '.join(shapes)}.")
+        shape = shapes[args.shape]
         pipe = benchmarks("models").random_pipeline(shape, device, dtype)
         generator = torch.Generator().manual_seed(0)
 
@@ -136,7 +136,7 @@ def _pipeline(args: argparse.Namespace, device: "torch.device", dtype: "torch.dt
 
 
 def _default_size(args: argparse.Namespace, device: "torch.device") -> tuple[int, int]:
-    large = device.type == "cuda" and (args.model is not None or args.random == "qwen-image")
+    large = device.type == "cuda" and (args.model is not None or args.shape == "qwen-image")
     return (1024, 1024) if large else DEMO_SIZE
 
 
@@ -150,7 +150,7 @@ def _ceilings(device: "torch.device", dtype: "torch.dtype") -> Any:
 
 def _arguments(args: argparse.Namespace) -> list[str]:
     """The arguments that make the same run again."""
-    names = ("model", "random", "prompt", "steps", "cfg", "device", "dtype")
+    names = ("model", "shape", "prompt", "steps", "cfg", "device", "dtype")
     given = [part for name in names if getattr(args, name) is not None for part in (f"--{name}", f"{getattr(args, name)}")]
     size = ["--size", f"{args.size[0]}x{args.size[1]}"] if args.size else []
     return given + size + [f"--{name}" for name in ("stock", "graph") if getattr(args, name)]
