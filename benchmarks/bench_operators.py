@@ -1,9 +1,9 @@
 """Every operator against its reference, torch.compile of that reference, and stock diffusers' own code for the same job.
 
-    pytest benchmarks --benchmark-only [--compiled] [-k linear_gelu] [--benchmark-json FILE]
+    pytest benchmarks/bench_operators.py --benchmark-only [-k "linear_gelu and not compiled"]
 
-Before anything is timed its result is compared with the float64 reference; a wrong one fails and shows no time. On a GPU a
-round ends with a synchronisation, so it holds the launch; `device_seconds` are the kernels alone, the caches cold.
+Before anything is timed its result is compared with the float64 reference; a wrong one fails and shows no time. On a GPU
+times are the device's, without the launch, on buffers that its L2 cache does not hold.
 """
 
 import ast
@@ -11,7 +11,7 @@ import functools
 import inspect
 import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import CodeType
 
 import numpy as np
@@ -21,12 +21,14 @@ from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock, apply_rotary_emb_qwen
 
-from benchmarks.cases import CASES, Case, Maker
-from budget import assert_within_budget
+from budget import assert_within_budget, errors
 from qwen_fast.testing import QWEN_IMAGE_SCHEDULER_CONFIG
 from qwen_fast_kernels._triton import capability
 
-Run = Callable[[], object]
+from .cases import CASES, Case, Maker
+from .suite import Run, clock, sets
+from .work import Piece
+
 IN_PLACE = {"qk_norm_rope"}  # the first two arguments are the results
 
 
@@ -117,15 +119,26 @@ def stock_euler_step(latents, velocity, sigmas, _step_index) -> tuple[Run, Calla
     return run, lambda result: result
 
 
-def stock_cfg_euler_step(latents, cond, uncond, sigmas, _step_index, scale) -> tuple[Run, Callable]:
+def guided_step(scheduler: FlowMatchEulerDiscreteScheduler) -> Callable:
+    """What stock's loop does behind its model: CFG, norm rescale and `scheduler.step`, from names to the next latents."""
     combined = [("comb_pred", "noise_pred"), ("cond_norm", "noise_pred"), ("noise_norm", "comb_pred")]
     code = stock_lines(QwenImagePipeline.__call__, *combined, ("noise_pred", "comb_pred"), ("latents", "noise_pred"))
-    pipe = QwenImagePipeline(scheduler_at(sigmas), None, None, None, None)
+    pipe = QwenImagePipeline(scheduler, None, None, None, None)
+
+    def step(latents, cond, uncond, timestep, scale):
+        names = {"noise_pred": cond, "neg_noise_pred": uncond, "latents": latents, "true_cfg_scale": scale}
+        return execute(code, self=pipe, t=timestep, torch=torch, **names)["latents"]
+
+    return step
+
+
+def stock_cfg_euler_step(latents, cond, uncond, sigmas, _step_index, scale) -> tuple[Run, Callable]:
+    scheduler = scheduler_at(sigmas)
+    step = guided_step(scheduler)
 
     def run():
-        pipe.scheduler._step_index = 0
-        names = {"noise_pred": cond, "neg_noise_pred": uncond, "latents": latents, "true_cfg_scale": scale}
-        return execute(code, self=pipe, t=pipe.scheduler.timesteps[0], torch=torch, **names)["latents"]
+        scheduler._step_index = 0
+        return step(latents, cond, uncond, scheduler.timesteps[0], scale)
 
     return run, lambda result: result
 
@@ -241,7 +254,8 @@ def stock_linear_gated_residual(x, weight, bias, residual, gate, step_index, txt
 def variants() -> list:
     """(case, variant). Stock takes one sequence; "kernel" is Triton's where the operator may choose another library."""
     return [
-        pytest.param(case, variant, id=f"{case.op}-{case.name}-{variant}")
+        # Stock computes the schedule on the host, whose work a device's clock does not see.
+        pytest.param(case, variant, id=f"{case.op}-{case.name}-{variant}", marks=clock(host=case.op == "flow_match_schedule"))
         for case in CASES
         if case.measured
         for variant in ("op", "kernel", "reference", "compiled", "stock")
@@ -260,6 +274,12 @@ def in_float64(arguments: tuple) -> list:
     return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
 
 
+@functools.cache
+def compiled(reference: Callable) -> Callable:
+    """Compiled once for all cases of an operator."""
+    return torch.compile(reference)
+
+
 def subject(case: Case, variant: str, arguments: tuple) -> tuple[Run, Callable]:
     """What is timed, and what makes its result comparable."""
     if variant == "stock":
@@ -271,44 +291,46 @@ def subject(case: Case, variant: str, arguments: tuple) -> tuple[Run, Callable]:
         case.module()  # registers it
         function = getattr(torch.ops.qwen_fast, case.op)
     else:
-        function = torch.compile(case.reference) if variant == "compiled" else case.reference
+        function = getattr(case.module(), f"{case.op}_reference")
+        function = compiled(function) if variant == "compiled" else function
     return functools.partial(function, *arguments), lambda result: result
 
 
-@pytest.mark.benchmark(max_time=0.2, min_rounds=5)
+def relative_errors(actual: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
+    """Largest and RMS difference from a float64 tensor, as parts of its largest and RMS value."""
+    sizes = exact.abs().max().item(), exact.square().mean().sqrt().item()
+    return {
+        name: error / size for name, error, size in zip(("max_error", "rms_error"), errors(actual, exact), sizes, strict=True)
+    }
+
+
+def checked(actual: Sequence, reference: Sequence, oracle: Sequence) -> dict[str, float]:
+    """The largest relative errors over the tensors; AssertionError if one exceeds its budget."""
+    found = []
+    for ours, same, exact in zip(actual, reference, oracle, strict=True):
+        assert_within_budget(ours, same, exact)
+        found.append(relative_errors(ours, exact))
+    return {name: max(one[name] for one in found) for name in found[0]}
+
+
 @pytest.mark.parametrize(("case", "variant"), variants())
-def test_speed(benchmark, case, variant, device, request):
-    if variant == "compiled" and device.type == "cpu" and not request.config.getoption("--compiled"):
-        pytest.skip("torch.compile on the CPU is measured with --compiled")
+@torch.no_grad()
+def test_speed(benchmark, measure, case, variant, device):
     if variant == "kernel" and device.type == "cpu":
         pytest.skip("Triton's kernel needs a CUDA device")
     case = case if device.type == "cuda" else case.small()
-    with torch.no_grad():
-        arguments = case.arguments(Maker(device))
-        run, comparable = subject(case, variant, arguments)
+    arguments = case.arguments(Maker(device))
+    piece = Piece(case.op, *case.traffic(arguments))
+    run, comparable = subject(case, variant, arguments)
+    others = [case.arguments(Maker(device, seed=seed)) for seed in range(1, sets(device, piece.bytes))]
 
+    def check(result: object) -> dict[str, float]:
         fresh = case.arguments(Maker(device))
         reference = tensors(case.reference(*fresh), fresh, case)
         oracle = tensors(case.reference(*in_float64(fresh)), fresh, case)
-        for actual, same, exact in zip(tensors(comparable(run()), arguments, case), reference, oracle, strict=True):
-            assert_within_budget(actual, same, exact.double())
-        del fresh, reference, oracle
+        return checked(tensors(comparable(result), arguments, case), reference, [exact.double() for exact in oracle])
 
-        synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-        def round_trip() -> None:
-            run()
-            synchronize()
-
-        benchmark.group = f"{case} {device.type}"
-        seconds = {}
-        if device.type == "cuda":
-            from triton.testing import do_bench
-
-            seconds["device_seconds"] = do_bench(run, warmup=25, rep=200, return_mode="median") / 1e3
-        benchmark(round_trip)
-    moved, flops = case.traffic(arguments)
-    time = seconds.get("device_seconds") or (benchmark.stats.stats.median if benchmark.stats else None)
-    benchmark.extra_info |= seconds | {"bytes": moved, "flops": flops, "size": str(case.size), "dtype": str(case.dtype)}
-    if time:
-        benchmark.extra_info |= {"GB/s": moved / time / 1e9, "TFLOP/s": flops / time / 1e12}
+    benchmark.group = f"{case} {device.type}"
+    shapes = [list(argument.shape) for argument in arguments if isinstance(argument, torch.Tensor)]
+    info = {"variant": variant, "size": str(case.size), "shapes": shapes}
+    measure([run, *(subject(case, variant, other)[0] for other in others)], check, [piece], dtype=case.dtype, **info)

@@ -31,6 +31,7 @@ MODELS = {
     "tiny": {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 32, "axes_dims_rope": (4, 14, 14)},
     "middle": {"num_layers": 4, "num_attention_heads": 8, "attention_head_dim": 64, "axes_dims_rope": (8, 28, 28)},
     "one layer": {"num_layers": 1, "num_attention_heads": 24, "attention_head_dim": 128},
+    "four layers": {"num_layers": 4, "num_attention_heads": 24, "attention_head_dim": 128},
 }
 CASES = [  # model, pixels, text tokens with and without the prompt, dtype
     ("tiny", 64, (14, 6), torch.float32),
@@ -51,20 +52,21 @@ FIELDS += ["stock_p50", "fast_p20", "fast_p50", "fast_p80", "ratio_p50", "max_re
 class Case:
     """Stock's and our ways to compute the two predictions of a step, on one model."""
 
-    def __init__(self, name: str, pixels: int, text_tokens: tuple[int, int], dtype: torch.dtype):
+    def __init__(self, name: str, pixels: int, text_tokens: tuple[int, int], dtype: torch.dtype, device: str = "cpu"):
         torch.manual_seed(0)
         model = QwenImageTransformer2DModel(in_channels=64, out_channels=16, joint_attention_dim=64, **MODELS[name])
         with torch.no_grad():
             initialize(model, "transformer", 0)
-        self.model, self.state, side = model.to(dtype).eval(), State(modulation="layers"), pixels // 16
+        self.model, self.state, side = model.to(device, dtype).eval(), State(modulation="layers"), pixels // 16
         attach(self.model, self.state)
         self.shapes = ((1, side, side),)
-        self.latents = torch.randn(1, side * side, 64).to(dtype)
-        self.texts = [torch.randn(1, tokens, 64).to(dtype) for tokens in text_tokens]
-        self.timestep = torch.tensor([0.75], dtype=dtype)
-        tables, index = self.model.__dict__[ATTACHED].tables, torch.zeros(1, dtype=torch.int32)
-        self.table = TableConditions(self.model, tables, self.timestep, index)
-        layout = self.model.layout((self.shapes,) * 2, text_tokens, torch.device("cpu"))
+        self.latents = torch.randn(1, side * side, 64).to(device, dtype)
+        self.texts = [torch.randn(1, tokens, 64).to(device, dtype) for tokens in text_tokens]
+        timestep = torch.tensor([0.75], dtype=dtype)
+        tables, index = self.model.__dict__[ATTACHED].tables, torch.zeros(1, dtype=torch.int32, device=device)
+        self.table = TableConditions(self.model, tables, timestep, index)
+        self.timestep = timestep.to(device)
+        layout = self.model.layout((self.shapes,) * 2, text_tokens, self.latents.device)
         embeds = torch.cat([text[0] for text in self.texts])
         self.packed = Packed(layout, embeds, 2)
         # A pipeline looks for hooks on the blocks once a call; what is measured is a later step.

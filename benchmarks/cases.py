@@ -49,9 +49,9 @@ SMALL, SMALL_PACKED = Size((13,), (256,), 8, 64), Size((13, 7), (256, 64), 8, 64
 class Maker:
     """Random tensors on a device; on a fake CUDA device only their shapes and addresses count."""
 
-    def __init__(self, device: torch.device | str, *, fake: bool = False) -> None:
+    def __init__(self, device: torch.device | str, *, fake: bool = False, seed: int = 0) -> None:
         self.device, self.fake = torch.device(device), fake
-        self._generator = None if fake else torch.Generator().manual_seed(0)
+        self._generator = None if fake else torch.Generator().manual_seed(seed)
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32, offset: int = 0) -> torch.Tensor:
         """With `offset` not aligned to 16 bytes, which forbids vector loads."""

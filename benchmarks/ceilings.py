@@ -66,7 +66,7 @@ class Ceilings:
         rate, size = self.matmul_flops_per_s[dtype or self.dtype], getattr(torch, dtype or self.dtype).itemsize
         out_size = getattr(torch, self.dtype).itemsize
         work = case.work()
-        seconds = sum(4.0 * s * s * h * d * n for s, h, d, n in work.attentions) / self.attention_flops_per_s
+        seconds = work.attention_flops / self.attention_flops_per_s
         for m, k, n, count in work.products:
             moved = (m * k + k * n) * size + m * n * out_size
             seconds += count * max(2.0 * m * k * n / rate, moved / self.copy_bytes_per_s)
@@ -110,10 +110,7 @@ def measure_ceilings(
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
-    source, target = (normal(copy_bytes // dtype.itemsize) for _ in range(2))
-    copied, _ = sustained([lambda: target.copy_(source), lambda: source.copy_(target)], seconds, device)
-    del source, target
-
+    copied, _ = sustained(_copies(copy_bytes, normal, dtype), seconds, device)
     products, flops = _products(shape, tokens, normal, dtype)
     rates = {name_of(dtype): sustained(products, seconds, device)[0] * flops}
     del products
@@ -161,6 +158,12 @@ def eight_bit_dtypes(device: torch.device) -> list[torch.dtype]:
     """Those whose products this GPU computes natively."""
     fp8 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
     return [torch.float8_e4m3fn] if fp8 else []
+
+
+def _copies(size: int, normal, dtype: torch.dtype) -> list[Callable[[], object]]:
+    """There and back between two buffers."""
+    one, other = (normal(size // dtype.itemsize) for _ in range(2))
+    return [lambda: one.copy_(other), lambda: other.copy_(one)]
 
 
 def _products(shape: Shape, tokens: int, normal, dtype: torch.dtype) -> tuple[list[Callable[[], object]], float]:

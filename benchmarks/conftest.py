@@ -1,33 +1,95 @@
-"""`pytest benchmarks --benchmark-only`: on the current GPU at the model's sizes, without one on a CPU thread at small ones."""
+"""`pytest benchmarks --benchmark-only`: on the current GPU at the model's sizes, without one on a CPU thread at small ones.
+
+Everything of pytest-benchmark works: `--benchmark-save`, `--benchmark-autosave`, `--benchmark-compare`, `--benchmark-json`,
+`-k "euler_step and not compiled"` (torch.compile takes most of the time on a CPU). A benchmark's `extra_info` holds its
+bytes, FLOPs, GB/s, TFLOP/s, share of this machine's measured ceiling, errors, dtype, shapes and provenance.
+"""
+
+import functools
+import time
 
 import pytest
 import torch
 
+from .ceilings import Ceilings, measure_ceilings
+from .grid import SHAPES
+from .machine import provenance
+from .suite import measure as measure_runs
+from .suite import summary
+
 torch.set_num_threads(1)
+GROUPS = pytest.StashKey[list]()
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--compiled", action="store_true", help="measure torch.compile of the references on the CPU too (slow)")
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On a CPU the time of the one thread that works, so that other work on the machine does not count; see `suite.clock`."""
+    chosen = any(argument.startswith("--benchmark-timer") for argument in config.invocation_params.args)
+    if not chosen and not torch.cuda.is_available():
+        for item in items:
+            item.add_marker(pytest.mark.benchmark(timer=time.thread_time))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(machine_info: dict) -> None:
-    """Versions and the GPU, into every result file."""
-    import diffusers
+    """Versions, the GPU and its driver, into every result file."""
+    machine_info["qwen_fast"] = provenance(_device())
 
-    machine_info |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
-    try:
-        import triton
 
-        machine_info["triton"] = triton.__version__
-    except ImportError:
-        machine_info["triton"] = None
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        machine_info |= {"gpu": properties.name, "multiprocessors": properties.multi_processor_count}
-        machine_info["cuda"] = torch.version.cuda
+@pytest.hookimpl(optionalhook=True, hookwrapper=True)
+def pytest_benchmark_group_stats(config: pytest.Config):
+    outcome = yield
+    config.stash[GROUPS] = outcome.get_result()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """pytest-benchmark's own table has no room for rates."""
+    lines = list(summary(config.stash.get(GROUPS, [])))
+    if lines and not config.getoption("benchmark_quiet"):
+        terminalreporter.section("reached: bytes and FLOPs over the median", sep="-", yellow=True)
+        for line in lines:
+            terminalreporter.line(line)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return _device()
+
+
+@pytest.fixture(scope="session")
+def origin(device) -> dict[str, str]:
+    """Where and with what this session measures."""
+    return provenance(device)
+
+
+@functools.cache
+def _ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    if device.type == "cuda":
+        return measure_ceilings(device, dtype, seconds=1.0)
+    return measure_ceilings(device, dtype, seconds=0.2, shape=SHAPES["middle"], tokens=272)
+
+
+@pytest.fixture
+def measure(benchmark, device, origin, request: pytest.FixtureRequest):
+    """`suite.measure` for this benchmark: takes runs, check, pieces, the dtype that names the ceilings, and more to note."""
+
+    def run(runs, check, pieces, *, dtype: torch.dtype, **info) -> None:
+        measure_runs(
+            benchmark,
+            runs,
+            check,
+            pieces,
+            ceilings=functools.partial(_ceilings, device, dtype),
+            max_time=float(request.config.getoption("benchmark_max_time")),
+            min_rounds=request.config.getoption("benchmark_min_rounds"),
+            device=device.type,
+            dtype=str(dtype).removeprefix("torch."),
+            provenance=origin,
+            **info,
+        )
+
+    return run

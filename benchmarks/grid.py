@@ -53,15 +53,18 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Work:
-    """Products of a step: (M, K, N, how often) of matrices, (query tokens, heads, head_dim, how often) of attentions."""
+    """Products of a step: (M, K, N, how often) of matrices, (queries, keys, heads, head_dim, how often) of attentions."""
 
     products: tuple[tuple[int, int, int, int], ...]
-    attentions: tuple[tuple[int, int, int, int], ...]
+    attentions: tuple[tuple[int, int, int, int, int], ...]
 
     @property
-    def flops(self) -> float:
-        products = sum(2.0 * m * k * n * count for m, k, n, count in self.products)
-        return products + sum(4.0 * tokens * tokens * heads * dim * count for tokens, heads, dim, count in self.attentions)
+    def product_flops(self) -> float:
+        return sum(2.0 * m * k * n * count for m, k, n, count in self.products)
+
+    @property
+    def attention_flops(self) -> float:
+        return sum(4.0 * queries * keys * heads * dim * count for queries, keys, heads, dim, count in self.attentions)
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,9 @@ class Case:
                 (tokens, 4 * width, width, count),
             ]
         products += [(text_rows, width, width, 2), (rows, 64, width, 1), (rows, width, 64, 1)]
-        attentions = [(image + length, shape.heads, shape.head_dim, layers) for length in texts]
+        head, attentions = (shape.heads, shape.head_dim), []
+        for length in texts:
+            attentions += [(image + length, image + length, *head, layers - 1), (image, image + length, *head, 1)]
         return Work(tuple(products), tuple(attentions))
 
 
