@@ -1,6 +1,20 @@
-"""How near is near enough: an error budget that follows from the dtype."""
+"""How near is near enough: an error budget that follows from the dtype, and which tensors of a call it is asked of."""
 
 import torch
+
+IN_PLACE = {"qk_norm_rope"}  # the first two arguments are the results
+
+
+def results(op: str, result: object, arguments: tuple) -> tuple[torch.Tensor, ...]:
+    """The tensors that a call of an operator made, whether it returned them or wrote them into its arguments."""
+    if result is None and op in IN_PLACE:
+        return tuple(arguments[:2])
+    return result if isinstance(result, tuple) else (result,)
+
+
+def in_float64(arguments: tuple) -> list:
+    """Arguments for the oracle."""
+    return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
 
 
 def errors(actual: torch.Tensor, oracle: torch.Tensor) -> tuple[float, float]:

@@ -17,14 +17,13 @@ import torch
 
 from qwen_fast_kernels.tuning import CONFIGS, dims_of, file_name, read_entries
 
-from .budget import over_budget
+from .budget import IN_PLACE, in_float64, over_budget, results
 from .cases import BF16, DIMENSIONS, PACKED, Case, Maker, Size
 from .compile_table import source_hash
 from .machine import provenance
 from .precompile import precompile
 from .search import Outcome, candidates, search
 
-IN_PLACE = {"qk_norm_rope"}  # the first two arguments are the results
 _CHECK_HEADS = 4  # of an attention's check: its oracle holds the float64 scores of every head
 _MILLISECONDS = 2.0  # of one measurement
 _MOST_SETS = 8  # of arguments that a measurement goes through
@@ -237,12 +236,6 @@ def launch(case: Case, arguments: tuple, config: dict) -> object:
     return case.launch(arguments, config)
 
 
-def results(case: Case, result: object, arguments: tuple) -> tuple[torch.Tensor, ...]:
-    if case.op in IN_PLACE:
-        return tuple(arguments[:2])
-    return result if isinstance(result, tuple) else (result,)
-
-
 class Checker:
     """Whether a configuration computes rightly: a call of `check` gives what is wrong, or None.
 
@@ -253,29 +246,24 @@ class Checker:
         if case.op == "joint_attention":
             case = replace(case, size=replace(case.size, heads=min(case.size.heads, _CHECK_HEADS)))
         self.case, self._arguments = case, case.arguments(Maker(device))
-        wide = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in self._arguments]
         # The reference returns what an operator in place writes.
-        self._oracle = [one.double() for one in _tuple(case.reference(*wide))]
-        self._reference = _tuple(case.reference(*self._arguments))
+        self._oracle = [one.double() for one in results(case.op, case.reference(*in_float64(self._arguments)), ())]
+        self._reference = results(case.op, case.reference(*self._arguments), ())
 
     def check(self, config: dict) -> str | None:
-        arguments = [a.clone() if isinstance(a, torch.Tensor) and i < 2 else a for i, a in enumerate(self._arguments)]
-        if self.case.op not in IN_PLACE:
-            arguments = list(self._arguments)
+        arguments = self._arguments
+        if self.case.op in IN_PLACE:
+            arguments = (*(one.clone() for one in arguments[:2]), *arguments[2:])
         try:
             # An output lies where the last one did, so a part that is not written would hold a right result.
             with nan_filled():
-                actual = results(self.case, launch(self.case, arguments, config), arguments)
+                actual = results(self.case.op, launch(self.case, arguments, config), arguments)
             found = [over_budget(*each) for each in zip(actual, self._reference, self._oracle, strict=True)]
         except Exception as error:
             if type(error).__name__ == "OutOfResources":
                 return f"OutOfResources: {error}"
             raise
         return next((reason for reason in found if reason), None)
-
-
-def _tuple(result: object) -> tuple[torch.Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
 
 
 class nan_filled:
