@@ -29,6 +29,7 @@ setup(
     python_requires=">=3.10",
     packages=["qwen_fast", "qwen_fast.cli", "qwen_fast_kernels", "qwen_fast_benchmarks"],
     package_dir={"qwen_fast_kernels": "kernels/qwen_fast_kernels", "qwen_fast_benchmarks": "benchmarks"},
+    package_data={"qwen_fast_kernels": ["configs/*.json"]},
     install_requires=[
         "torch>=2.8",
         "triton>=3.4; platform_system == 'Linux'",

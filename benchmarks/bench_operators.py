@@ -21,16 +21,14 @@ from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock, apply_rotary_emb_qwen
 
-from budget import assert_within_budget, errors
+from budget import assert_within_budget
 from qwen_fast.testing import QWEN_IMAGE_SCHEDULER_CONFIG
 from qwen_fast_kernels._triton import capability
 
+from .budget import errors, in_float64, results
 from .cases import CASES, Case, Maker
 from .suite import Run, clock, sets
 from .work import Piece
-
-IN_PLACE = {"qk_norm_rope"}  # the first two arguments are the results
-
 
 # Stock ----------------------------------------------------------------------------------------------------------------
 
@@ -264,16 +262,6 @@ def variants() -> list:
     ]
 
 
-def tensors(result: object, arguments: tuple, case: Case) -> tuple[torch.Tensor, ...]:
-    if result is None and case.op in IN_PLACE:
-        return arguments[:2]
-    return result if isinstance(result, tuple) else (result,)
-
-
-def in_float64(arguments: tuple) -> list:
-    return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
-
-
 @functools.cache
 def compiled(reference: Callable) -> Callable:
     """Compiled once for all cases of an operator."""
@@ -326,9 +314,9 @@ def test_speed(benchmark, measure, case, variant, device):
 
     def check(result: object) -> dict[str, float]:
         fresh = case.arguments(Maker(device))
-        reference = tensors(case.reference(*fresh), fresh, case)
-        oracle = tensors(case.reference(*in_float64(fresh)), fresh, case)
-        return checked(tensors(comparable(result), arguments, case), reference, [exact.double() for exact in oracle])
+        reference = results(case.op, case.reference(*fresh), fresh)
+        oracle = results(case.op, case.reference(*in_float64(fresh)), fresh)
+        return checked(results(case.op, comparable(result), arguments), reference, [exact.double() for exact in oracle])
 
     benchmark.group = f"{case} {device.type}"
     shapes = [list(argument.shape) for argument in arguments if isinstance(argument, torch.Tensor)]

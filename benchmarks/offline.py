@@ -123,7 +123,7 @@ def compile_only(capability: int) -> Iterator[list[Compiled]]:
     properties = types.SimpleNamespace(
         major=capability // 10,
         minor=capability % 10,
-        multi_processor_count=MULTIPROCESSORS[capability],
+        multi_processor_count=MULTIPROCESSORS.get(capability, 128),
         name=f"fake sm_{capability}",
     )
     patches = (

@@ -3,6 +3,7 @@
 The operators' CUDA entry points take the place of their CPU ones: checks, choice of the configuration, launcher, kernel.
 """
 
+import functools
 import importlib
 import inspect
 from collections import Counter
@@ -13,6 +14,7 @@ import torch
 import qwen_fast
 import qwen_fast_kernels
 from pipelines import DTYPES, GUIDED, SMALL, assert_same_latents, draw, in_fp32, stock
+from qwen_fast_kernels import tuning
 
 OPS = sorted(name for name in qwen_fast_kernels.__all__ if name != "HAS_TRITON")
 # Per forward of two blocks; the last one has no text half, and its last norm is the output's.
@@ -24,18 +26,26 @@ def launches(request, monkeypatch) -> Counter:
     """Counts launches by operator; configurations are those of the architecture in `request.param`."""
     counter = Counter()
     library = torch.library.Library("qwen_fast", "IMPL")
+    monkeypatch.setattr(tuning, "capability", lambda device: request.param)
+    monkeypatch.setattr(tuning, "device_name", lambda device: "a GPU without measured configurations")
+    tuning.get_config.cache_clear()
     for name in OPS:
         module = importlib.import_module(f"qwen_fast_kernels.{name}")
-        if hasattr(module, "capability"):
-            monkeypatch.setattr(module, "capability", lambda device: request.param)
         if name == "linear_gelu":  # the GELU epilogue of cuBLASLt is another function on the CPU
-            config = module.default_config
-            monkeypatch.setattr(module, "default_config", lambda *args, config=config: config(*args) | {"BACKEND": "triton"})
-
+            monkeypatch.setattr(module, "default_config", _by_triton(module.default_config))
         monkeypatch.setattr(module, f"launch_{name}", _counted(getattr(module, f"launch_{name}"), name, counter))
         library.impl(name, getattr(module, f"_{name}_cuda"), "CPU", allow_override=True)
     yield counter
     library._destroy()
+    tuning.get_config.cache_clear()
+
+
+def _by_triton(default_config):
+    @functools.wraps(default_config)
+    def config(*args):
+        return default_config(*args) | {"BACKEND": "triton"}
+
+    return config
 
 
 def _counted(launch, name: str, counter: Counter):

@@ -26,7 +26,8 @@ from ._row_norm import (
     stretches,
     too_many,
 )
-from ._triton import capability, on_device, require_triton, tl, triton
+from ._triton import on_device, require_triton, tl, triton
+from .tuning import get_config
 
 
 def ada_layer_norm_reference(
@@ -162,7 +163,7 @@ def _check(x, shift, scale, step_index, txt_rows, token_rows) -> None:
 def _ada_layer_norm_cuda(x, shift, scale, step_index, txt_rows=0, token_rows=None, eps=1e-6):
     _check(x, shift, scale, step_index, txt_rows, token_rows)
     require_triton("ada_layer_norm")
-    config = default_config(capability(x.device), x.shape[1], x.element_size())
+    config = get_config("ada_layer_norm", (x.shape[1], x.element_size()), x.device, default_config)
     return launch_ada_layer_norm(x, shift, scale, step_index, txt_rows, token_rows, eps, config=config)
 
 

@@ -25,7 +25,8 @@ from ._row_norm import (
     stretches,
     too_many,
 )
-from ._triton import capability, on_device, require_triton, tl, triton
+from ._triton import on_device, require_triton, tl, triton
+from .tuning import get_config
 
 
 def gated_residual_reference(
@@ -159,7 +160,7 @@ def _check(residual, branch, gate, step_index, txt_rows, token_rows) -> None:
 def _gated_residual_cuda(residual, branch, gate, step_index, txt_rows=0, token_rows=None, clip=False):
     _check(residual, branch, gate, step_index, txt_rows, token_rows)
     require_triton("gated_residual")
-    config = default_config(capability(residual.device), residual.shape[1], residual.element_size())
+    config = get_config("gated_residual", (residual.shape[1], residual.element_size()), residual.device, default_config)
     return launch_gated_residual(residual, branch, gate, step_index, txt_rows, token_rows, clip, config=config)
 
 

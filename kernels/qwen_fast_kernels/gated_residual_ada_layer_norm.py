@@ -31,7 +31,8 @@ from ._row_norm import (
     stretches,
     too_many,
 )
-from ._triton import capability, on_device, require_triton, tl, triton
+from ._triton import on_device, require_triton, tl, triton
+from .tuning import get_config
 
 
 def gated_residual_ada_layer_norm_reference(
@@ -207,7 +208,9 @@ def _gated_residual_ada_layer_norm_cuda(
 ):
     _check(residual, branch, gate, shift, scale, step_index, txt_rows, token_rows)
     require_triton("gated_residual_ada_layer_norm")
-    config = default_config(capability(residual.device), residual.shape[1], residual.element_size())
+    config = get_config(
+        "gated_residual_ada_layer_norm", (residual.shape[1], residual.element_size()), residual.device, default_config
+    )
     return launch_gated_residual_ada_layer_norm(
         residual, branch, gate, shift, scale, step_index, txt_rows, token_rows, eps, clip, config=config
     )

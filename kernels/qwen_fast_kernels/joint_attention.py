@@ -23,7 +23,8 @@ from ._flash import (
     starts_of_spans,
 )
 from ._library import register
-from ._triton import capability, on_device, require_triton, tl, triton
+from ._triton import on_device, require_triton, tl, triton
+from .tuning import get_config
 
 HEAD_DIMS = (16, 32, 64, 128)
 LOG2_E = 1.4426950408889634
@@ -341,13 +342,8 @@ def _joint_attention_cuda(
     arguments = (query, key, value, cu_txt, cu_img, txt_rows, max_txt, max_img, seqused_txt, key_mask, scale)
     _check(*arguments)
     require_triton("joint_attention")
-    config = default_config(
-        capability(query.device),
-        query.shape[2],
-        query.element_size(),
-        masked=key_mask is not None,
-        aligned=fits_descriptors(query, key, value),
-    )
+    dims = (query.shape[2], query.element_size(), key_mask is not None, fits_descriptors(query, key, value))
+    config = get_config("joint_attention", dims, query.device, default_config)
     return launch_joint_attention(*arguments, config=config)
 
 

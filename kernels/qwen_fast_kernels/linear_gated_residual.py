@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from ._library import register
 from ._matmul import check_linear, column_parts, dimensions, launch_tiles, tile_config, tile_position, tile_product
 from ._modulation import check_indices, check_modulation, rows_of, table_row
-from ._triton import capability, require_triton, tl, triton
+from ._triton import require_triton, tl, triton
+from .tuning import get_config
 
 LARGEST = 65504.0  # finite number of fp16; stock clips there
 
@@ -208,7 +209,7 @@ def _check(x, weight, bias, residual, gate, step_index, txt_rows, token_rows) ->
 def _linear_gated_residual_cuda(x, weight, bias, residual, gate, step_index, txt_rows=0, token_rows=None, clip=False):
     _check(x, weight, bias, residual, gate, step_index, txt_rows, token_rows)
     require_triton("linear_gated_residual")
-    config = default_config(capability(x.device), *dimensions(x, weight))
+    config = get_config("linear_gated_residual", dimensions(x, weight), x.device, default_config)
     return launch_linear_gated_residual(x, weight, bias, residual, gate, step_index, txt_rows, token_rows, clip, config=config)
 
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from ._library import register
 from ._matmul import check_linear, column_parts, dimensions, launch_tiles, tile_config, tile_position, tile_product
-from ._triton import capability, require_triton, tl, triton
+from ._triton import require_triton, tl, triton
+from .tuning import get_config
 
 
 def default_config(capability: int, rows: int, n: int, k: int, itemsize: int, aligned: bool = True) -> dict:
@@ -98,7 +99,7 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 def _linear_gelu_cuda(x, weight, bias):
     check_linear(x, weight, bias)
-    config = default_config(capability(x.device), *dimensions(x, weight))
+    config = get_config("linear_gelu", dimensions(x, weight), x.device, default_config)
     if config["BACKEND"] == "cublaslt":
         return _linear_gelu_cublaslt(x, weight, bias)
     require_triton("linear_gelu")

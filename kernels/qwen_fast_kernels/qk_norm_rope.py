@@ -8,7 +8,8 @@ Grid: one program per token row and BLOCK_H heads, of query and key both.
 import torch
 
 from ._library import register
-from ._triton import capability, on_device, require_triton, tl, triton
+from ._triton import on_device, require_triton, tl, triton
+from .tuning import get_config
 
 HEAD_DIMS = (8, 16, 32, 64, 128, 256)
 
@@ -226,7 +227,7 @@ def _check(query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, txt_row
 def _qk_norm_rope_cuda(query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, txt_rows, eps=1e-6):
     _check(query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, txt_rows)
     require_triton("qk_norm_rope")
-    config = default_config(capability(query.device), query.shape[1], query.shape[2], query.element_size())
+    config = get_config("qk_norm_rope", (*query.shape[1:], query.element_size()), query.device, default_config)
     launch_qk_norm_rope(query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, txt_rows, eps, config=config)
 
 

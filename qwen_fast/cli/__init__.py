@@ -5,9 +5,16 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import bench, doctor, generate, schedule
+from . import bench, doctor, generate, profile, schedule, tune
 
-COMMANDS = {"generate": generate, "schedule": schedule, "bench": bench, "doctor": doctor}
+COMMANDS = {
+    "generate": generate,
+    "schedule": schedule,
+    "bench": bench,
+    "profile": profile,
+    "tune": tune,
+    "doctor": doctor,
+}
 
 DESCRIPTION = """\
 Qwen-Image through diffusers: the same picture, faster."""

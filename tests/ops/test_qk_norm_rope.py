@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from budget import assert_bit_equal, assert_within_budget, errors
+from benchmarks.budget import errors
+from budget import assert_bit_equal, assert_within_budget
 from canaries import Canaries
 from qwen_fast_kernels.qk_norm_rope import (
     HEAD_DIMS,
