@@ -12,8 +12,8 @@ import diffusers
 import torch
 import transformers
 
-from . import QwenImagePipeline, report
-from .testing import build_checkpoint
+from .. import QwenImagePipeline, report
+from ..testing import build_checkpoint
 
 PROMPTS = ("a red circle on a white background", "two green squares", "a blue triangle next to a yellow cross")
 CALL = {"negative_prompt": "blurry", "true_cfg_scale": 4.0, "num_inference_steps": 20, "height": 256, "width": 256}
