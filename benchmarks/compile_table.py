@@ -119,7 +119,7 @@ def stale(rows: list[dict]) -> list[str]:
 
 def missing(rows: list[dict]) -> list[str]:
     """Cases without a row for some version and architecture, and rows without a case."""
-    from benchmarks.cases import CASES
+    from .cases import CASES
 
     there = {(row["op"], row["case"], row["arch"], row["triton"]) for row in rows}
     wanted = {(case.op, case.name, arch, version) for case in CASES for arch in ARCHS for version in VERSIONS}
@@ -148,8 +148,8 @@ def compile_cases(arch: int, cases: list, *, ir: bool = False) -> Iterator[dict]
     """One result per case: its rows, or the error; with `ir` also PTX and Triton's IR of its kernels."""
     import triton
 
-    from benchmarks.cases import Maker
-    from benchmarks.offline import compile_only
+    from .cases import Maker
+    from .offline import compile_only
 
     inspected: dict[bytes, dict] = {}
     with compile_only(arch) as log:
@@ -211,7 +211,7 @@ def machine_code(compiled) -> dict:
 
 
 def worker(options: argparse.Namespace) -> None:
-    from benchmarks.cases import CASES
+    from .cases import CASES
 
     index, shares = map(int, options.share.split("/"))
     cases = [case for case in CASES if case.op in options.ops and (case.default or not options.default)]

@@ -43,9 +43,27 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_the_wheel_holds_our_packages_and_no_kernels(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"qwen_fast", "qwen_fast_kernels"}
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {
+        *("qwen_fast", "qwen_fast_kernels", "qwen_fast_benchmarks")
+    }
     for module in ("qwen_fast/pipeline.py", "qwen_fast/cli/generate.py", "qwen_fast_kernels/cfg_euler_step.py"):
         assert module in names
+    assert "qwen_fast_benchmarks/rows.py" in names
+
+
+BENCHMARKS = "from qwen_fast.cli.loading import benchmarks; print(benchmarks('rows').__file__)"
+
+
+def test_the_benchmarks_are_found_in_a_wheel_and_in_the_repository(wheel, tmp_path):
+    """A package `benchmarks` of somebody else's, which is on the path of many projects, is not taken for ours."""
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    (tmp_path / "site" / "benchmarks").mkdir()
+    (tmp_path / "site" / "benchmarks" / "__init__.py").write_text("raise AssertionError('not ours')")
+    (tmp_path / "cwd").mkdir()
+    found = python(BENCHMARKS, tmp_path / "cwd", tmp_path / "site")
+    assert found == str(tmp_path / "site" / "qwen_fast_benchmarks" / "rows.py")
+    for cwd in (ROOT, tmp_path / "cwd"):
+        assert python(BENCHMARKS, cwd, ROOT, ROOT / "kernels") == str(ROOT / "benchmarks" / "rows.py")
 
 
 def test_the_wheel_imports_from_elsewhere(wheel, tmp_path):

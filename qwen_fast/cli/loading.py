@@ -1,7 +1,9 @@
-"""What `generate` draws with: the demo checkpoint, a pipeline from a folder or the hub, LoRAs, device and dtype."""
+"""What commands draw with: the demo checkpoint, a pipeline from a folder or the hub, LoRAs, device, dtype, the benchmarks."""
 
 import contextlib
 import hashlib
+import importlib
+import importlib.util
 import os
 import re
 import shutil
@@ -9,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -149,3 +152,23 @@ def device_and_dtype(device: str, dtype: str) -> tuple["torch.device", "torch.dt
     if dtype == "auto":
         dtype = "bf16" if chosen.type == "cuda" else "fp32"
     return chosen, getattr(torch, DTYPES[dtype])
+
+
+def benchmarks(module: str) -> ModuleType:
+    """A module of the benchmarks, which only commands import, when they run.
+
+    They are installed as `qwen_fast_benchmarks`. In a checkout, also an editable installation of one, they are the folder
+    beside the driver, under the same name: a package `benchmarks` on the path may be anybody's.
+
+    Raises:
+        ImportError: neither is there.
+    """
+    import qwen_fast
+
+    name, root = "qwen_fast_benchmarks", Path(qwen_fast.__file__).parents[1]
+    if name not in sys.modules and (root / "kernels" / "qwen_fast_kernels").is_dir():
+        folder = root / "benchmarks"
+        spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return importlib.import_module(f"{name}.{module}")
