@@ -160,6 +160,14 @@ def sources_of(embeds: torch.Tensor) -> list[Source] | None:
     return next((sources for made, sources in ([] if call is None else call.made) if made is embeds), None)
 
 
+def repeated(embeds: torch.Tensor, times: int) -> torch.Tensor:
+    """`embeds` `[B, S_txt, C_txt]` for a batch `times` as large, known to `sources_of` where `embeds` is."""
+    copies, sources = embeds.repeat(times, 1, 1), sources_of(embeds)
+    if sources is not None:
+        _CALL.get().made.append((copies, sources * times))
+    return copies
+
+
 def stock_reason(pipe: Any) -> str | None:
     """Why stock's own code encodes, or None."""
     if torch.is_grad_enabled():
