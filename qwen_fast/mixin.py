@@ -59,11 +59,12 @@ class AcceleratedPipeline:
             prompt_embeds_mask=prompt_embeds_mask,
             max_sequence_length=max_sequence_length,
         )
-        prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+        if num_images_per_prompt > 1:
+            prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+            if prompt_embeds_mask is not None:
+                prompt_embeds_mask = prompt_embeds_mask.repeat_interleave(num_images_per_prompt, dim=0)
         if known:
             text.note_source(self, [prompt] if isinstance(prompt, str) else prompt, prompt_embeds, num_images_per_prompt)
-        if prompt_embeds_mask is not None:
-            prompt_embeds_mask = prompt_embeds_mask.repeat_interleave(num_images_per_prompt, dim=0)
         return prompt_embeds, prompt_embeds_mask
 
     def _get_qwen_prompt_embeds(
