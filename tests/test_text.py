@@ -4,6 +4,7 @@ import copy
 import functools
 import threading
 
+import accelerate
 import diffusers
 import peft
 import pytest
@@ -272,6 +273,32 @@ def test_a_forward_that_was_replaced_is_called(checkpoint):
     for _ in range(2):
         assert_equal(encode(ours, SHORT), encode(theirs, SHORT))
     assert qwen_fast.report(ours).prompt_cache["hits"] == 0
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_offloaded_by_accelerate(checkpoint, offload):
+    """Whoever places the weights is asked; where they are out of reach between calls, nothing can be kept."""
+    theirs, ours = stock(checkpoint), qwen_fast.enable(stock(checkpoint))
+    if offload == "model":
+        accelerate.cpu_offload_with_hook(ours.text_encoder, execution_device="cpu")
+    else:
+        accelerate.cpu_offload(ours.text_encoder, execution_device="cpu")
+    for _ in range(2):
+        assert_equal(encode(ours, [SHORT, LONG], device="cpu"), encode(theirs, [SHORT, LONG]))
+    report = qwen_fast.report(ours)
+    assert report.calls == {"text encoder as a whole, for its hooks": 1 if offload == "model" else 2}
+    assert report.prompt_cache["hits"] == (2 if offload == "model" else 0)
+    assert ("its weights are on meta" in str(report)) == (offload == "sequential")
+
+
+def test_a_copy_of_the_pipeline_has_a_cache_of_its_own(checkpoint):
+    theirs, ours = stock(checkpoint), qwen_fast.enable(stock(checkpoint))
+    encode(ours, SHORT)
+    twin = copy.deepcopy(ours)
+    twin.text_encoder.model.language_model.norm.weight.data.mul_(2)
+    assert_equal(encode(ours, SHORT), encode(theirs, SHORT))
+    assert not torch.equal(encode(twin, SHORT)[0], encode(theirs, SHORT)[0])
+    assert [qwen_fast.report(pipe).prompt_cache["misses"] for pipe in (ours, twin)] == [1, 1]
 
 
 def test_with_gradients_stock_encodes(pair):
