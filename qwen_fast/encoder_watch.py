@@ -11,14 +11,16 @@ from .hooks import is_own_forward
 from .host_weights import group_keeps_on_disk
 from .modulation import adapter_state, modules_signature, plain_tensors, sample_places
 
-_SAMPLES = 32  # elements of a tensor that every call reads: as fast as 8, within the noise
+_SAMPLES = 8  # elements of a tensor that every look reads (its time goes into cache misses); the fingerprint itself reads 256
 _VISION = "visual"  # no text passes through it
 _HARMLESS = "transformers.utils.output_capturing"  # its hooks record hidden states and change nothing
+_PLAIN = (nn.Parameter, torch.Tensor)
+_Group = list[tuple[int, tuple[int], tuple[int]]]  # of one device and dtype: which tensor, and where its sample lies
 
 
 class _Seen(NamedTuple):
     facts: list[Any]
-    places: list[tuple[int, int]]
+    groups: list[_Group]
     samples: list[torch.Tensor]
     content: str
 
@@ -26,32 +28,32 @@ class _Seen(NamedTuple):
 class EncoderWatch:
     """The fingerprint of a text encoder, computed anew where something may have changed. A copy has seen nothing.
 
-    Each look walks the language model: classes, hooks, adapters, addresses and versions of all tensors, and 32 elements of
+    Each look walks the language model: classes, hooks, adapters, addresses and versions of all tensors, and 8 elements of
     each, which see a write through `.data`. If all are as before, so is the fingerprint; else `modules_signature` gives it.
     """
 
     def __init__(self) -> None:
         self._seen: _Seen | None = None
 
+    @torch.no_grad()
     def look(self, encoder: nn.Module) -> tuple[str | None, str | None]:
         """(fingerprint, None), or (None, why this encoder's output cannot be known by its weights)."""
         facts, tensors, reason = _walk(encoder)
-        if reason is None and any(tensor.is_meta for tensor in tensors):
-            reason = "its weights are on meta"
         if reason is not None:
             self._seen = None
             return None, reason
         seen = self._seen
         known = seen is not None and seen.facts == facts
-        places = seen.places if known else [sample_places(tensor, _SAMPLES) for tensor in tensors]
+        groups = seen.groups if known else _groups(tensors)
         # Views of the moment: kept ones would keep weights alive that an offload has left behind.
-        samples = _read(tensors, places)
-        if known and all(torch.equal(old, new) for old, new in zip(seen.samples, samples, strict=True)):
+        samples = [torch.cat([torch.as_strided(tensors[n], *place) for n, *place in group]) for group in groups]
+        samples = [sample.view(torch.uint8) for sample in samples]  # equal bits, whatever they mean
+        if known and all(map(torch.equal, seen.samples, samples)):
             return seen.content, None
         signature = modules_signature(_language_parts(encoder))
         text_config = encoder.config.get_text_config().to_json_string()
         content = hashlib.sha256(f"{signature.content} {text_config} {facts[0]}".encode()).hexdigest()
-        self._seen = _Seen(facts, places, samples, content)
+        self._seen = _Seen(facts, groups, samples, content)
         return content, None
 
     def __reduce__(self):
@@ -67,27 +69,43 @@ def _walk(encoder: nn.Module) -> tuple[list[Any], list[torch.Tensor], str | None
     config = encoder.config.get_text_config()
     facts: list[Any] = [config._attn_implementation]
     tensors: list[torch.Tensor] = []
-    parts = [child for _, child in _language_parts(encoder)]
     reason = _foreign(encoder) or _foreign(encoder.model)
     if encoder.training and config.attention_dropout:
         reason = reason or "its dropout is on"
-    while parts:
-        part = parts.pop()
-        own = part.__dict__
-        facts.append(type(part))
+    parts = [child for _, child in _language_parts(encoder)]
+    adapters: dict[type, bool] = {}
+    for part in parts:  # which grows meanwhile
+        kind, own = type(part), part.__dict__
+        facts.append(kind)
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
             reason = reason or _foreign(part)
-        if hasattr(type(part), "merged_adapters"):
+        if kind not in adapters:
+            adapters[kind] = hasattr(kind, "merged_adapters")
+        if adapters[kind]:
             facts.append(adapter_state(part))
-        for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
-            if tensor is None:
-                continue
-            plain = (tensor,) if type(tensor) in (nn.Parameter, torch.Tensor) else plain_tensors(tensor)
-            for one in plain:
-                facts += one.data_ptr(), one.numel(), one.dtype, 0 if one.is_inference() else one._version
-                tensors.append(one)
-        parts += [child for child in own["_modules"].values() if child is not None]
+        for held in (own["_parameters"], own["_buffers"]):
+            for tensor in held.values() if held else ():
+                if type(tensor) in _PLAIN:
+                    tensors.append(tensor)
+                elif tensor is not None:
+                    tensors += plain_tensors(tensor)
+        if own["_modules"]:
+            parts += [child for child in own["_modules"].values() if child is not None]
+    for tensor in tensors:
+        facts += tensor.data_ptr(), tensor.dtype, tensor.numel(), 0 if tensor.is_inference() else tensor._version
+    if any(tensor.is_meta for tensor in tensors):
+        reason = reason or "its weights are on meta"
     return facts, tensors, reason
+
+
+def _groups(tensors: list[torch.Tensor]) -> list[_Group]:
+    """Where each tensor is sampled, by device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], _Group] = {}
+    for n, tensor in enumerate(tensors):
+        if tensor.numel():
+            count, step = sample_places(tensor, _SAMPLES)
+            groups.setdefault((tensor.device, tensor.dtype), []).append((n, (count,), (step,)))
+    return list(groups.values())
 
 
 def _foreign(part: nn.Module) -> str | None:
@@ -102,13 +120,3 @@ def _foreign(part: nn.Module) -> str | None:
     if group_keeps_on_disk(part):
         return "diffusers' group offload keeps its weights on disk"
     return None
-
-
-def _read(tensors: list[torch.Tensor], places: list[tuple[int, int]]) -> list[torch.Tensor]:
-    """The sampled elements, one tensor for each device and dtype."""
-    groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-    with torch._C.DisableTorchFunctionSubclass():
-        for tensor, (count, step) in zip(tensors, places, strict=True):
-            if tensor.numel():
-                groups.setdefault((tensor.device, tensor.dtype), []).append(tensor.as_strided((count,), (step,)))
-        return [torch.cat(same).view(torch.uint8) for same in groups.values()]

@@ -27,6 +27,7 @@ from .schedule import Schedule
 from .stages import stage, staged
 from .text import configure as configure_texts
 from .text import of_call as texts_of_call
+from .text import repeated
 
 
 def _stock_loop(stock: type) -> Callable[..., Any]:
@@ -237,7 +238,7 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
                 )
         if do_true_cfg and negative_prompt_embeds.shape[0] == num_images_per_prompt and batch_size > 1:
             # One negative prompt for all: diffusers leaves it to broadcasting, which several pictures a prompt break.
-            negative_prompt_embeds = negative_prompt_embeds.repeat(batch_size, 1, 1)
+            negative_prompt_embeds = repeated(negative_prompt_embeds, batch_size)
             if negative_prompt_embeds_mask is not None:
                 negative_prompt_embeds_mask = negative_prompt_embeds_mask.repeat(batch_size, 1)
 

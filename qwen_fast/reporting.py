@@ -137,10 +137,15 @@ def report(pipe: Any) -> Report:
         fallbacks=dict(state.fallbacks) if state else {},
         lossy=[],
         memory=memory,
-        prompt_cache={name: getattr(state.texts.cache, name) for name in ("hits", "misses", "nbytes")}
-        if state is not None and state.texts is not None
-        else {},
+        prompt_cache=_counted(state),
     )
+
+
+def _counted(state: State | None) -> dict[str, int]:
+    if state is None or state.texts is None:
+        return {}
+    cache = state.texts.cache
+    return {"hits": cache.hits, "misses": cache.misses, "bytes": cache.nbytes}
 
 
 def _prompts(texts: Any) -> str:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from .encoder_watch import EncoderWatch
 from .hooks import is_hooked
@@ -160,6 +161,14 @@ def sources_of(embeds: torch.Tensor) -> list[Source] | None:
     return next((sources for made, sources in ([] if call is None else call.made) if made is embeds), None)
 
 
+def repeated(embeds: torch.Tensor, times: int) -> torch.Tensor:
+    """`embeds` `[B, S_txt, C_txt]` for a batch `times` as large, known to `sources_of` where `embeds` is."""
+    copies, sources = embeds.repeat(times, 1, 1), sources_of(embeds)
+    if sources is not None:
+        _CALL.get().made.append((copies, sources * times))
+    return copies
+
+
 def stock_reason(pipe: Any) -> str | None:
     """Why stock's own code encodes, or None."""
     if torch.is_grad_enabled():
@@ -184,13 +193,9 @@ def prompt_embeds(
         encoded = results[0]
         if call is not None:
             call.encoded.update(zip(map(tuple, lists), results, strict=True))
-    longest = max(len(one.embeds) for one in encoded)
-    first = encoded[0].embeds
-    embeds = first.new_zeros(len(encoded), longest, first.shape[-1])
-    mask = torch.zeros(len(encoded), longest, dtype=torch.long, device=first.device)
-    for n, one in enumerate(encoded):
-        embeds[n, : len(one.embeds)] = one.embeds
-        mask[n, : len(one.embeds)] = 1
+    embeds = pad_sequence([one.embeds for one in encoded], batch_first=True)  # a copy, which is the caller's
+    lengths = [one.embeds.shape[0] for one in encoded]
+    mask = torch.tensor([[1] * length + [0] * (embeds.shape[1] - length) for length in lengths], device=embeds.device)
     return embeds.to(dtype=dtype or pipe.fast_state.texts.dtype, device=device), mask
 
 

@@ -124,10 +124,11 @@ def test_moved_to_unsupported_hardware_after_enable(checkpoint, monkeypatch, cls
     monkeypatch.setattr("qwen_fast.pipeline.unsupported_reason", lambda device: "Tesla T4 is sm_75")
     assert torch.equal(draw(pipe, **arguments), expected)
     report = qwen_fast.report(pipe)
-    assert report.fallbacks == {"Tesla T4 is sm_75": 1} and report.calls == {}, "a kernel was launched there all the same"
+    assert report.fallbacks == {"Tesla T4 is sm_75": 1}
+    assert set(report.calls) == {"text encoder"}, "a kernel was launched there all the same"
     monkeypatch.undo()
     assert_same_latents(draw(pipe, **arguments), expected)
-    assert qwen_fast.report(pipe).calls
+    assert len(qwen_fast.report(pipe).calls) > 1
 
 
 def test_a_folder_for_tables_that_cannot_be_written(checkpoint, tmp_path):
