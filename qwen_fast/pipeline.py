@@ -139,6 +139,7 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
             device (torch.device or str): load straight onto it: see `qwen_fast.loading.load`. The modulation weights,
                 a third of the transformer, never reach it with modulation="table".
         """
+        check_options(**{name: kwargs[name] for name in ("modulation", "attention", "cuda_graph") if name in kwargs})
         given = {"scheduler", "vae", "text_encoder", "tokenizer", "transformer"} & kwargs.keys()
         if "dtype" in kwargs and Version(diffusers.__version__) < Version("0.40"):
             kwargs["torch_dtype"] = kwargs.pop("dtype")  # the older name; under the new one it would be ignored
