@@ -132,8 +132,8 @@ class CaseBench:
                 error = shortened(f"{type(caught).__name__}: {caught}")
         if error is not None:  # out here, where the traceback no longer holds the tensors of the call
             row |= {"status": "failed", "reason": error}
-        gc.collect()
         if self.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
         return provenance(self.device) | sampler.summary() | {name: str(value) for name, value in row.items()}
 
