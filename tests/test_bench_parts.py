@@ -265,9 +265,7 @@ def test_exact_latents_are_stock_s_in_fp32_and_leave_the_weights(pipe, monkeypat
         assert parameter.data_ptr() == before[name][0] and torch.equal(parameter, before[name][1])
     wide = models.random_pipeline(TINY, CPU, torch.bfloat16)
     wide.transformer.float()
-    wide_arguments = {
-        n: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in arguments.items()
-    }
+    floating = {n: v.float() for n, v in arguments.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
     with clocked(wide, 1):  # at the first step the timestep, 1000, is the same in bf16
         expected = wide(**arguments | floating, output_type="latent").images
     assert torch.equal(exact, expected)
