@@ -33,7 +33,8 @@ _OPERATOR_COLORS = (
     "#17becf",
     "#000000",
 )
-_VARIANTS = {"op": ("o", "qwen_fast"), "compiled": ("^", "torch.compile of the reference"), "stock": ("x", "stock diffusers")}
+_VARIANTS = {"ours": ("o", "qwen_fast"), "compiled": ("^", "torch.compile"), "stock": ("x", "stock diffusers")}
+_NO_RATE = {"flow_match_schedule", "schedule"}  # 160 FLOPs: a latency
 
 
 def is_measured(row: Row) -> bool:
@@ -157,7 +158,7 @@ def _quality(row: Row) -> tuple[str, str]:
 
 
 class Point(NamedTuple):
-    """One measurement under a roof; `name` is the operator's or the step's."""
+    """One measurement under a roof; `name` is the operator's or the step's, `variant` one of `_VARIANTS`."""
 
     name: str
     variant: str
@@ -166,12 +167,16 @@ class Point(NamedTuple):
 
 
 def point_of(row: Row) -> Point | None:
-    """Where a row of the operators or of the ladder lies; None where it was not measured or its work is not known."""
+    """Where a row of the operators or of the ladder lies; None if it has no place: not measured, its work not known, or
+    another variant than those that are drawn."""
     if "bytes" in row:
+        name, variant = row["group"].split(":")[0], {"op": "ours", "fast": "ours"}.get(row["variant"], row["variant"])
+        if name in _NO_RATE or variant not in _VARIANTS:
+            return None
         flops, moved = float(row["flops"]), float(row["bytes"])
-        return Point(row["group"].split(":")[0], row["variant"], flops / moved, flops / float(row["seconds_p50"]))
+        return Point(name, variant, flops / moved, flops / float(row["seconds_p50"]))
     model = re.fullmatch(r"random, (\d+) layers, (\d+) x (\d+)", row["model"])
-    variant = {_STOCK: "stock", _BEST: "op", "stock + regional compile": "compiled"}.get(row["rung"])
+    variant = {_STOCK: "stock", _BEST: "ours", "stock + regional compile": "compiled"}.get(row["rung"])
     if model is None or variant is None or not is_measured(row):
         return None
     width, height, steps, batch, text = (int(row[name]) for name in ("width", "height", "steps", "batch", "text_tokens"))
@@ -185,7 +190,7 @@ def point_of(row: Row) -> Point | None:
 
 
 def roofline_figure(rows: Sequence[Row], ceilings: Sequence[Row]) -> "Figure":
-    points = [point for point in map(point_of, rows) if point is not None and point.variant in _VARIANTS]
+    points = [point for point in map(point_of, rows) if point is not None]
     if not points:
         raise ValueError("there are no rows of operators or steps to draw under a roofline")
     rates = {(row["what"], row["detail"]): float(row["rate"]) for row in ceilings}
@@ -219,23 +224,19 @@ def roofline_figure(rows: Sequence[Row], ceilings: Sequence[Row]) -> "Figure":
             mine = [point for point in points if (point.name, point.variant) == (name, variant)]
             if mine:
                 xs, ys = [point.intensity for point in mine], [point.rate / scale for point in mine]
-                label = name if variant == "op" else None
-                axes.plot(
-                    xs,
-                    ys,
-                    marker,
-                    color=color,
-                    markersize=7,
-                    label=label,
-                    fillstyle="none" if variant == "compiled" else "full",
-                )
+                axes.plot(xs, ys, marker, color=color, fillstyle=_fill(marker), markersize=7, gid=f"{name}, {variant}")
+        axes.plot([], [], "s", color=color, markersize=7, label=name)
     for marker, label in _VARIANTS.values():
-        axes.plot([], [], marker, color=_GREY, markersize=7, label=label, fillstyle="none" if marker == "^" else "full")
+        axes.plot([], [], marker, color=_GREY, fillstyle=_fill(marker), markersize=7, label=label)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8.5)
     axes.grid(alpha=0.25, which="both")
     axes.set_title(place(rows[-1]), fontsize=8.5, color=_GREY, loc="left")
     figure.suptitle("Roofline, from rates sustained for seconds", x=0.01, ha="left", fontsize=12, fontweight="bold")
     return figure
+
+
+def _fill(marker: str) -> str:
+    return "none" if marker == "^" else "full"
 
 
 # Scaling --------------------------------------------------------------------------------------------------------------
