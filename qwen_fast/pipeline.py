@@ -24,11 +24,16 @@ from .mixin import AcceleratedPipeline
 from .modulation import table_reason
 from .reporting import STATE, State, logger
 from .schedule import Schedule
+from .stages import stage, staged
 
 
 def _stock_loop(stock: type) -> Callable[..., Any]:
     """`__call__` of a pipeline that keeps diffusers' denoising loop and gets its speed from our scheduler."""
     signature = inspect.signature(stock.__call__)
+
+    def in_stages(self, *args, **kwargs):
+        with staged(self):
+            return stock.__call__(self, *args, **kwargs)
 
     @functools.wraps(stock.__call__)
     def call(self, *args, **kwargs):
@@ -43,18 +48,18 @@ def _stock_loop(stock: type) -> Callable[..., Any]:
         if reason is not None:
             self.fast_state.fall_back(reason)
             self.remove_transformer()  # stock's forward needs all its weights on the device
-            return stock.__call__(self, *args, **kwargs)
+            return in_stages(self, *args, **kwargs)
         reason = self.install_transformer()
         if reason is not None:
             self.fast_state.fall_back(reason)
-            return stock.__call__(self, *args, **kwargs)
+            return in_stages(self, *args, **kwargs)
         with self._images(), accelerated(self.transformer, self.fast_state) as forwards:
             forwards.changing = bound.arguments.get("callback_on_step_end") is not None
             self.fast_state.no_table = table_reason(self.transformer)
             if self.fast_state.modulation == "table" and self.fast_state.no_table is None:
                 tables = self.transformer.__dict__[ATTACHED].tables
                 forwards.conditions = ScheduledConditions(self.transformer, tables, self, forwards.changing)
-            return stock.__call__(self, *args, **kwargs)
+            return in_stages(self, *args, **kwargs)
 
     return call
 
@@ -145,7 +150,8 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
         if reason is not None:
             self.fast_state.fall_back(reason)
             self.remove_transformer()  # stock's forward needs all its weights on the device
-            return super().__call__(*args, **kwargs)
+            with staged(self):
+                return super().__call__(*args, **kwargs)
         arguments = dict(bound.arguments)
         arguments.pop("self")
         return self._sample(device, **arguments)
@@ -210,20 +216,21 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
             max_sequence_length=max_sequence_length,
         )
         batch_size = len(prompt) if isinstance(prompt, list) else 1 if prompt is not None else prompt_embeds.shape[0]
-        prompt_embeds, prompt_embeds_mask = encode(
-            prompt=prompt, prompt_embeds=prompt_embeds, prompt_embeds_mask=prompt_embeds_mask
-        )
-        if do_true_cfg:
-            negative_prompt_embeds, negative_prompt_embeds_mask = encode(
-                prompt=negative_prompt,
-                prompt_embeds=negative_prompt_embeds,
-                prompt_embeds_mask=negative_prompt_embeds_mask,
+        with stage("text"):
+            prompt_embeds, prompt_embeds_mask = encode(
+                prompt=prompt, prompt_embeds=prompt_embeds, prompt_embeds_mask=prompt_embeds_mask
             )
-            if negative_prompt_embeds.shape[0] == num_images_per_prompt and batch_size > 1:
-                # One negative prompt for all: diffusers leaves it to broadcasting, which several pictures a prompt break.
-                negative_prompt_embeds = negative_prompt_embeds.repeat(batch_size, 1, 1)
-                if negative_prompt_embeds_mask is not None:
-                    negative_prompt_embeds_mask = negative_prompt_embeds_mask.repeat(batch_size, 1)
+            if do_true_cfg:
+                negative_prompt_embeds, negative_prompt_embeds_mask = encode(
+                    prompt=negative_prompt,
+                    prompt_embeds=negative_prompt_embeds,
+                    prompt_embeds_mask=negative_prompt_embeds_mask,
+                )
+        if do_true_cfg and negative_prompt_embeds.shape[0] == num_images_per_prompt and batch_size > 1:
+            # One negative prompt for all: diffusers leaves it to broadcasting, which several pictures a prompt break.
+            negative_prompt_embeds = negative_prompt_embeds.repeat(batch_size, 1, 1)
+            if negative_prompt_embeds_mask is not None:
+                negative_prompt_embeds_mask = negative_prompt_embeds_mask.repeat(batch_size, 1)
 
         latents = self.prepare_latents(
             batch_size * num_images_per_prompt,
@@ -236,9 +243,13 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
             latents,
         )
         grid_size = (1, height // self.vae_scale_factor // 2, width // self.vae_scale_factor // 2)
-        schedule = Schedule.from_scheduler(
-            self.scheduler, num_inference_steps, image_seq_len=latents.shape[1], sigmas=sigmas, device=device
-        )
+        with stage("schedule"):
+            scheduled = functools.partial(
+                Schedule.from_scheduler, self.scheduler, num_inference_steps, image_seq_len=latents.shape[1], sigmas=sigmas
+            )
+            schedule = scheduled(device=device)
+            # The host's own copy names the modulation table without asking the device for its values.
+            host_timesteps = scheduled().model_timesteps(latents.dtype)
         self.fast_state.calls["flow_match_schedule"] += 1
         self._num_timesteps = schedule.num_inference_steps
 
@@ -248,19 +259,17 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
         prompts = [(prompt_embeds, prompt_embeds_mask), (negative_prompt_embeds, negative_prompt_embeds_mask)]
         task = Task(
             schedule=schedule,
-            # The host's own copy names the table without asking the device for its values.
-            host_timesteps=Schedule.from_scheduler(
-                self.scheduler, num_inference_steps, image_seq_len=latents.shape[1], sigmas=sigmas
-            ).model_timesteps(latents.dtype),
+            host_timesteps=host_timesteps,
             prompts=prompts if do_true_cfg else prompts[:1],
             true_cfg_scale=true_cfg_scale if do_true_cfg else None,
             guidance=self._guidance(guidance_scale, latents),
             img_shapes=[[grid_size]] * batch_size,
         )
-        latents = denoise(self, latents, task, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        with stage("denoise"):
+            latents = denoise(self, latents, task, callback_on_step_end, callback_on_step_end_tensor_inputs)
         image = latents
         if output_type != "latent":
-            with self._images():
+            with stage("vae"), self._images():
                 image = self._decode(latents, height, width, output_type)
         self.maybe_free_model_hooks()
         return QwenImagePipelineOutput(images=image) if return_dict else (image,)

@@ -5,9 +5,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import doctor, generate, schedule
+from . import bench, doctor, generate, schedule
 
-COMMANDS = {"generate": generate, "schedule": schedule, "doctor": doctor}
+COMMANDS = {"generate": generate, "schedule": schedule, "bench": bench, "doctor": doctor}
 
 DESCRIPTION = """\
 Qwen-Image through diffusers: the same picture, faster."""
