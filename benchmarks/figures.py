@@ -21,17 +21,9 @@ Row = dict[str, str]
 CASE = ("width", "height", "steps", "cfg", "batch", "text_tokens")
 _STOCK, _OURS, _BEST = "stock diffusers", "qwen_fast", "qwen_fast as enabled"
 _GREY, _PALE, _BLUE, _GREEN, _RED = "#7a7a7a", "#b4b4b4", "#2f6fb3", "#3f9c6b", "#c0392b"
-_OPERATOR_COLORS = (
-    "#1f77b4",
-    "#ff7f0e",
-    "#2ca02c",
-    "#d62728",
-    "#9467bd",
-    "#8c564b",
-    "#e377c2",
-    "#bcbd22",
-    "#17becf",
-    "#000000",
+_COLORS = (  # dark ones, then their light companions
+    *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf", "#000000"),
+    *("#aec7e8", "#ffbb78", "#98df8a", "#ff9896", "#c5b0d5", "#c49c94", "#f7b6d2", "#dbdb8d", "#9edae5", "#c7c7c7"),
 )
 _VARIANTS = {"ours": ("o", "qwen_fast"), "compiled": ("^", "torch.compile"), "stock": ("x", "stock diffusers")}
 _NO_RATE = {"flow_match_schedule", "schedule"}  # 160 FLOPs: a latency
@@ -76,7 +68,9 @@ def ladder_figure(rows: Sequence[Row]) -> "Figure":
         if row["image_s_p50"]:
             _bar(axes, y, row)
         else:
-            axes.text(0.012, y, _shortened(f"{row['status']}: {row['reason']}"), **_inside(axes), style="italic", color=_GREY)
+            behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+            why = _shortened(f"{row['status']}: {row['reason']}")
+            axes.text(0.012, y, why, **_inside(axes), style="italic", color=_GREY, bbox=behind)
     axes.set_yticks(range(len(rungs)), [row["rung"] for row in rungs], fontsize=9.5)
     axes.set_ylim(len(rungs) - 0.4, -0.6)
     axes.set_xlim(0, 1.06 * max(float(row["image_s_p80"]) for row in timed))
@@ -120,7 +114,7 @@ def _inside(axes: "Axes") -> dict:
     return {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 8.5}
 
 
-def _shortened(text: str, length: int = 62) -> str:
+def _shortened(text: str, length: int = 60) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
@@ -202,24 +196,24 @@ def roofline_figure(rows: Sequence[Row], ceilings: Sequence[Row]) -> "Figure":
     figure = new_figure((10, 5), "a plot")
     axes = figure.subplots()
     unit, scale = ("TFLOP/s", 1e12) if max(products.values()) >= 1e12 else ("GFLOP/s", 1e9)
-    low = min(point.intensity for point in points) / 2
-    high = max(*(point.intensity for point in points), 2 * max(products.values()) / copy) * 2
-    roofs = [(f"products in {detail}", rate, "-", 3) for detail, rate in products.items()]
-    # The label of the attention stands below its line, since that of the products may be close.
-    attention = {detail: rate for (what, detail), rate in rates.items() if what == "attention"}
-    roofs += [(f"attention ({detail.split(', ')[-1]})", rate, "--", -11) for detail, rate in attention.items()]
-    for name, rate, style, above in roofs:
-        axes.plot([rate / copy, high], [rate / scale] * 2, color="black", linewidth=1.2, linestyle=style, gid=name)
-        label = f"{name}: {rate / scale:.4g} {unit}"
-        axes.annotate(label, (high, rate / scale), (-2, above), textcoords="offset points", ha="right", fontsize=8.5)
     ridge = max(products.values()) / copy
+    low = min(ridge / 8, *(point.intensity / 2 for point in points))
+    high = 2 * max(2 * ridge, *(point.intensity for point in points))
+    roofs = [(f"products in {detail}", rate, "-", "bottom") for detail, rate in products.items()]
+    attention = {detail: rate for (what, detail), rate in rates.items() if what == "attention"}
+    roofs += [(f"attention ({detail.split(', ')[-1]})", rate, "--", "top") for detail, rate in attention.items()]
+    for name, rate, style, side in roofs:
+        axes.plot([rate / copy, high], [rate / scale] * 2, color="black", linewidth=1.2, linestyle=style, gid=name)
+        # Left of the ridge no point can lie; the attention's stands lower, since its rate is close to a product's.
+        text = {"textcoords": "offset points", "ha": "right", "va": side, "fontsize": 8.5}
+        axes.annotate(f"{name}: {rate / scale:.4g} {unit}", (rate / copy, rate / scale), (-12, 0), **text)
     axes.plot([low, ridge], [low * copy / scale, ridge * copy / scale], color="black", linewidth=1.2, gid="copy")
     axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel=unit, xlim=(low, high))
     middle = math.sqrt(low * ridge)
     label = f"copy: {copy / 1e9:.4g} GB/s"
     axes.annotate(label, (middle, middle * copy / scale), (-6, 4), textcoords="offset points", ha="right", fontsize=8.5)
     names = list(dict.fromkeys(point.name for point in points))
-    for name, color in zip(names, itertools.cycle(_OPERATOR_COLORS), strict=False):
+    for name, color in zip(names, itertools.cycle(_COLORS), strict=False):
         for variant, (marker, _) in _VARIANTS.items():
             mine = [point for point in points if (point.name, point.variant) == (name, variant)]
             if mine:

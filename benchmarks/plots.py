@@ -92,8 +92,11 @@ def draw_all(rows: Path, out: Path, *, machine: str | None = None, suffix: str =
         tuple: the files that were written, and for each plot that was not why.
     Raises:
         ImportError: matplotlib is not installed.
-        OSError: nothing can be written to `out`.
+        ValueError: a table is half-written.
+        OSError: `rows` is not there, or nothing can be written to `out`.
     """
+    if not rows.is_dir():
+        raise FileNotFoundError(f"{rows} is no folder: `qwen-fast bench` writes its rows there")
     out.mkdir(parents=True, exist_ok=True)
     tables = {
         name: read(rows / f"{name}.csv") if (rows / f"{name}.csv").exists() else []

@@ -244,6 +244,20 @@ def test_from_tables_to_pictures(tmp_path, capsys, monkeypatch):
     assert "made-up GPU" in drawn and "x86_64" not in drawn
 
 
+def test_command(tmp_path, capsys):
+    from qwen_fast.cli import main as qwen_fast_command
+
+    write(tmp_path, ladder=LADDER + SCALING, ceilings=CEILINGS)
+    assert qwen_fast_command(["bench", "--plot", "svg", "--out", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.glob("*.svg")) == ["ladder.svg", "roofline.svg", "scaling.svg"]
+    assert qwen_fast_command(["bench", "--plot", "--out", str(tmp_path / "missing")]) == 2
+    assert "missing is no folder" in capsys.readouterr().err
+    table = tmp_path / "ladder.csv"
+    table.write_bytes(table.read_bytes()[:-9])
+    assert qwen_fast_command(["bench", "--plot", "--out", str(tmp_path)]) == 2
+    assert "half-written" in capsys.readouterr().err
+
+
 def test_a_folder_without_tables(tmp_path):
     written, left_out = draw_all(tmp_path, tmp_path / "out")
     assert not written and [line.split(" ")[0] for line in left_out] == ["ladder.png", "roofline.png", "scaling.png"]
