@@ -73,29 +73,29 @@ STAGES = (
         ("-m", "benchmarks.environment", "--out", "{out}/environment.json", "--device", "cuda", "--ptxas", "{ptxas}"),
         ("-m", "benchmarks.environment", "--out", "{out}/environment.json", "--device", "cpu"),
     ),
-    Stage("tests-gpu", 100, (*_PYTEST, "tests", "-m", "gpu", "-n", "8", "--junitxml", "{out}/tests-gpu.xml")),
+    Stage("tests-gpu", 80, (*_PYTEST, "tests", "-m", "gpu", "-n", "8", "--junitxml", "{out}/tests-gpu.xml")),
     Stage(
         "tests-ops",
-        100,
+        80,
         _OPERATOR_TESTS,
         (*_PYTEST, "tests/ops/test_flow_match_schedule.py", "-k", "stock", "--junitxml", "{out}/tests-ops.xml"),
     ),
     Stage(
         "ceilings",
-        30,
-        ("-m", "benchmarks.ceilings", "--seconds", "2"),
+        25,
+        ("-m", "benchmarks.ceilings", "--seconds", "1"),
         ("-m", "benchmarks.ceilings", "--seconds", "0.02", "--device", "cpu"),
     ),
     Stage(
         "ladder",
-        180,
+        230,
         _LADDER,
         (*_CLI, "bench", "--shape", "tiny", "--size", "64x64", "--steps", "2", "--repeats", "1", "--seconds", "0.02")
         + ("--device", "cpu", "--out", "{out}/ladder"),
     ),
     Stage(
         "profile",
-        60,
+        50,
         _PROFILE,
         (*_CLI, "profile", "--shape", "tiny", "--size", "64x64", "--steps", "1", "--device", "cpu", "--out", "{out}/profile"),
     ),
@@ -115,9 +115,9 @@ STAGES = (
     ),
 )
 TUNING = (
-    Stage("tune", 300, (*_CLI, "tune", "--minutes", "4.5", "--record", "{out}/tuning.jsonl")),
-    Stage("tests-ops-tuned", 100, tuple(part.replace("tests-ops.xml", "tests-ops-tuned.xml") for part in _OPERATOR_TESTS)),
-    Stage("ladder-tuned", 180, tuple(part.replace("{out}/ladder", "{out}/ladder-tuned") for part in _LADDER)),
+    Stage("tune", 240, (*_CLI, "tune", "--minutes", "3.5", "--record", "{out}/tuning.jsonl")),
+    Stage("tests-ops-tuned", 60, tuple(part.replace("tests-ops.xml", "tests-ops-tuned.xml") for part in _OPERATOR_TESTS)),
+    Stage("ladder-tuned", 230, tuple(part.replace("{out}/ladder", "{out}/ladder-tuned") for part in _LADDER)),
     Stage("profile-tuned", 60, tuple(part.replace("{out}/profile", "{out}/profile-tuned") for part in _PROFILE)),
 )
 

@@ -5,9 +5,16 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import doctor, generate, profile, schedule, tune
+from . import bench, doctor, generate, profile, schedule, tune
 
-COMMANDS = {"generate": generate, "schedule": schedule, "doctor": doctor, "profile": profile, "tune": tune}
+COMMANDS = {
+    "generate": generate,
+    "schedule": schedule,
+    "bench": bench,
+    "profile": profile,
+    "tune": tune,
+    "doctor": doctor,
+}
 
 DESCRIPTION = """\
 Qwen-Image through diffusers: the same picture, faster."""

@@ -1,0 +1,215 @@
+"""What `qwen-fast bench` does: checks, the model, ceilings, the ladder, one table."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers.utils import logging
+
+from qwen_fast.inputs import writable_folder
+from qwen_fast.schedule import check_device
+
+from . import estimate, models
+from .ceilings import measure_ceilings
+from .grid import QWEN_IMAGE, Case, Shape, default_cases, full_cases, small_cases
+from .ladder import COMPARED, LOSSY, OURS, STOCK, Rung, all_rungs, chosen_rungs
+from .machine import PROVENANCE, Sampler, provenance
+from .rows import Rows
+from .session import FIELDS, Session
+
+CEILING_FIELDS = [*PROVENANCE, *Sampler("cpu").summary(), "model", "what", "detail", "rate", "unit", "seconds", "clock"]
+
+
+@dataclass
+class Options:
+    """What to measure, and where the rows go.
+
+    Attributes:
+        device, dtype: of the model.
+        shape: of a model with random weights.
+        model: a checkpoint's folder instead.
+        cases: what is measured; None: the default for the device.
+        full: every case of the grid, with regional compilation beside stock and ours.
+        whole: every step of every picture.
+        repeats: pairs of stock and rung.
+        ceiling_seconds: how long each ceiling is sustained.
+        out: folder of ladder.csv and ceilings.csv.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: Shape = QWEN_IMAGE
+    model: str | None = None
+    cases: list[Case] | None = None
+    full: bool = False
+    whole: bool = False
+    repeats: int = 3
+    ceiling_seconds: float = 2.0
+    out: Path | None = None
+
+
+def default_folder() -> Path:
+    """benchmarks/results of the checkout that this is; elsewhere a folder in the current one."""
+    here = Path(__file__).parent
+    return here / "results" if here.name == "benchmarks" else Path("qwen-fast-results")
+
+
+def plan(options: Options) -> list[tuple[Case, list[Rung]]]:
+    """The whole ladder for the first case; for the others stock and ours, with `full` the compiled stock too."""
+    if options.cases:
+        cases = options.cases
+    elif options.full:
+        cases = full_cases(options.shape)
+    else:
+        cases = default_cases(options.shape) if options.device.type == "cuda" else small_cases(options.shape)
+    first, *others = cases
+    rungs = [STOCK, COMPARED[0], OURS[-1], *LOSSY] if options.full else chosen_rungs()
+    return [(first, all_rungs()), *((case, rungs) for case in others)]
+
+
+def run(options: Options, say: Callable[[str], None] = print) -> list[dict[str, str]]:
+    """Measure, and return the ladder's rows, which are in `options.out` too.
+
+    Raises:
+        ValueError: no such GPU, an unwritable folder, a model that is none, too little memory: all before any work.
+        KeyboardInterrupt: after saying where the rows so far are.
+    """
+    check_device(options.device)
+    folder = writable_folder("--out", options.out or default_folder())
+    if options.model is not None:
+        models.check_folder(options.model)
+        options = replace(options, shape=models.shape_of(options.model))
+        if options.cases:
+            options.cases = [replace(case, shape=options.shape) for case in options.cases]
+    planned = plan(options)
+    models.check_memory([case for case, _ in planned], options.device, options.dtype)
+    rows, ceiling_rows = Rows(folder / "ladder.csv", FIELDS), Rows(folder / "ceilings.csv", CEILING_FIELDS)
+    for note in filter(None, (rows.note, ceiling_rows.note)):
+        say(note)
+    if options.device.type == "cuda":
+        say(estimated(options))
+    results: list[dict[str, str]] = []
+    try:
+        with silence():
+            measure(options, planned, rows, ceiling_rows, results, say)
+    except KeyboardInterrupt:
+        say(f"interrupted: {len(results)} rows are finished and in {rows.path}.")
+        raise
+    say("")
+    say(table(results))
+    say(f"\n{'no lossy mode exists yet' if not LOSSY else 'lossy modes are marked'}; rows are in {rows.path}")
+    return results
+
+
+def estimated(options: Options) -> str:
+    """What is measured, and how long that takes on an H200, in words."""
+    planned = plan(options)
+    seconds = [
+        estimate.case_seconds(case, rungs, options.repeats, options.whole, options.model is None) for case, rungs in planned
+    ]
+    lines = [f"{case}, {len(rungs)} rungs: {time:.0f} s" for (case, rungs), time in zip(planned, seconds, strict=True)]
+    total = sum(seconds) + estimate.start_seconds(options.ceiling_seconds)
+    rows = sum(len(rungs) for _, rungs in planned)
+    shown = lines if len(lines) <= 12 else [*lines[:3], "...", *lines[-3:]]
+    return "\n".join([*shown, f"{rows} rows, about {total / 60:.1f} minutes on an H200, by arithmetic"])
+
+
+def is_fault(row: dict[str, str]) -> bool:
+    """A wrong result, or a failure that is not a peer's or a lossy mode's."""
+    return row["status"] == "wrong result" or (row["status"] == "failed" and row["lossy"] == "False")
+
+
+def measure(options: Options, planned, rows: Rows, ceiling_rows: Rows, results: list, say: Callable[[str], None]) -> None:
+    """Ceilings, model and ladder; finished rows appear in `results`."""
+    shape, device = options.shape, options.device
+    name = f"random, {shape.layers} layers, {shape.heads} x {shape.head_dim}"
+    if options.model is not None:
+        name = Path(options.model).name
+    tokens = planned[0][0].image_tokens + planned[0][0].text
+    say(f"ceilings, sustained for {options.ceiling_seconds:g} s each")
+    copied = None if device.type == "cuda" else 2**24
+    with Sampler(device) as sampler:
+        ceilings = measure_ceilings(
+            device, options.dtype, seconds=options.ceiling_seconds, shape=shape, tokens=tokens, copy_bytes=copied
+        )
+    common = (
+        provenance(device) | sampler.summary() | {"model": name, "seconds": f"{ceilings.seconds:g}", "clock": ceilings.clock}
+    )
+    for row in ceilings.rows():
+        ceiling_rows.add(common | row)
+        say(f"  {row['what']}, {row['detail']}: {float(row['rate']) / 1e12:.4g} T{row['unit']}")
+    say(f"the model: {name}, {str(options.dtype).removeprefix('torch.')} on {device}")
+    if options.model is not None:
+        pipe = models.load_pipeline(options.model, device, options.dtype)
+    else:
+        pipe = models.random_pipeline(shape, device, options.dtype)
+    session = Session(pipe, name, planned, rows, ceilings, options.repeats, options.whole, say, results)
+    session.run()
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """diffusers' warnings about embeddings without masks, once a call, and its progress bars."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+COLUMNS = {  # heading: (field, how it is written)
+    "s/image": ("image_s_p50", "{:.4g}"),
+    "p20-p80": (None, ""),
+    "img/min": ("images_per_minute", "{:.4g}"),
+    "ms/step": ("step_ms_p50", "{:.4g}"),
+    "speed-up": ("speedup_image", "{:.3f}x"),
+    "of step": ("speedup_step", "{:.3f}x"),
+    "of ceiling": ("share_of_floor", "{:.0%}"),
+    "peak GiB": ("peak_gib", "{:.1f}"),
+    "resident": ("resident_gib", "{:.1f}"),
+    "1st image": ("first_image_s", "{:.3g} s"),
+    "max diff": ("max_difference", "{:.1e}"),
+    "mean diff": ("mean_difference", "{:.1e}"),
+    "PSNR": ("psnr_db", "{:.0f} dB"),
+}
+
+
+def table(results: list[dict[str, str]]) -> str:
+    """All rows as text, one block a case; a figure that was not measured is a dash."""
+    blocks, case = [], None
+    width = max((len(row["rung"]) for row in results), default=0)
+    for row in results:
+        key = tuple(row[name] for name in ("width", "height", "steps", "cfg", "batch", "text_tokens"))
+        if key != case:
+            case = key
+            guidance = "CFG" if row["cfg"] == "True" else "no CFG"
+            title = f"{key[0]}x{key[1]}, {key[2]} steps, {guidance}, batch {key[4]}, text {key[5]} tokens"
+            blocks += ["", title, f"  {'':{width}}  " + "  ".join(f"{heading:>11}" for heading in COLUMNS)]
+        if not row.get("step_ms_p50"):
+            blocks.append(f"  {row['rung']:{width}}  {row['status']}: {row['reason']}")
+            continue
+        cells = "  ".join(f"{cell(row, heading):>11}" for heading in COLUMNS)
+        computed = row["measured_steps"] != row["steps"]
+        remarks = [row["detail"]] * bool(row["detail"]) + [f"from {row['measured_steps']} steps"] * computed
+        remarks += ["lossy"] * (row["lossy"] == "True") + [f"{row['status']}: {row['reason']}"] * (row["status"] != "ok")
+        blocks.append(f"  {row['rung']:{width}}  {cells}  {'; '.join(remarks)}".rstrip())
+    return "\n".join(blocks[1:])
+
+
+def cell(row: dict[str, str], heading: str) -> str:
+    """One figure of the table."""
+    name, form = COLUMNS[heading]
+    if name is None:
+        return f"{float(row['image_s_p20']):.3g}-{float(row['image_s_p80']):.3g}"
+    value = row.get(name, "")
+    if not value:
+        return "-"
+    number = float(value)
+    return "equal" if name == "psnr_db" and math.isinf(number) else form.format(number)

@@ -1,0 +1,259 @@
+"""One run of the ladder: every rung of every case checked, measured against stock in pairs, and written at once."""
+
+import gc
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .ceilings import Ceilings
+from .grid import STEPS_MEASURED, Case
+from .ladder import STOCK, NotMeasured, Rung, weights_stay
+from .machine import PROVENANCE, Sampler, provenance
+from .measure import Difference, Spread, Stopwatch, clocked, exact_latents, ratio
+from .models import call_arguments, prompts_of
+from .rows import Rows
+
+COMPARED_STEPS = 2
+# fp32 against stock: the numerical contract. Below fp32, the error against fp32 as a part of stock's own.
+FP32_LIMIT, ERROR_LIMIT = 2e-6, 1.25
+LOSSY_PSNR = 10.0  # dB; what lies farther from stock is another picture, not a lossy one
+
+FIELDS = [
+    *PROVENANCE,
+    *Sampler("cpu").summary(),
+    *("model", "dtype", "width", "height", "steps", "cfg", "batch", "text_tokens"),
+    *("rung", "detail", "lossy", "status", "reason", "clock", "repeats", "measured_steps"),
+    *("image_s_p20", "image_s_p50", "image_s_p80", "step_ms_p20", "step_ms_p50", "step_ms_p80", "images_per_minute"),
+    *("outside_loop_s", "text_s", "stock_image_s", "stock_step_ms", "speedup_image", "speedup_step"),
+    *("first_image_s", "preparation_s", "peak_gib", "resident_gib", "floor_ms", "share_of_floor"),
+    *("compared_steps", "max_difference", "mean_difference", "psnr_db", "error_to_stock"),
+]
+
+
+@dataclass
+class Timed:
+    """One call: seconds per image and of a later step, both of the whole batch, and what is not steps."""
+
+    image: float
+    step: float
+    outside: float
+
+
+@dataclass
+class Session:
+    """What a run holds on to.
+
+    Attributes:
+        pipe: the stock pipeline; a rung changes it while it is entered.
+        model: its name in the rows.
+        plan: the rungs of each case, stock first.
+        rows: where results go, one at a time.
+        ceilings: of this run.
+        repeats: pairs of stock and rung.
+        whole: do all steps instead of `STEPS_MEASURED`.
+        say: prints progress.
+        results: all rows so far.
+    """
+
+    pipe: Any
+    model: str
+    plan: list[tuple[Case, list[Rung]]]
+    rows: Rows
+    ceilings: Ceilings
+    repeats: int = 3
+    whole: bool = False
+    say: Callable[[str], None] = print
+    results: list[dict[str, str]] = field(default_factory=list)
+
+    def run(self) -> list[dict[str, str]]:
+        """Measure the plan; a rung that fails has its error in its row, and the next one goes on."""
+        total, number = sum(len(rungs) for _, rungs in self.plan), 0
+        for case, rungs in self.plan:
+            self.say(f"{case}")
+            bench = CaseBench(self, case)
+            for rung in rungs:
+                number += 1
+                row = bench.row(rung)
+                self.rows.add(row)
+                self.results.append(row)
+                self.say(f"  [{number}/{total}] {rung.name}: {outcome(row)}")
+        return self.results
+
+
+def outcome(row: dict[str, str]) -> str:
+    """A row in a few words."""
+    if not row.get("step_ms_p50"):
+        return f"{row['status']}: {row['reason']}"
+    text = f"{float(row['image_s_p50']):.4g} s an image, {float(row['step_ms_p50']):.4g} ms a step"
+    if row["status"] != "ok":
+        return f"{text}; {row['status']}: {row['reason']}"
+    return text + (f", {float(row['speedup_image']):.3f}x" if row.get("speedup_image") else "")
+
+
+class CaseBench:
+    """Inputs of one case, stock's latents, and the measurement of a rung."""
+
+    def __init__(self, session: Session, case: Case):
+        self.session, self.case, self.pipe = session, case, session.pipe
+        self.device, self.dtype = self.pipe.device, self.pipe.transformer.dtype
+        self.clock = Stopwatch(self.device).kind
+        self.arguments: dict | None = None
+        self.expected: torch.Tensor | None = None
+        self.exact: torch.Tensor | None = None
+
+    def row(self, rung: Rung) -> dict[str, str]:
+        """The row of `rung`, whatever comes; only an interruption gets through."""
+        case = self.case
+        row = {
+            "model": self.session.model,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            **{"width": case.width, "height": case.height, "steps": case.steps, "cfg": case.cfg},
+            **{"batch": case.batch, "text_tokens": case.text, "rung": rung.name, "lossy": rung.lossy, "clock": self.clock},
+        }
+        error = None
+        with Sampler(self.device) as sampler:
+            try:
+                self._prepare()
+                self._measure(rung, row)
+            except NotMeasured as reason:
+                row |= {"status": "not measured", "reason": str(reason)}
+            except Exception as caught:  # out of memory, a peer's fault: that row fails, the others are worth having
+                error = f"{type(caught).__name__}: {' '.join(str(caught).split())[:300]}"
+        if error is not None:  # out here, where the traceback no longer holds the tensors of the call
+            row |= {"status": "failed", "reason": error}
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return provenance(self.device) | sampler.summary() | {name: str(value) for name, value in row.items()}
+
+    def _prepare(self) -> None:
+        if self.expected is not None:
+            return
+        self.arguments = call_arguments(self.pipe, self.case)
+        self.expected = self._latents()
+        if self.dtype != torch.float32:
+            self.exact = exact_latents(self.pipe, self.arguments, self._compared_steps)
+
+    @property
+    def _compared_steps(self) -> int:
+        return min(COMPARED_STEPS, self.case.steps)
+
+    @torch.no_grad()
+    def _latents(self) -> torch.Tensor:
+        with clocked(self.pipe, self._compared_steps):
+            return self.pipe(**self.arguments, output_type="latent").images
+
+    def _measure(self, rung: Rung, row: dict) -> None:
+        case, cuda = self.case, self.device.type == "cuda"
+        steps = case.steps if self.session.whole or not rung.steady else min(case.steps, STEPS_MEASURED)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        begin = time.perf_counter()
+        with rung.enter(self.pipe, case) as detail:
+            row["detail"] = detail
+            first = self._call(steps)
+            first_image = time.perf_counter() - begin + first.step * (case.steps - steps)
+            if cuda:
+                row["peak_gib"] = f"{torch.cuda.max_memory_allocated(self.device) / 2**30:.2f}"
+                row["resident_gib"] = f"{torch.cuda.memory_allocated(self.device) / 2**30:.2f}"
+            latents = self._latents()
+        right = self._compare(rung, latents, row)
+        del latents
+
+        ours, stocks = [], []
+        for _ in range(self.session.repeats if rung.steady else 1):
+            if rung is not STOCK:
+                with STOCK.enter(self.pipe, case):
+                    stocks.append(self._call(steps if rung.steady else min(case.steps, STEPS_MEASURED)))
+            with weights_stay(), rung.enter(self.pipe, case):
+                if rung is not STOCK:
+                    self._call(1)  # tables, captures and caches of this entrance
+                ours.append(self._call(steps))
+        text = self._text_seconds(rung)
+        self._figures(row, ours, text, steps)
+        row["first_image_s"] = f"{first_image:.5g}"
+        row["preparation_s"] = f"{max(0.0, first_image - Spread.of([one.image for one in ours]).p50):.5g}"
+        if right and rung is not STOCK:
+            image, step = ([getattr(one, name) for one in stocks] for name in ("image", "step"))
+            row["stock_image_s"] = f"{(Spread.of(image).p50 + text[0]) / case.batch:.5g}"
+            row["stock_step_ms"] = f"{Spread.of(step).p50 * 1e3:.5g}"
+            whole = [[value + text[n] for value in values] for n, values in enumerate((image, [one.image for one in ours]))]
+            row["speedup_image"] = f"{ratio(*whole):.4f}"
+            row["speedup_step"] = f"{ratio(step, [one.step for one in ours]):.4f}"
+
+    @torch.no_grad()
+    def _call(self, steps: int) -> Timed:
+        """A call that does `steps` steps of the case's; for the seconds of an image the rest take what the later ones did."""
+        with clocked(self.pipe, steps) as clock, Stopwatch(self.device) as watch:
+            self.pipe(**self.arguments, output_type="pt")
+        each = clock.steps
+        if len(each) != steps:
+            raise RuntimeError(f"{len(each)} steps were seen where {steps} were asked for")
+        later = Spread.of(each[1:] or each).p50
+        return Timed(watch.seconds + later * (self.case.steps - steps), later, watch.seconds - sum(each))
+
+    @torch.no_grad()
+    def _text_seconds(self, rung: Rung) -> tuple[float, float]:
+        """Seconds that the prompts of a batch take in stock and in the rung; 0 where the embeddings are random."""
+        if self.pipe.text_encoder is None:
+            return 0.0, 0.0
+        prompts = prompts_of(self.pipe, self.case)
+        seconds = []
+        for entered in (nullcontext(), rung.enter(self.pipe, self.case)):
+            with entered, weights_stay():
+                watch = Stopwatch(self.device)
+                for _ in range(2):  # the second counts
+                    with watch:
+                        for prompt in prompts:
+                            self.pipe.encode_prompt(prompt=prompt, device=self.device)
+                seconds.append(watch.seconds)
+        return seconds[0], seconds[1]
+
+    def _compare(self, rung: Rung, latents: torch.Tensor, row: dict) -> bool:
+        """Write how far the latents lie from stock's; whether they are right."""
+        difference = Difference.between(latents, self.expected)
+        row |= {
+            "compared_steps": self._compared_steps,
+            "max_difference": f"{difference.largest:.3g}",
+            "mean_difference": f"{difference.mean:.3g}",
+            "psnr_db": f"{difference.psnr:.2f}",
+        }
+        reason = None
+        if not latents.isfinite().all():
+            reason = "latents are not finite"
+        elif rung.lossy:
+            if not difference.psnr >= LOSSY_PSNR:
+                reason = f"{difference.psnr:.1f} dB from stock, at least {LOSSY_PSNR:g} are asked of a lossy mode"
+        elif self.exact is None:
+            if not difference.largest <= FP32_LIMIT:
+                reason = f"latents differ from stock's by {difference.largest:.2g}, more than {FP32_LIMIT:g}, of the largest"
+        else:
+            ours, theirs = ((one.double() - self.exact.double()).square().mean().sqrt() for one in (latents, self.expected))
+            error = (ours / theirs).item() if theirs > 0 else math.inf if ours > 0 else 1.0
+            row["error_to_stock"] = f"{error:.3f}"
+            if not error <= ERROR_LIMIT:
+                reason = f"the error against fp32 is {error:.2f} x stock's, more than {ERROR_LIMIT:g}"
+        row |= {"status": "ok" if reason is None else "wrong result", "reason": reason or ""}
+        return reason is None
+
+    def _figures(self, row: dict, ours: list[Timed], text: tuple[float, float], steps: int) -> None:
+        batch = self.case.batch
+        image, step = Spread.of([(one.image + text[1]) / batch for one in ours]), Spread.of([one.step for one in ours])
+        for part in ("p20", "p50", "p80"):
+            row[f"image_s_{part}"] = f"{getattr(image, part):.5g}"
+            row[f"step_ms_{part}"] = f"{getattr(step, part) * 1e3:.5g}"
+        floor = self.session.ceilings.floor_seconds(self.case)
+        row |= {
+            "repeats": len(ours),
+            "measured_steps": steps,
+            "images_per_minute": f"{60 / image.p50:.4g}",
+            "outside_loop_s": f"{Spread.of([one.outside for one in ours]).p50:.5g}",
+            "text_s": f"{text[1]:.5g}" if self.pipe.text_encoder is not None else "",
+            "floor_ms": f"{floor * 1e3:.5g}",
+            "share_of_floor": f"{floor / step.p50:.4f}",
+        }
