@@ -58,6 +58,7 @@ def install(folder: Path, target: Path) -> None:
     if done.exists() and done.read_text() == "\n".join(wheels):
         return
     shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
     _pip("install", "--no-index", "--no-deps", "--no-compile", "--target", str(target), *wheels)
     if (folder / "ptxas.gz").exists():
         with gzip.open(folder / "ptxas.gz") as source, (target / "ptxas").open("wb") as unpacked:
@@ -66,7 +67,7 @@ def install(folder: Path, target: Path) -> None:
     done.write_text("\n".join(wheels))
 
 
-def carried_commit(folder: Path) -> str:
+def carried_commit(folder: Path = Path(__file__).parents[1] / "wheels") -> str:
     """The commit that `prepare` noted: where the sources arrive without their history; "" if it noted none."""
     path = folder / _COMMIT
     return path.read_text().strip() if path.exists() else ""
