@@ -163,7 +163,9 @@ def test_the_stages_are_those_of_their_commands():
                 build_parser().parse_args([word.replace("{out}", "x") for word in command[2:]])
     assert sum(one.seconds for one in STAGES) <= 11.5 * 60, "caps, of which most stages leave a part"
     assert [one.name for one in STAGES][:2] == ["environment", "tests-gpu"]
-    assert {one.name for one in STAGES if one.small is None} == {"tests-gpu", "sanitizer"}
+    assert {one.name for one in STAGES if one.small is None} == {"tests-gpu", "tests-alone", "sanitizer"}
+    file, _, name = runbook.ALONE.partition("::")
+    assert f"def {name}(" in (ROOT / file).read_text()
 
 
 # Every stage, killed and resumed --------------------------------------------------------------------------------------
