@@ -35,6 +35,7 @@ class Options:
         full: every case of the grid, with regional compilation beside stock and ours.
         whole: every step of every picture.
         repeats: pairs of stock and rung.
+        skip: parts of names; rungs that have one are left out, stock excepted.
         ceiling_seconds: how long each ceiling is sustained.
         out: folder of ladder.csv and ceilings.csv.
     """
@@ -47,6 +48,7 @@ class Options:
     full: bool = False
     whole: bool = False
     repeats: int = 3
+    skip: tuple[str, ...] = ()
     ceiling_seconds: float = 2.0
     out: Path | None = None
 
@@ -65,16 +67,26 @@ def plan(options: Options) -> list[tuple[Case, list[Rung]]]:
         cases = full_cases(options.shape)
     else:
         cases = default_cases(options.shape) if options.device.type == "cuda" else small_cases(options.shape)
+    ladder = all_rungs()
+    for part in options.skip:
+        if not any(part in rung.name for rung in ladder[1:]):
+            names = ", ".join(rung.name for rung in ladder[1:])
+            raise ValueError(f"--skip {part}: no rung has that in its name. They are: {names}.")
     first, *others = cases
     rungs = [STOCK, COMPARED[0], OURS[-1], *LOSSY] if options.full else chosen_rungs()
-    return [(first, all_rungs()), *((case, rungs) for case in others)]
+    planned = [(first, ladder), *((case, rungs) for case in others)]
+    return [(case, [rung for rung in rungs if _wanted(rung, options.skip)]) for case, rungs in planned]
+
+
+def _wanted(rung: Rung, skip: tuple[str, ...]) -> bool:
+    return rung is STOCK or not any(part in rung.name for part in skip)
 
 
 def run(options: Options, say: Callable[[str], None] = print) -> list[dict[str, str]]:
     """Measure, and return the ladder's rows, which are in `options.out` too.
 
     Raises:
-        ValueError: no such GPU, an unwritable folder, a model that is none, too little memory: all before any work.
+        ValueError: no such GPU or rung, an unwritable folder, no checkpoint, too little memory: all before any work.
         KeyboardInterrupt: after saying where the rows so far are.
     """
     check_device(options.device)
@@ -85,7 +97,8 @@ def run(options: Options, say: Callable[[str], None] = print) -> list[dict[str, 
         if options.cases:
             options.cases = [replace(case, shape=options.shape) for case in options.cases]
     planned = plan(options)
-    models.check_memory([case for case, _ in planned], options.device, options.dtype)
+    text = 0 if options.model is None else models.text_encoder_bytes(options.model)
+    models.check_memory([case for case, _ in planned], options.device, options.dtype, text)
     rows, ceiling_rows = Rows(folder / "ladder.csv", FIELDS), Rows(folder / "ceilings.csv", CEILING_FIELDS)
     for note in filter(None, (rows.note, ceiling_rows.note)):
         say(note)

@@ -110,9 +110,9 @@ def fastest_backend(pipe: Any, case: Case) -> str:
                 continue
             rates[name] = sustained([call], _PROBE_SECONDS, device)[0]
         except Exception as error:  # a library that is missing, or refuses shape, mask, dtype or GPU, in its own way
-            refused[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            refused[name] = (str(error).strip().splitlines() or [type(error).__name__])[0][:80]
     if not rates:
-        raise NotMeasured("no attention backend runs: " + "; ".join(f"{name}: {why}" for name, why in refused.items()))
+        raise NotMeasured("no other attention backend runs: " + "; ".join(f"{name}: {why}" for name, why in refused.items()))
     return max(rates, key=rates.get)
 
 

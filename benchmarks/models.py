@@ -82,8 +82,13 @@ def memory_needed(case: Case, dtype: torch.dtype) -> int:
     return math.ceil((shape.parameters + vae_parameters + activations) * dtype.itemsize + exact)
 
 
-def check_memory(cases: list[Case], device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse, before anything is allocated, what will not fit.
+def text_encoder_bytes(folder: str | Path) -> int:
+    """Of its weights, in the dtype in which they are stored."""
+    return sum(file.stat().st_size for file in Path(folder, "text_encoder").glob("*.safetensors"))
+
+
+def check_memory(cases: list[Case], device: torch.device, dtype: torch.dtype, beside: int = 0) -> None:
+    """Refuse, before anything is allocated, what will not fit with `beside` bytes of something else.
 
     Raises:
         ValueError: saying what is needed, what there is, and what would fit.
@@ -92,7 +97,7 @@ def check_memory(cases: list[Case], device: torch.device, dtype: torch.dtype) ->
     if free is None:
         return
     case = max(cases, key=lambda one: memory_needed(one, dtype))
-    needed = memory_needed(case, dtype)
+    needed = memory_needed(case, dtype) + beside
     if needed <= free:
         return
     layer = dtype.itemsize * case.shape.parameters / case.shape.layers

@@ -85,6 +85,12 @@ class Session:
         return self.results
 
 
+def shortened(text: str) -> str:
+    """On one line, and not longer than a row of the table stands."""
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
 def outcome(row: dict[str, str]) -> str:
     """A row in a few words."""
     if not row.get("step_ms_p50"):
@@ -121,13 +127,13 @@ class CaseBench:
                 self._prepare()
                 self._measure(rung, row)
             except NotMeasured as reason:
-                row |= {"status": "not measured", "reason": str(reason)}
+                row |= {"status": "not measured", "reason": shortened(str(reason))}
             except Exception as caught:  # out of memory, a peer's fault: that row fails, the others are worth having
-                error = f"{type(caught).__name__}: {' '.join(str(caught).split())[:300]}"
+                error = shortened(f"{type(caught).__name__}: {caught}")
         if error is not None:  # out here, where the traceback no longer holds the tensors of the call
             row |= {"status": "failed", "reason": error}
-        gc.collect()
         if self.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
         return provenance(self.device) | sampler.summary() | {name: str(value) for name, value in row.items()}
 
@@ -151,11 +157,11 @@ class CaseBench:
     def _measure(self, rung: Rung, row: dict) -> None:
         case, cuda = self.case, self.device.type == "cuda"
         steps = case.steps if self.session.whole or not rung.steady else min(case.steps, STEPS_MEASURED)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
         begin = time.perf_counter()
         with rung.enter(self.pipe, case) as detail:
             row["detail"] = detail
+            if cuda:  # what a rung takes off the device on entering is not in its peak
+                torch.cuda.reset_peak_memory_stats(self.device)
             first = self._call(steps)
             first_image = time.perf_counter() - begin + first.step * (case.steps - steps)
             if cuda:

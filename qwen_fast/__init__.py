@@ -30,7 +30,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     versions.check()  # here and not above: `qwen-fast doctor` has to start where a package is too old
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value  # and kept: reading the versions takes tens of milliseconds
 
 
 def __dir__() -> list[str]:

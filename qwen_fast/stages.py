@@ -1,8 +1,8 @@
 """Named stages of a picture's way, from loading to PNG: seconds for a table, ranges for a profiler.
 
-with record() as recorder:
-    pipe("a cat")
-print(stage_table(recorder, recorder.wall))
+    with record() as recorder:
+        pipe("a cat")
+    print(stage_table(recorder, recorder.wall))
 
 The accelerated pipelines have their stages; `staged` gives them to diffusers' own for a while.
 """

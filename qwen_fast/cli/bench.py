@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--full", action="store_true", help="every size, step count, guidance, batch and text length: hours")
     what.add_argument("--whole", action="store_true", help="do every step, instead of taking the later ones for equal")
     what.add_argument("--repeats", type=positive_int, default=3, metavar="N", help="pairs (default: %(default)s)")
+    what.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave out rungs, such as compile; repeat it")
     what.add_argument("--seconds", type=_seconds, default=2.0, help="for which each ceiling is sustained (default: 2)")
     what.add_argument("--threads", type=positive_int, default=1, help="of the CPU; 1: CPU time, else wall time (default: 1)")
     what.add_argument("--estimate", action="store_true", help="print what would be measured and how long it takes on an H200")
@@ -108,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
         full=args.full,
         whole=args.whole,
         repeats=args.repeats,
+        skip=tuple(args.skip),
         ceiling_seconds=args.seconds,
         out=Path(args.out).expanduser() if args.out else None,
     )
