@@ -1,12 +1,14 @@
 """`pytest benchmarks --benchmark-only`: on the current GPU at the model's sizes, without one on a CPU thread at small ones.
 
 Everything of pytest-benchmark works: `--benchmark-save`, `--benchmark-autosave`, `--benchmark-compare`, `--benchmark-json`,
-`-k "euler_step and not compiled"` (torch.compile takes most of the time on a CPU). A benchmark's `extra_info` holds its
-bytes, FLOPs, GB/s, TFLOP/s, share of this machine's measured ceiling, errors, dtype, shapes and provenance.
+`-k "euler_step and not compiled"` (torch.compile takes most of the time on a CPU). `--rows FILE.csv` appends what the plots
+are drawn from. A benchmark's `extra_info` holds its bytes, FLOPs, GB/s, TFLOP/s, share of this machine's measured ceiling,
+errors, dtype, shapes and provenance.
 """
 
 import functools
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +16,25 @@ import torch
 from .ceilings import Ceilings, measure_ceilings
 from .grid import SHAPES
 from .machine import provenance
+from .rows import Rows
+from .suite import FIELDS, rows, summary
 from .suite import measure as measure_runs
-from .suite import summary
 
 torch.set_num_threads(1)
-GROUPS = pytest.StashKey[list]()
+GROUPS, ROWS = pytest.StashKey[list](), pytest.StashKey[Rows]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rows", type=Path, metavar="CSV", help="append a row for each benchmark, as the plots read them")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--rows")
+    if path is not None:
+        try:
+            config.stash[ROWS] = Rows(path, FIELDS)
+        except OSError as error:
+            raise pytest.UsageError(f"--rows {path}: nothing can be written there: {error}") from None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -26,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = any(argument.startswith("--benchmark-timer") for argument in config.invocation_params.args)
     if not chosen and not torch.cuda.is_available():
         for item in items:
-            item.add_marker(pytest.mark.benchmark(timer=time.thread_time))
+            item.add_marker(pytest.mark.benchmark(timer=time.thread_time), append=False)  # the first one counts
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -39,6 +55,9 @@ def pytest_benchmark_update_machine_info(machine_info: dict) -> None:
 def pytest_benchmark_group_stats(config: pytest.Config):
     outcome = yield
     config.stash[GROUPS] = outcome.get_result()
+    if ROWS in config.stash:
+        for row in rows(config.stash[GROUPS]):
+            config.stash[ROWS].add(row)
 
 
 @pytest.hookimpl(trylast=True)
@@ -49,6 +68,9 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         terminalreporter.section("reached: bytes and FLOPs over the median", sep="-", yellow=True)
         for line in lines:
             terminalreporter.line(line)
+    if ROWS in config.stash:
+        written = config.stash[ROWS]
+        terminalreporter.line(written.note or f"rows are in {written.path}")
 
 
 def _device() -> torch.device:

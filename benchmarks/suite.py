@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from .ceilings import Ceilings
+from .machine import PROVENANCE
 from .work import Piece, floor_seconds
 
 Run = Callable[[], object]
@@ -134,7 +135,35 @@ def measure(
         }
 
 
-# What the terminal shows ----------------------------------------------------------------------------------------------
+# What a session gives -------------------------------------------------------------------------------------------------
+
+FIELDS = [
+    *PROVENANCE,
+    *("benchmark", "group", "variant", "dtype", "size", "clock", "rounds", "seconds_p50", "seconds_min", "bytes", "flops"),
+    *("share_of_ceiling", "ceiling", "max_error", "rms_error", "first_call_seconds"),
+]
+
+
+def of_this_run(groups: list[tuple[str, list[dict]]]) -> dict[str, list[dict]]:
+    """The timed benchmarks of pytest-benchmark's groups, without those of a saved run that this one is compared with."""
+    found = {
+        group or "": [one for one in benchmarks if one["path"] is None and "GB/s" in one["extra_info"]]
+        for group, benchmarks in groups
+    }
+    return {group: benchmarks for group, benchmarks in found.items() if benchmarks}
+
+
+def rows(groups: list[tuple[str, list[dict]]]) -> Iterator[dict[str, Any]]:
+    """A row of `FIELDS` for each benchmark, for a file that rows are appended to."""
+    for group, benchmarks in of_this_run(groups).items():
+        for one in benchmarks:
+            info = one["extra_info"]
+            yield info["provenance"] | {
+                **{name: f"{v:.4g}" if isinstance(v, float) else v for name, v in info.items() if name in FIELDS},
+                **{"benchmark": one["name"], "group": group, "clock": one["options"]["timer"], "rounds": one["rounds"]},
+                **{"seconds_p50": f"{one['median']:.6g}", "seconds_min": f"{one['min']:.6g}"},
+            }
+
 
 _COLUMNS = ("", "median", "x stock", "GB/s", "TFLOP/s", "of ceiling", "ceiling", "error")
 
@@ -145,25 +174,20 @@ def summary(groups: list[tuple[str, list[dict]]]) -> Iterator[str]:
     "x stock" is stock's median over this one's, within a group; "error" the RMS error against float64 or stock, as a part of
     the RMS of that. A share above 100 % is a CPU's, whose caches hold what a copy in memory cannot.
     """
-    found = {}
-    for group, benchmarks in groups:
-        now = [one for one in benchmarks if one["path"] is None and "GB/s" in one["extra_info"]]
-        if now:
-            found[group] = sorted(now, key=lambda one: one["median"])
-    if not found:
+    lines = [list(_COLUMNS)]
+    for group, benchmarks in of_this_run(groups).items():
+        lines.append([group])
+        stock = next((one["median"] for one in benchmarks if one["extra_info"]["variant"] == "stock"), None)
+        lines += [_cells(one, stock) for one in sorted(benchmarks, key=lambda one: one["median"])]
+    if len(lines) == 1:
         return
-    rows = [list(_COLUMNS)]
-    for group, benchmarks in found.items():
-        rows.append([group or ""])
-        stock = next((one["median"] for one in benchmarks if one["extra_info"].get("variant") == "stock"), None)
-        rows += [_row(one, stock) for one in benchmarks]
-    widths = [max(len(row[column]) for row in rows if len(row) > 1) for column in range(len(_COLUMNS))]
-    for row in rows:
+    widths = [max(len(row[column]) for row in lines if len(row) > 1) for column in range(len(_COLUMNS))]
+    for row in lines:
         cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=False)]
         yield "  ".join([row[0].ljust(widths[0]), *cells])
 
 
-def _row(one: dict, stock: float | None) -> list[str]:
+def _cells(one: dict, stock: float | None) -> list[str]:
     info, seconds = one["extra_info"], one["median"]
     unit, factor = next((u, f) for u, f, least in (("s", 1, 1), ("ms", 1e3, 1e-3), ("us", 1e6, 0)) if seconds >= least)
     return [

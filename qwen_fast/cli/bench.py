@@ -20,6 +20,7 @@ examples:
   qwen-fast bench --layers 30                       half the model, for a GPU with less memory
   qwen-fast bench --model path/to/Qwen-Image        a checkpoint, prompts through its text encoder
   qwen-fast bench --full --estimate                 how long the whole grid would take
+  qwen-fast bench --plot                            pictures of the rows that are there
 
 Four steps of each picture are done, since later ones take as long; --whole does them all. Rows go to ladder.csv and
 ceilings.csv in --out, one at a time, so an interrupted run keeps what it has. A file that was cut off or has other
@@ -71,6 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="DIR", help="folder of the rows (benchmarks/results, or ./qwen-fast-results)")
+    drawn = "measure nothing: draw ladder, roofline and scaling from the rows in --out, as png (default) or svg"
+    output.add_argument("--plot", nargs="?", const="png", choices=("png", "svg"), help=drawn)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,6 +83,9 @@ def run(args: argparse.Namespace) -> int:
         args.parser.error("--full is every case; it cannot go with --size, --steps, --no-cfg, --batch or --text")
     if args.model and (args.shape or args.layers):
         args.parser.error("--shape and --layers are of random weights; they cannot go with --model")
+
+    if args.plot:
+        return _plot(Path(args.out).expanduser() if args.out else benchmarks("bench").default_folder(), args.plot)
 
     import dataclasses
 
@@ -120,3 +126,11 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     rows = bench.run(options, say=lambda text: print(text, flush=True))
     return 1 if any(bench.is_fault(row) for row in rows) else 0
+
+
+def _plot(folder: Path, kind: str) -> int:
+    """Draw what there are rows for, and say what there are none for."""
+    written, left_out = benchmarks("plots").draw_all(folder, folder, suffix=f".{kind}")
+    for line in (*written, *left_out):
+        print(line)
+    return 0 if written else 1

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from qwen_fast.schedule import Schedule
 
 MARKERS = "oxl-"  # one per curve of the terminal plot, the right schedule first
@@ -53,20 +55,32 @@ def _text_plot(title: str, curves: Mapping[str, list[float]], markers: str, rows
     return "\n".join(lines)
 
 
-def plot_png(path: Path, schedule: "Schedule", errors: Mapping[str, "Schedule"], title: str) -> None:
-    """The same plots as a PNG."""
+def new_figure(
+    size: tuple[float, float], what: str, instead: str = "or leave it out", layout: str | None = "constrained"
+) -> "Figure":
+    """An empty figure of `size` inches, with matplotlib's `layout`.
+
+    Raises:
+        ImportError: matplotlib is not installed; names `what` needs it, how to install it, and what to do `instead`.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError(
-            "--plot FILE.png needs matplotlib, which is not installed: `pip install matplotlib`, or draw in the "
-            "terminal with `--plot -`."
+            f"{what} needs matplotlib, which is not installed: `pip install matplotlib` or `pip install 'qwen-fast[plot]'`, "
+            f"{instead}."
         ) from None
     # No pyplot: it would choose a backend and touch the display.
-    # No errors to show (own sigmas, Lightning): one panel.
-    figure = Figure(figsize=(11 if errors else 5.5, 4.5), layout="constrained")
+    figure = Figure(figsize=size, layout=layout)
     FigureCanvasAgg(figure)
+    return figure
+
+
+def plot_png(path: Path, schedule: "Schedule", errors: Mapping[str, "Schedule"], title: str) -> None:
+    """The same plots as a PNG."""
+    # No errors to show (own sigmas, Lightning): one panel.
+    figure = new_figure((11 if errors else 5.5, 4.5), "--plot FILE.png", "or draw in the terminal with `--plot -`")
     left, *others = figure.subplots(1, 2 if errors else 1, squeeze=False)[0]
     steps, timesteps = range(schedule.num_inference_steps), schedule.timesteps.cpu()
     left.plot(steps, timesteps, "k.-", linewidth=2, label="right (diffusers, qwen_fast)")
