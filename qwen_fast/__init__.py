@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from . import versions
 
 if TYPE_CHECKING:
+    from .drawing import generate
     from .pipeline import QwenImagePipeline
     from .reporting import report
     from .schedule import Schedule
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from .transformer import QwenImageTransformer2DModel
 
 __version__ = "0.1.0"
-__all__ = ["QwenImagePipeline", "QwenImageTransformer2DModel", "Schedule", "disable", "enable", "report"]
+__all__ = ["QwenImagePipeline", "QwenImageTransformer2DModel", "Schedule", "disable", "enable", "generate", "report"]
 
 # Imported at first use: the command line answers `--help` and typing errors without waiting for torch and diffusers.
 _HOMES = {
@@ -22,6 +23,7 @@ _HOMES = {
     "Schedule": "schedule",
     "disable": "switch",
     "enable": "switch",
+    "generate": "drawing",
     "report": "reporting",
 }
 

@@ -27,7 +27,12 @@ _AGAIN = "copy or download it again"
 _HEADER_LIMIT = 100_000_000  # bytes, safetensors' own: more than that is no length but something else's first 8 bytes
 
 
-def check_folder(path: Any, *, variant: str | None = None, skip: Container[str] = (), hub_ids: bool = False) -> None:
+Headers = dict[str, dict[str, Any]]  # a tensor's name to what safetensors says of it: dtype ("BF16"), shape, data_offsets
+
+
+def check_folder(
+    path: Any, *, variant: str | None = None, skip: Container[str] = (), hub_ids: bool = False
+) -> dict[str, Headers]:
     """Check that `path` holds every file that loading it needs, whole: no tensor is read.
 
     Args:
@@ -35,6 +40,10 @@ def check_folder(path: Any, *, variant: str | None = None, skip: Container[str] 
         variant (str): as in `from_pretrained`, such as "fp16": these weights are checked where a component has them.
         skip (container of str): components that the caller supplies himself, such as "transformer".
         hub_ids (bool): a name that is no local folder and may be a repository's id ("Qwen/Qwen-Image") is accepted.
+
+    Returns:
+        dict: of each model in the folder that was checked, the headers of the weights that a loader would read; none for
+        pickles. Empty for an accepted hub id.
 
     Raises:
         FileNotFoundError: the folder, one of its files or a component is missing.
@@ -44,7 +53,7 @@ def check_folder(path: Any, *, variant: str | None = None, skip: Container[str] 
     folder = Path(path)
     if not folder.exists():
         if hub_ids and _may_be_hub_id(str(path)):
-            return
+            return {}
         raise FileNotFoundError(f"{folder}: no such folder; give a folder that holds {_INDEX}, or a hub id 'owner/name'")
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; give the folder that holds {_INDEX}")
@@ -59,10 +68,14 @@ def check_folder(path: Any, *, variant: str | None = None, skip: Container[str] 
             f"{folder / _INDEX}: _class_name is {class_name!r}, no pipeline of the Qwen-Image family; "
             f"load it with diffusers, or give a checkpoint of one of {', '.join(FAMILY)}"
         )
+    headers = {}
     for name, entry in index.items():
         # Other entries are settings; [null, null] is a component left out on purpose.
         if isinstance(entry, list) and len(entry) == 2 and all(entry) and name not in skip:
-            _check_component(folder / name, *entry, variant)
+            found = _check_component(folder / name, *entry, variant)
+            if found is not None:
+                headers[name] = found
+    return headers
 
 
 def _may_be_hub_id(name: str) -> bool:
@@ -70,7 +83,8 @@ def _may_be_hub_id(name: str) -> bool:
     return name.count("/") <= 1 and "\\" not in name and not name.startswith((".", "/", "~")) and not name.endswith("/")
 
 
-def _check_component(folder: Path, library: str, class_name: str, variant: str | None) -> None:
+def _check_component(folder: Path, library: str, class_name: str, variant: str | None) -> Headers | None:
+    """The headers of a model's weights; None for a component without weights."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is missing ({class_name}, named in {_INDEX}); {_AGAIN}")
     if class_name.endswith("Scheduler"):
@@ -87,10 +101,11 @@ def _check_component(folder: Path, library: str, class_name: str, variant: str |
         _one_of(folder, ("preprocessor_config.json", "processor_config.json"))
     else:
         _read_json(folder / "config.json")
-        _check_weights(folder, library, variant)
+        return _check_weights(folder, library, variant)
+    return None
 
 
-def _check_weights(folder: Path, library: str, variant: str | None) -> None:
+def _check_weights(folder: Path, library: str, variant: str | None) -> Headers:
     """Check the weights that the loader would open: of the variant if there are any, else the plain ones."""
     stem = "model" if library == "transformers" else "diffusion_pytorch_model"
     for dot in ([f".{variant}"] if variant else []) + [""]:
@@ -102,10 +117,9 @@ def _check_weights(folder: Path, library: str, variant: str | None) -> None:
         if index and not (library == "transformers" and single.is_file()):
             return _check_shards(index)
         if single.is_file() or single.is_symlink():
-            _safetensors_names(single)
-            return None
+            return _safetensors_header(single)
         if any(f"{dot}." in file.name or f"{dot}-" in file.name for file in folder.glob("*.bin")):
-            return None  # pickles have no header to check
+            return {}  # pickles have no header to check
     _explain_missing(folder, stem)
 
 
@@ -122,22 +136,23 @@ def _explain_missing(folder: Path, stem: str) -> NoReturn:
     raise FileNotFoundError(f"{folder} has weights only as {', '.join(others[:3])}; {cure}")
 
 
-def _check_shards(index: Path) -> None:
+def _check_shards(index: Path) -> Headers:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or {type(shard) for shard in weight_map.values()} != {str}:
         raise ValueError(f"{index}: it has no weight_map; {_AGAIN}")
-    names_in = {}
+    headers_in = {}
     for shard in sorted(set(weight_map.values())):
         if not (index.parent / shard).is_file():
             raise FileNotFoundError(f"{index.parent / shard} is missing, {index.name} names it; {_AGAIN}")
-        names_in[shard] = _safetensors_names(index.parent / shard)
+        headers_in[shard] = _safetensors_header(index.parent / shard)
     for tensor, shard in weight_map.items():
-        if tensor not in names_in[shard]:
+        if tensor not in headers_in[shard]:
             raise ValueError(f"{index.parent / shard}: it lacks {tensor}, which {index.name} places there; {_AGAIN}")
+    return {tensor: headers_in[shard][tensor] for tensor, shard in weight_map.items()}
 
 
-def _safetensors_names(file: Path) -> set[str]:
-    """Names of the tensors in a safetensors file whose header fits its length: 8 bytes length, JSON header, data."""
+def _safetensors_header(file: Path) -> Headers:
+    """The tensors of a safetensors file whose header fits its length: 8 bytes length, JSON header, data."""
     size = _size(file)
     with file.open("rb") as stream:
         start = stream.read(8)
@@ -159,7 +174,7 @@ def _safetensors_names(file: Path) -> set[str]:
     try:
         # What the loader checks besides: types, shapes, gaps between tensors. It maps the file and reads the header.
         with safe_open(file, framework="np"):
-            return set(header) - {"__metadata__"}
+            return {name: entry for name, entry in header.items() if name != "__metadata__"}
     except SafetensorError as error:
         raise ValueError(f"{file} is corrupt ({error}); {_AGAIN}") from None
 

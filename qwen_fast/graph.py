@@ -79,7 +79,9 @@ def capture(step: Callable[[], None], rewind: Callable[[], object], device: torc
             step()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
+    # Only this thread's calls can spoil the capture: another may be decoding the picture before.
+    captured = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+    with torch.cuda.device(device), captured:
         step()
     return graph.replay
 

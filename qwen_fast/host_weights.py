@@ -80,7 +80,7 @@ def return_to_device(transformer: nn.Module, device: torch.device | str | None =
         device = next((parameter.device for parameter in transformer.parameters() if not parameter.is_meta), "cpu")
     device = torch.device(device)
     needed = 0 if device.type == "cpu" else host_bytes(transformer)
-    free = _free_bytes(device)
+    free = free_bytes(device)
     logger.info("modulation weights return to %s: %d bytes are needed there.", device, needed)
     if free is not None and needed > free:
         raise RuntimeError(
@@ -238,7 +238,7 @@ def _release(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(device)
 
 
-def _free_bytes(device: torch.device) -> int | None:
+def free_bytes(device: torch.device) -> int | None:
     """Bytes that PyTorch can still allocate on a CUDA device; None elsewhere."""
     if device.type != "cuda":
         return None

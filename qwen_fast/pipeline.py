@@ -20,6 +20,7 @@ from .denoise import denoise
 from .forwards import Task
 from .hardware import unsupported_reason
 from .inputs import check_call, check_options, writable_folder
+from .loading import load
 from .mixin import AcceleratedPipeline
 from .modulation import table_reason
 from .reporting import STATE, State, logger
@@ -131,12 +132,24 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
         self.install_vae()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs: Any) -> "QwenImagePipeline":
-        """As diffusers'; a local folder is checked first, so that a missing, truncated or corrupt file is named."""
+    def from_pretrained(cls, pretrained_model_name_or_path, *, device=None, **kwargs: Any) -> "QwenImagePipeline":
+        """As diffusers'; a local folder is checked first, so that a missing, truncated or corrupt file is named.
+
+        Args:
+            device (torch.device or str): load straight onto it: see `qwen_fast.loading.load`. The modulation weights,
+                a third of the transformer, never reach it with modulation="table".
+        """
+        check_options(**{name: kwargs[name] for name in ("modulation", "attention", "cuda_graph") if name in kwargs})
         given = {"scheduler", "vae", "text_encoder", "tokenizer", "transformer"} & kwargs.keys()
-        check_folder(pretrained_model_name_or_path, variant=kwargs.get("variant"), skip=given, hub_ids=True)
         if "dtype" in kwargs and Version(diffusers.__version__) < Version("0.40"):
             kwargs["torch_dtype"] = kwargs.pop("dtype")  # the older name; under the new one it would be ignored
+        if device is not None:
+            kwargs["dtype"] = kwargs.pop("torch_dtype", kwargs.get("dtype"))
+            on_host = kwargs.get("modulation", "table") == "table"
+            return load(
+                super().from_pretrained, pretrained_model_name_or_path, device=device, modulation_on_host=on_host, **kwargs
+            )
+        check_folder(pretrained_model_name_or_path, variant=kwargs.get("variant"), skip=given, hub_ids=True)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @torch.no_grad()

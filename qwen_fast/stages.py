@@ -17,7 +17,16 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-STAGES = ("load", "text", "schedule", "modulation", "denoise", "vae", "png")  # in a picture's order; a table shows them so
+STAGES = (
+    "import",
+    "load",
+    "text",
+    "schedule",
+    "modulation",
+    "denoise",
+    "vae",
+    "png",
+)  # in a picture's order; a table shows them so
 STEP = "step"  # one denoising step, inside "denoise": recorded only where it is asked for
 
 Item = TypeVar("Item")
@@ -40,11 +49,13 @@ class Recorder:
             of a schedule) and, from several threads, overlap.
         steps (bool): whether the steps of the denoising loop are recorded too.
         thread (int): the one that records; stages of others run beside its own.
+        outer (Recorder | None): the one of the `record` around this one; it gets the same spans.
     """
 
-    def __init__(self, steps: bool = False) -> None:
+    def __init__(self, steps: bool = False, outer: "Recorder | None" = None) -> None:
         self.spans: list[Span] = []
-        self.steps, self.thread = steps, threading.get_ident()
+        self.outer, self.thread = outer, threading.get_ident()
+        self.steps = steps or (outer is not None and outer.steps)
         self._begin = time.perf_counter()
         self._end: float | None = None
 
@@ -85,11 +96,13 @@ _RECORDER: ContextVar[Recorder | None] = ContextVar("qwen_fast_recorder", defaul
 def record(*, steps: bool = False) -> Iterator[Recorder]:
     """Record the stages that run inside, in this context; threads take part if they run in a copy of it.
 
+    A `record` inside another gives its spans to both.
+
     Args:
         steps: record every denoising step of the accelerated pipelines as a stage "step" too. The host then waits for the
             device after each, which it otherwise does not.
     """
-    recorder = Recorder(steps)
+    recorder = Recorder(steps, _RECORDER.get())
     token = _RECORDER.set(recorder)
     try:
         yield recorder
@@ -116,7 +129,10 @@ def stage(name: str) -> Iterator[None]:
         finally:
             if torch.cuda.is_available() and torch.cuda.is_initialized():
                 torch.cuda.current_stream().synchronize()
-            recorder.spans.append(Span(name, begin, time.perf_counter(), threading.get_ident()))
+            span = Span(name, begin, time.perf_counter(), threading.get_ident())
+            while recorder is not None:
+                recorder.spans.append(span)
+                recorder = recorder.outer
 
 
 def steps(items: Iterable[Item]) -> Iterator[Item]:
@@ -201,7 +217,7 @@ def stage_table(recorder: Recorder, wall: float, *, pictures: int = 1) -> str:
     Args:
         recorder: of the thread whose time `wall` is.
         wall: seconds.
-        pictures: where there are several, a column gives the seconds of each on the average ("load" happens once).
+        pictures: where there are several, a column gives the seconds of each on the average ("import" and "load" happen once).
     Returns:
         str: lines without a last newline. A nested stage is not counted twice; stages of other threads stand below the
         total, for they ran beside it.
@@ -216,7 +232,7 @@ def stage_table(recorder: Recorder, wall: float, *, pictures: int = 1) -> str:
         return f"{name:10s} {seconds:10.3f}  {share:>7s}{each}".rstrip()
 
     for name, seconds in here.items():
-        lines.append(row(name, seconds, f"{seconds / wall:.1%}" if wall else "", name not in ("load", "other")))
+        lines.append(row(name, seconds, f"{seconds / wall:.1%}" if wall else "", name not in ("import", "load", "other")))
     lines.append(row("total", wall, "100.0%", False))
     if beside:
         lines.append("meanwhile, in other threads:")

@@ -12,7 +12,8 @@ import torch
 from PIL import Image, ImageChops
 
 from cli_errors import refused
-from qwen_fast.cli import generate, loading, main
+from qwen_fast import drawing
+from qwen_fast.cli import generate, loading, main, pngs
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_generate_never_overwrites_unasked(draw, tmp_path, capsys):
     assert "mine.png exists; --overwrite replaces it" in refused(capsys, *command)
     assert mine.read_text() == "mine"
     with pytest.raises(FileExistsError):  # it appeared while we drew
-        generate.save_png(Image.new("RGB", (1, 1)), mine, {}, overwrite=False, find_free_name=False)
+        pngs.save_png(Image.new("RGB", (1, 1)), mine, {}, overwrite=False, find_free_name=False)
     assert mine.read_text() == "mine"
     assert draw("--prompt", "x", "--out", str(mine), "--overwrite") == 0
     with Image.open(mine) as picture:
@@ -112,14 +113,14 @@ def test_generate_never_overwrites_unasked(draw, tmp_path, capsys):
 
 
 def test_interrupt_leaves_the_finished_pictures(draw, monkeypatch, capsys):
-    finish = generate._draw
+    finish = drawing._call
 
-    def interrupted(pipe, prompt, *args):
-        if prompt == "two":
+    def interrupted(pipe, prompts, index, *args):
+        if index == 1:
             raise KeyboardInterrupt
-        return finish(pipe, prompt, *args)
+        return finish(pipe, prompts, index, *args)
 
-    monkeypatch.setattr(generate, "_draw", interrupted)
+    monkeypatch.setattr(drawing, "_call", interrupted)
     assert draw("--prompt", "one", "--prompt", "two", "--prompt", "three") == 130
     assert "1 of 3 pictures are finished" in capsys.readouterr().err
     assert [path.name for path in Path().glob("*.png")] == ["one-seed0.png"]

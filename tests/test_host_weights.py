@@ -178,12 +178,12 @@ def test_return_to_device_leaves_no_trace(transformer, caplog):
 def test_return_to_a_device_without_room_moves_nothing(transformer, caplog, monkeypatch):
     keep_on_host(transformer)
     before = snapshot(transformer)
-    monkeypatch.setattr(host_weights, "_free_bytes", lambda device: BYTES - 1)
+    monkeypatch.setattr(host_weights, "free_bytes", lambda device: BYTES - 1)
     with caplog.at_level(logging.INFO, "qwen_fast"), pytest.raises(RuntimeError, match=f"{BYTES} bytes on meta.*{BYTES - 1}"):
         return_to_device(transformer, "meta")
     assert str(BYTES) in caplog.text
     assert_same(snapshot(transformer), before)
-    monkeypatch.setattr(host_weights, "_free_bytes", lambda device: BYTES)
+    monkeypatch.setattr(host_weights, "free_bytes", lambda device: BYTES)
     assert return_to_device(transformer, "meta") == BYTES
     for _, module in modulation_modules(transformer):
         assert type(module) is nn.Sequential and module[1].weight.is_meta
@@ -390,7 +390,7 @@ def test_on_cuda_group_offload_leaves_the_modulations_on_the_host(transformer, u
 @pytest.mark.gpu
 def test_on_cuda_too_little_memory_is_noticed_before_anything_moves(transformer):
     keep_on_host(transformer)
-    free = host_weights._free_bytes(torch.device("cuda"))
+    free = host_weights.free_bytes(torch.device("cuda"))
     assert 0 < free <= torch.cuda.get_device_properties(0).total_memory
     hog = torch.empty(free - 2**28, dtype=torch.uint8, device="cuda")
     transformer.transformer_blocks[0].img_mod[1].weight = nn.Parameter(torch.empty(2**27))

@@ -2,19 +2,16 @@
 
 import argparse
 import contextlib
-import io
 import math
 import re
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .loading import DTYPES, demo_checkpoint, device_and_dtype, library_output, load_pipeline
+from .pngs import PngWriter
 from .schedule import load_config, pixels, positive_int
-
-if TYPE_CHECKING:
-    import PIL.Image
 
 SUMMARY = "draw pictures from prompts"
 DESCRIPTION = """\
@@ -130,44 +127,60 @@ def run(args: argparse.Namespace) -> int:
         config, _ = load_config(args.config)
 
     started = time.perf_counter()
-    device, dtype = device_and_dtype(args.device, args.dtype)
-    bars = not args.quiet and sys.stderr.isatty()
-    with library_output(bars):
-        model = args.model or str(demo_checkpoint())
-    if args.model is None:
-        print(f"model: the demo checkpoint in {model}")
-        print("       its weights are random, so the pictures are abstract; --model names a real one")
-    with library_output(bars):
-        pipe = load_pipeline(model, device, dtype, stock=args.stock, precise_sampler=args.precise_sampler, loras=args.lora)
-    if args.config is not None:
-        pipe.scheduler = type(pipe.scheduler).from_config(config)
-    loaded = time.perf_counter() - started
+    from qwen_fast import generate
+    from qwen_fast.stages import Span, record, stage, stage_table, staged
 
-    side = pipe.default_sample_size * pipe.vae_scale_factor
-    width, height = args.size or (DEMO_SIZE if args.model is None else (side, side))
-    steps = args.steps or (DEMO_STEPS if args.model is None else MODEL_STEPS)
-    settings = _settings(args, pipe, model, device, dtype, steps, (width, height))
-    print(f"{width}x{height}, {steps} steps, cfg {args.cfg:g}, {settings['dtype']} on {device}", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    saved: list[Path] = []
-    try:
-        for index in range(total):
-            prompt, seed = prompts[index // args.num_images], args.seed + index
-            pipe.set_progress_bar_config(desc=f"{index + 1}/{total}", disable=not bars)
-            before = time.perf_counter()
-            image = _draw(pipe, prompt, args, width, height, steps, seed)
-            seconds = time.perf_counter() - before
-            text = {"prompt": prompt, "seed": str(seed), **settings, "seconds": f"{seconds:.2f}"}
-            path = file or folder / f"{_slug(prompt)}-seed{seed}.png"
-            path = save_png(image, path, text, overwrite=args.overwrite, find_free_name=file is None)
-            saved.append(path)
-            print(f"saved {path}  seed {seed}  {seconds:.2f} s", flush=True)
-    except KeyboardInterrupt:
-        print(f"interrupted; {len(saved)} of {total} pictures are finished.", file=sys.stderr)
-        return 130
-    drawn = time.perf_counter() - started - loaded
-    pictures = f"{total} picture{'s' if total > 1 else ''}"
-    print(f"{pictures} in {drawn:.2f} s after {loaded:.2f} s of loading, in {folder.resolve()}")
+    with record() as recorder:
+        recorder.spans.append(Span("import", started, time.perf_counter(), recorder.thread))
+        with stage("load"):
+            device, dtype = device_and_dtype(args.device, args.dtype)
+            bars = not args.quiet and sys.stderr.isatty()
+            with library_output(bars):
+                model = args.model or str(demo_checkpoint())
+            if args.model is None:
+                print(f"model: the demo checkpoint in {model}")
+                print("       its weights are random, so the pictures are abstract; --model names a real one")
+        with library_output(bars):
+            pipe = load_pipeline(model, device, dtype, stock=args.stock, precise_sampler=args.precise_sampler, loras=args.lora)
+        if args.config is not None:
+            pipe.scheduler = type(pipe.scheduler).from_config(config)
+        loaded = time.perf_counter() - started
+
+        side = pipe.default_sample_size * pipe.vae_scale_factor
+        width, height = args.size or (DEMO_SIZE if args.model is None else (side, side))
+        steps = args.steps or (DEMO_STEPS if args.model is None else MODEL_STEPS)
+        settings = _settings(args, pipe, model, device, dtype, steps, (width, height))
+        print(f"{width}x{height}, {steps} steps, cfg {args.cfg:g}, {settings['dtype']} on {device}", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        pipe.set_progress_bar_config(disable=not bars)
+        each = [prompt for prompt in prompts for _ in range(args.num_images)]
+        pictures = generate(
+            pipe,
+            each,
+            seed=args.seed,
+            negative_prompt=args.negative_prompt if args.cfg > 1 else None,
+            true_cfg_scale=args.cfg,
+            width=width,
+            height=height,
+            num_inference_steps=steps,
+        )
+        writer = PngWriter()
+        try:
+            with staged(pipe) if args.stock else contextlib.nullcontext(), writer:
+                for index, image, seconds in pictures:
+                    prompt, seed, drawn = each[index], args.seed + index, sum(seconds.values())
+                    text = {"prompt": prompt, "seed": str(seed), **settings, "seconds": f"{drawn:.2f}"}
+                    text["stages"] = ", ".join(f"{name} {value:.3f}" for name, value in seconds.items())
+                    path = file or folder / f"{_slug(prompt)}-seed{seed}.png"
+                    note = f"seed {seed}  {drawn:.2f} s"
+                    writer.submit(image, path, text, note, overwrite=args.overwrite, find_free_name=file is None)
+        except KeyboardInterrupt:
+            print(f"interrupted; {len(writer.saved)} of {total} pictures are finished.", file=sys.stderr)
+            return 130
+    wall = time.perf_counter() - started
+    names = f"{total} picture{'s' if total > 1 else ''}"
+    print(f"{names} in {wall - loaded:.2f} s after {loaded:.2f} s of loading, in {folder.resolve()}")
+    print(stage_table(recorder, wall, pictures=total))
     print(_drawn_by(pipe, args.stock))
     return 0
 
@@ -184,21 +197,6 @@ def read_prompts(name: str) -> list[str]:
     if not prompts:
         raise ValueError(f"--prompt-file {name} holds no prompt; one a line is needed.")
     return prompts
-
-
-def _draw(pipe: Any, prompt: str, args: argparse.Namespace, width: int, height: int, steps: int, seed: int) -> Any:
-    import torch
-
-    return pipe(
-        prompt,
-        negative_prompt=args.negative_prompt if args.cfg > 1 else None,
-        true_cfg_scale=args.cfg,
-        width=width,
-        height=height,
-        num_inference_steps=steps,
-        # Noise from the CPU's generator is the same on every GPU.
-        generator=torch.Generator().manual_seed(seed),
-    ).images[0]
 
 
 def _settings(
@@ -242,41 +240,6 @@ def _destination(out: str, total: int, overwrite: bool) -> tuple[Path, Path | No
     if path.exists() and not overwrite:
         raise FileExistsError(f"--out {out} exists; --overwrite replaces it, and a folder gets a free name.")
     return path.parent, path
-
-
-def save_png(image: "PIL.Image.Image", path: Path, text: dict[str, str], *, overwrite: bool, find_free_name: bool) -> Path:
-    """Write a PNG with `text` as its metadata, whole or not at all.
-
-    Returns:
-        Path: `path`, or name-1, name-2, ... where that exists and `find_free_name`.
-    Raises:
-        FileExistsError: `path` exists and may neither be replaced nor renamed.
-    """
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    for key, value in text.items():
-        info.add_itxt(key, value)
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", pnginfo=info)
-    candidate, attempt = path, 0
-    while True:
-        try:
-            # "x" fails where the file exists, even if it appeared this moment.
-            file = open(candidate, "wb" if overwrite else "xb")
-            break
-        except FileExistsError:
-            if not find_free_name:
-                raise
-            attempt += 1
-            candidate = path.with_name(f"{path.stem}-{attempt}{path.suffix}")
-    try:
-        with file:
-            file.write(buffer.getbuffer())
-    except BaseException:
-        candidate.unlink()
-        raise
-    return candidate
 
 
 def _slug(prompt: str) -> str:

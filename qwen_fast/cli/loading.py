@@ -96,22 +96,25 @@ def load_pipeline(
     """
     import diffusers
 
-    from qwen_fast import enable
+    from qwen_fast import QwenImagePipeline
     from qwen_fast.checkpoint import check_folder
+    from qwen_fast.loading import load
+    from qwen_fast.stages import stage
 
     check_folder(model, hub_ids=True)
     kind = diffusers.QwenImagePipeline.load_config(model).get("_class_name")
     if kind not in TEXT_TO_IMAGE:
         raise ValueError(f"--model {model} is a {kind}; generate draws from text alone, with a QwenImagePipeline.")
-    pipe = diffusers.QwenImagePipeline.from_pretrained(model, dtype=dtype)
-    if pipe.transformer.dtype != dtype:
-        pipe = pipe.to(dtype=dtype)  # older diffusers know the argument as torch_dtype and ignore this one
-    for i, (name, _) in enumerate(loras or []):
-        _load_lora(pipe, name, f"lora_{i}")
-    if loras:
-        pipe.set_adapters([f"lora_{i}" for i in range(len(loras))], [scale for _, scale in loras])
-    pipe = pipe.to(device)
-    return pipe if stock else enable(pipe, precise_sampler=precise_sampler)
+    if stock:
+        pipe = load(diffusers.QwenImagePipeline.from_pretrained, model, device=device, dtype=dtype)
+    else:
+        pipe = QwenImagePipeline.from_pretrained(model, device=device, dtype=dtype, precise_sampler=precise_sampler)
+    with stage("load"):
+        for i, (name, _) in enumerate(loras or []):
+            _load_lora(pipe, name, f"lora_{i}")
+        if loras:
+            pipe.set_adapters([f"lora_{i}" for i in range(len(loras))], [scale for _, scale in loras])
+    return pipe
 
 
 def _load_lora(pipe: Any, name: str, adapter: str) -> None:
