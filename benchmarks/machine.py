@@ -12,6 +12,8 @@ import torch
 
 import qwen_fast
 
+from .wheels import carried_commit
+
 PROVENANCE = (
     *("date", "commit", "dirty", "machine", "driver", "sm_clock_mhz", "sm_clock_max_mhz", "memory_clock_mhz"),
     *("power_limit_w", "throttling", "torch", "cuda", "triton", "diffusers", "transformers"),
@@ -48,7 +50,7 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, str]:
     device, commit = torch.device(device), git("rev-parse", "--short", "HEAD")
     known = {
         "date": datetime.date.today().isoformat(),
-        "commit": commit or f"qwen_fast {qwen_fast.__version__}",
+        "commit": commit or carried_commit() or f"qwen_fast {qwen_fast.__version__}",
         "dirty": str(bool(git("status", "--porcelain"))) if commit else "",
         "machine": machine_name(device),
         "cuda": (torch.version.cuda or "") if device.type == "cuda" else "",

@@ -115,10 +115,8 @@ def nsight_commands(arguments: list[str], folder: Path) -> list[str]:
     same = shlex.join([sys.executable, "-m", "qwen_fast.cli", "profile", *arguments, "--nvtx"])
     nsys = f"nsys profile --trace=cuda,nvtx,osrt,cublas --capture-range=cudaProfilerApi --capture-range-end=stop -o {{}} {same}"
     # The clocks stay as they are: on a borrowed machine they are not ours to set.
-    ncu = (
-        "ncu --profile-from-start off --clock-control none --set full --nvtx --nvtx-include 'qwen_fast::joint_attention/' "
-        f"--launch-count 5 -o {{}} {same}"
-    )
+    which = "--launch-count 20" if "--stock" in arguments else "--kernel-name regex:joint_attention --launch-count 5"
+    ncu = f"ncu --profile-from-start off --clock-control none --set full {which} -o {{}} {same}"
     places = [shlex.quote(str(folder / name)) for name in ("nsys", "ncu")]
     return [command.format(place) for command, place in zip((nsys, ncu), places, strict=True)]
 

@@ -254,7 +254,7 @@ def test_bad_input_is_refused_before_anything_is_drawn(capsys, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     assert "the profile cannot be written there" in refused(capsys, "profile", "--device", "cpu", "--out", "file/profile")
-    assert "no such shape; use one of qwen-image" in refused(capsys, "profile", "--device", "cpu", "--shape", "huge")
+    assert "invalid choice: 'huge'" in refused(capsys, "profile", "--device", "cpu", "--shape", "huge")
     assert "--graph" in refused(capsys, "profile", "--stock", "--graph")
     if not torch.cuda.is_available():
         assert "Nsight on a CUDA device" in refused(capsys, "profile", "--nvtx")

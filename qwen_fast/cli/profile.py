@@ -5,12 +5,15 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .bench import SHAPES
 from .generate import DEMO_SIZE, _cfg, _size
 from .loading import DTYPES, benchmarks, demo_checkpoint, device_and_dtype, library_output, load_pipeline
 from .schedule import positive_int
 
 if TYPE_CHECKING:
     import torch
+
+_TEXT_TOKENS = 30  # of a short prompt
 
 SUMMARY = "where the time of a picture goes: trace, kernels, waits, gaps, memory"
 DESCRIPTION = """\
@@ -34,9 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", metavar="MODEL", help="a checkpoint's folder or hub id (default: the demo)")
-    model.add_argument(
-        "--shape", metavar="NAME", help="seeded random weights instead, made on the device: qwen-image (41 GB), middle or tiny"
-    )
+    model.add_argument("--shape", choices=SHAPES, help="seeded random weights instead, made on the device (qwen-image: 41 GB)")
     parser.add_argument("--prompt", default="a red fox in the snow", help="(default: %(default)s)")
     parser.add_argument("--steps", type=positive_int, default=4, metavar="N", help="denoising steps (default: %(default)s)")
     parser.add_argument("--size", type=_size, metavar="WxH", help="default: 1024x1024 on cuda with a model, else 256x256")
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     """Draw, profile, write and print.
 
     Raises:
-        ValueError: a shape or device that does not exist, --nvtx without CUDA. OSError: the folder cannot be written.
+        ValueError: no such device, --nvtx without CUDA, too little memory. OSError: the folder cannot be written.
     """
     if args.stock and args.graph:
         args.parser.error("--graph is an option of qwen_fast; it cannot go with --stock")
@@ -68,10 +69,10 @@ def run(args: argparse.Namespace) -> int:
     files = profiling.Files(args.out)
     if not args.nvtx:
         files.prepare()
-    with library_output(False, verbosity=False):
-        pipe, prompts = _pipeline(args, device, dtype)
-    pipe.set_progress_bar_config(disable=True)
     width, height = args.size or _default_size(args, device)
+    with library_output(False, verbosity=False):
+        pipe, prompts = _pipeline(args, device, dtype, (width, height))
+    pipe.set_progress_bar_config(disable=True)
 
     def draw() -> None:
         import torch
@@ -109,10 +110,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _pipeline(args: argparse.Namespace, device: "torch.device", dtype: "torch.dtype") -> tuple[Any, dict]:
+def _pipeline(
+    args: argparse.Namespace, device: "torch.device", dtype: "torch.dtype", size: tuple[int, int]
+) -> tuple[Any, dict]:
     """The pipeline, and what it takes for prompts."""
-    import torch
-
     from qwen_fast import enable
 
     guided = args.cfg > 1
@@ -120,18 +121,13 @@ def _pipeline(args: argparse.Namespace, device: "torch.device", dtype: "torch.dt
         pipe = load_pipeline(args.model or str(demo_checkpoint()), device, dtype, stock=True)
         prompts = {"prompt": args.prompt, "negative_prompt": " " if guided else None}
     else:
-        shapes = benchmarks("grid").SHAPES
-        if args.shape not in shapes:
-            raise ValueError(f"--shape {args.shape}: no such shape; use one of {', '.join(shapes)}.")
-        shape = shapes[args.shape]
-        pipe = benchmarks("models").random_pipeline(shape, device, dtype)
-        generator = torch.Generator().manual_seed(0)
-
-        def embeds(tokens: int) -> "torch.Tensor":
-            return torch.randn(1, tokens, shape.text_width, generator=generator).to(device, dtype)
-
-        # As many tokens as a short prompt has; the pipeline has no text encoder.
-        prompts = {"prompt_embeds": embeds(30), "negative_prompt_embeds": embeds(6) if guided else None}
+        models, grid = benchmarks("models"), benchmarks("grid")
+        shape = grid.SHAPES[args.shape]
+        case = grid.Case(*size, args.steps, guided, 1, _TEXT_TOKENS, shape)
+        models.check_memory([case], device, dtype)
+        pipe = models.random_pipeline(shape, device, dtype)
+        # It has no text encoder.
+        prompts = {name: value for name, value in models.call_arguments(pipe, case).items() if "prompt" in name}
     return pipe if args.stock else enable(pipe, cuda_graph="auto" if args.graph else False), prompts
 
 

@@ -160,7 +160,8 @@ def test_nan_stays_in_its_sequence(implementation, device):
     alone = run(implementation, given.alone(0))
     rows = given.rows_of(1)
     given.query[rows], given.key[rows] = float("nan"), float("nan")
-    if implementation in ("pointers", "op"):  # a descriptor reads the rows behind a span too: value has to be finite
+    # A descriptor, which the operator takes where the GPU has them, reads the rows behind a span too: value has to be finite.
+    if implementation == "pointers" or (implementation == "op" and device.type == "cpu"):
         given.value[rows] = float("nan")
     out = run(implementation, given)
     assert_bit_equal(out[given.rows_of(0)], alone)
