@@ -1,8 +1,8 @@
 """Named stages of a picture's way, from loading to PNG: seconds for a table, ranges for a profiler.
 
-with record() as recorder:
-    pipe("a cat")
-print(recorder.seconds())  # {"text": 0.1, "schedule": ..., "denoise": ..., "vae": ...}
+    with record() as recorder:
+        pipe("a cat")
+    print(recorder.seconds())  # {"text": 0.1, "schedule": ..., "denoise": ..., "vae": ...}
 """
 
 import contextlib
