@@ -58,7 +58,7 @@ def train(plan: Plan, out: Path, device: torch.device, *, pictures: int = 200, k
     encoder.to(device)
     prompts = [NEGATIVE, *(request.prompt for request in requests(held_out=False))]
     features = stage("text", lambda: encode_prompts(tokenizer, encoder, prompts))
-    data = stage("latents", lambda: encode_scenes(plan, vae, features))
+    data = stage("latents", lambda: encode_scenes(plan, vae, features, out / "latents.pt"))
     transformer = stage(
         "denoiser",
         lambda: train_denoiser(plan, data, features, out / "denoiser.pt", device, keep_every=keep_every, look=keep),

@@ -36,8 +36,11 @@ class Latents:
     prompts: torch.Tensor
 
 
-def encode_scenes(plan: Plan, vae: AutoencoderKLQwenImage, features: Features, chunk: int = 64) -> list[Latents]:
-    """Draw the plan's scenes and encode them, one entry per size."""
+def encode_scenes(plan: Plan, vae: AutoencoderKLQwenImage, features: Features, file: Path, chunk: int = 64) -> list[Latents]:
+    """Draw the plan's scenes and encode them, one entry per size; or read what an earlier run wrote to `file`."""
+    state = load_state(file)
+    if state is not None:
+        return [Latents(values, tuple(grid), prompts) for values, grid, prompts in state["parts"]]
     data = []
     with as_images(vae):
         for (width, height), share in zip(plan.sizes, plan.shares, strict=True):
@@ -48,6 +51,7 @@ def encode_scenes(plan: Plan, vae: AutoencoderKLQwenImage, features: Features, c
                 values.append(encode(vae, render(scenes, width, height).to(vae.device)).half())
                 prompts += [features.index[scene.request.prompt] for scene in scenes]
             data.append(Latents(torch.cat(values), (height // 16, width // 16), torch.tensor(prompts)))
+    save_state(file, {"parts": [(part.values.cpu(), part.grid, part.prompts) for part in data]})
     return data
 
 
