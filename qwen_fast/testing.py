@@ -264,7 +264,7 @@ def write_tokenizer(folder: Path, texts: Iterable[str] = ()) -> int:
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=10_000, min_frequency=1, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([corpus, *texts], trainer)
     model = json.loads(tokenizer.to_str())["model"]
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     _write_json(folder / "vocab.json", model["vocab"])
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     _write_text(folder / "merges.txt", ["#version: 0.2", *merges])

@@ -7,11 +7,13 @@ import argparse
 import random
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..cli.loading import library_output, load_pipeline
 from .judge import Verdict, judge, summary
 from .scenes import Request, sample_request
 
@@ -60,10 +62,18 @@ def draw(
     return found, [judge(picture, request) for picture, request in zip(found, requests, strict=True)]
 
 
+def load_stock(checkpoint: str | Path, device: torch.device) -> Any:
+    """A checkpoint as a pipeline of stock diffusers in fp32, silent."""
+    with library_output(bars=False):
+        pipe = load_pipeline(str(checkpoint), device, torch.float32, stock=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def table(rows: dict[str, Sequence[Verdict]]) -> str:
     """Shares in per cent as a Markdown table, one row per entry."""
     parts = ("count", "background", "colour", "shape", "both", "size", "place", "everything")
-    lines = [f"| {'  | '.join(('asked for', 'n', *parts))} |", "|---" * (len(parts) + 2) + "|"]
+    lines = [f"| {' | '.join(('asked for', 'n', *parts))} |", "|---" * (len(parts) + 2) + "|"]
     for name, verdicts in rows.items():
         shares = summary(verdicts)
         cells = [f"{100 * shares[part]:.1f}" if part in shares else "" for part in parts]
@@ -73,8 +83,6 @@ def table(rows: dict[str, Sequence[Verdict]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table of a checkpoint, drawn by stock diffusers."""
-    import diffusers
-
     from . import checkpoint
 
     parser = argparse.ArgumentParser(prog="python -m qwen_fast.demo.accuracy", description=__doc__.splitlines()[0])
@@ -84,8 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.count < 2:
         parser.error(f"--count {args.count}: at least 2 pictures are needed")
-    pipe = diffusers.QwenImagePipeline.from_pretrained(args.model or checkpoint())
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_stock(args.model or checkpoint(), torch.device("cpu"))
     rows = {}
     for kind in KINDS:
         wanted = held_out_requests(args.count if kind == "one" else args.count // 2, kind)

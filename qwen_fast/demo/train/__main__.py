@@ -12,12 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 
 from ...cli.loading import device_and_dtype
 from .. import accuracy
-from ..scenes import requests
 from .denoiser import encode_scenes, train_denoiser
 from .plan import Plan
 from .saving import CARD, finish, save_checkpoint
@@ -54,11 +52,11 @@ def train(plan: Plan, out: Path, device: torch.device, *, pictures: int = 200, k
             save_checkpoint(out / f"checkpoint-{step}", **parts(average))
 
     vae = stage("vae", lambda: train_vae(plan, out / "vae.pt", device, keep_every=keep_every))
+    data = stage("latents", lambda: encode_scenes(plan, vae, out / "latents.pt"))
     tokenizer, encoder = stage("text", lambda: build_text(plan, out))
     encoder.to(device)
-    prompts = [NEGATIVE, *(request.prompt for request in requests(held_out=False))]
+    prompts = [NEGATIVE, *sorted({prompt for part in data for prompt in part.prompts})]
     features = stage("text", lambda: encode_prompts(tokenizer, encoder, prompts))
-    data = stage("latents", lambda: encode_scenes(plan, vae, features, out / "latents.pt"))
     transformer = stage(
         "denoiser",
         lambda: train_denoiser(plan, data, features, out / "denoiser.pt", device, keep_every=keep_every, look=keep),
@@ -100,8 +98,7 @@ def _claim(out: Path, plan: Plan) -> None:
 
 
 def _judge(checkpoint: Path, plan: Plan, device: torch.device, pictures: int) -> str:
-    pipe = diffusers.QwenImagePipeline.from_pretrained(checkpoint).to(device)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = accuracy.load_stock(checkpoint, device)
     rows = {}
     for width, height in plan.sizes:
         for kind in accuracy.KINDS:

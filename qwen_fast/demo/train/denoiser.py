@@ -29,14 +29,14 @@ ATTENTION = {
 
 @dataclass(frozen=True)
 class Latents:
-    """Training data of one size: packed latents `[N, H * W, 64]` fp16, their grid (H, W) and the prompt of each, `[N]`."""
+    """Training data of one size: packed latents `[N, H * W, 64]` fp16, their grid (H, W) and the prompt of each."""
 
     values: torch.Tensor
     grid: tuple[int, int]
-    prompts: torch.Tensor
+    prompts: list[str]
 
 
-def encode_scenes(plan: Plan, vae: AutoencoderKLQwenImage, features: Features, file: Path, chunk: int = 64) -> list[Latents]:
+def encode_scenes(plan: Plan, vae: AutoencoderKLQwenImage, file: Path, chunk: int = 64) -> list[Latents]:
     """Draw the plan's scenes and encode them, one entry per size; or read what an earlier run wrote to `file`."""
     state = load_state(file)
     if state is not None:
@@ -49,9 +49,9 @@ def encode_scenes(plan: Plan, vae: AutoencoderKLQwenImage, features: Features, f
             for _ in range(0, round(plan.denoiser.scenes * share), chunk):
                 scenes = [lay_out(sample_request(rng), width, height, rng) for _ in range(chunk)]
                 values.append(encode(vae, render(scenes, width, height).to(vae.device)).half())
-                prompts += [features.index[scene.request.prompt] for scene in scenes]
-            data.append(Latents(torch.cat(values), (height // 16, width // 16), torch.tensor(prompts)))
-    save_state(file, {"parts": [(part.values.cpu(), part.grid, part.prompts) for part in data]})
+                prompts += [scene.request.prompt for scene in scenes]
+            data.append(Latents(torch.cat(values), (height // 16, width // 16), prompts))
+    save_state(file, {"parts": [(part.values, part.grid, part.prompts) for part in data]})
     return data
 
 
@@ -113,16 +113,18 @@ def train_denoiser(
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
+    indices = [torch.tensor([features.index[prompt] for prompt in part.prompts]) for part in data]
     shares = torch.tensor([len(part.prompts) for part in data], dtype=torch.float32)
     values, mask = features.values.to(device), features.mask.to(device)
     progress = Progress("denoiser", recipe.steps, step)
     while step < recipe.steps:
         generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
-        part = data[int(torch.multinomial(shares, 1, generator=generator))]
+        size = int(torch.multinomial(shares, 1, generator=generator))
+        part = data[size]
         chosen = torch.randint(len(part.prompts), (recipe.batch,), generator=generator)
         dropped = torch.rand(recipe.batch, generator=generator) < recipe.dropped
-        prompts = torch.where(dropped, features.index[NEGATIVE], part.prompts[chosen])
-        clean = part.values[chosen].to(device, torch.float32)
+        prompts = torch.where(dropped, features.index[NEGATIVE], indices[size][chosen]).to(device)
+        clean = part.values[chosen.to(part.values.device)].to(device, torch.float32)
         noise = torch.randn(clean.shape, generator=generator).to(device)
         sigma = sample_sigmas(recipe.batch, part.grid[0] * part.grid[1], generator).to(device)
         for group in optimizer.param_groups:

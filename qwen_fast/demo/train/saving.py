@@ -73,7 +73,8 @@ def save_checkpoint(
         nn.Module.to(module, torch.bfloat16).save_pretrained(folder / name)
         nn.Module.to(module, torch.float32)
     FlowMatchEulerDiscreteScheduler.from_config(QWEN_IMAGE_SCHEDULER_CONFIG).save_pretrained(folder / "scheduler")
-    shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
+    if tokenizer != folder / "tokenizer":
+        shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
     index = {"_class_name": "QwenImagePipeline", "_diffusers_version": diffusers.__version__, **COMPONENTS}
     # Last, so that a folder with a model_index.json is complete.
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8", newline="\n")
