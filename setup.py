@@ -51,6 +51,7 @@ setup(
             "pytest-benchmark",
             "pytest-xdist",
             "ruff",
+            "scikit-image",
             "scipy",
             "setuptools",
             "wheel",
