@@ -155,6 +155,16 @@ def test_an_interrupted_run_goes_on(model, tmp_path, monkeypatch, capsys):
         ]
 
 
+def test_more_seeds_keep_whole_blocks_and_draw_a_cut_one_again(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality_pictures, "BLOCK", 2)
+    store, drawn, block = Store(tmp_path, {}), [], quality_pictures._draw_block
+    monkeypatch.setattr(quality_pictures, "_draw_block", lambda *args: drawn.append(len(args[3])) or block(*args))
+    few = draw(model, "stock", MODES["stock"], TINY, cases(3), 8, store)
+    many = draw(model, "stock", MODES["stock"], TINY, cases(6), 8, store)
+    assert drawn == [2, 1, 2, 2] and len(many.pictures) == 6
+    assert np.array_equal(many.pictures[:2], few.pictures[:2]) and len(few.pictures) == 3
+
+
 # --check
 
 
