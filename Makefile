@@ -25,9 +25,10 @@ print("torch", torch.__version__, "of", sys.executable, "serves")
 endef
 export LEND_TORCH
 
-.PHONY: help demo test test-versions lint clean
+.PHONY: help demo demo-model test test-versions lint clean
 help:
 	@echo "make demo           draw pictures with stock diffusers and with qwen_fast, compare them"
+	@echo "make demo-model     train the demo checkpoint again, in demo-model/; interrupted, it goes on where it was"
 	@echo "make test           pass the tests"
 	@echo "make test-versions  pass the tests with the lowest and the newest supported packages"
 	@echo "make lint           ruff"
@@ -36,6 +37,9 @@ help:
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m qwen_fast.demo
+
+demo-model: $(VENV)/.ready
+	$(BIN)/python -m qwen_fast.demo.train --out demo-model
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS) tests

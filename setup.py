@@ -27,8 +27,12 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["qwen_fast", "qwen_fast.cli", "qwen_fast_kernels", "qwen_fast_benchmarks"],
+    packages=[
+        *("qwen_fast", "qwen_fast.cli", "qwen_fast.demo", "qwen_fast.demo.train"),
+        *("qwen_fast_kernels", "qwen_fast_benchmarks"),
+    ],
     package_dir={"qwen_fast_kernels": "kernels/qwen_fast_kernels", "qwen_fast_benchmarks": "benchmarks"},
+    package_data={"qwen_fast.demo": ["checkpoint/*", "checkpoint/*/*"]},
     install_requires=[
         "torch>=2.8",
         "triton>=3.4; platform_system == 'Linux'",

@@ -19,8 +19,8 @@ import torch
 from diffusers.utils import logging
 
 from qwen_fast.cli.generate import save_png
-from qwen_fast.cli.loading import demo_checkpoint
 from qwen_fast.cli.schedule import pixels, positive_int
+from qwen_fast.demo import checkpoint
 from qwen_fast.demo.judge import Verdict, judge
 from qwen_fast.schedule import check_device
 
@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--check has nothing to check: name one of {', '.join(lossless)} in --modes")
         if options.sheet is not None and options.sheet.suffix.lower() != ".png":
             raise ValueError(f"--sheet {options.sheet}: a name ending in .png is needed")
-        model = Model(options.model or demo_checkpoint(), check_device(options.device))
+        model = Model(options.model or checkpoint(), check_device(options.device))
         store = Store(options.out, identity(model, options.batch))
         table_of_rows = Rows(options.append, FIELDS) if options.append else None
     except (ValueError, OSError) as error:

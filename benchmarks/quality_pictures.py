@@ -5,7 +5,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ import qwen_fast
 import qwen_fast_kernels
 from qwen_fast.checkpoint import check_folder
 from qwen_fast.cli.loading import library_output, load_pipeline
-from qwen_fast.demo.scenes import Request, sample_request
+from qwen_fast.demo.accuracy import held_out_requests
+from qwen_fast.demo.scenes import Request
 
 from .quality_modes import Mode, Setting
 
@@ -55,7 +55,7 @@ class Pictures:
 
 def cases(count: int) -> list[Case]:
     """Seeds 0 to count - 1, each with a request held out of training; a larger count begins with the same ones."""
-    return [Case(seed, sample_request(random.Random(seed), held_out=True)) for seed in range(count)]
+    return [Case(seed, request) for seed, request in enumerate(held_out_requests(count))]
 
 
 class Model:

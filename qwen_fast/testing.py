@@ -131,7 +131,7 @@ def build_checkpoint(
     sharding = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     scheduler = FlowMatchEulerDiscreteScheduler(**(scheduler_config or QWEN_IMAGE_SCHEDULER_CONFIG))
     scheduler.save_pretrained(path / "scheduler")
-    vocabulary_size = _write_tokenizer(path / "tokenizer")
+    vocabulary_size = write_tokenizer(path / "tokenizer")
     # The constructors draw weights from the global random state, which is the caller's; and on the caller's device.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         transformer = QwenImageTransformer2DModel(
@@ -145,7 +145,7 @@ def build_checkpoint(
         _save(transformer, path / "transformer", seed, dtype, **sharding)
         del transformer  # at the full width the largest part by far
         _save(AutoencoderKLQwenImage(base_dim=vae_base_dim, num_res_blocks=1), path / "vae", seed, dtype)
-        text_encoder = _text_encoder(joint_attention_dim, text_layers, vocabulary_size)
+        text_encoder = small_text_encoder(joint_attention_dim, text_layers, vocabulary_size)
         _save(text_encoder, path / "text_encoder", seed, dtype, **sharding)
     # Last, so that a folder with a model_index.json is complete.
     _write_json(
@@ -198,8 +198,14 @@ def _save(module: nn.Module, folder: Path, seed: int, dtype: torch.dtype, **shar
     nn.Module.to(module, dtype).save_pretrained(folder, **sharding)
 
 
-def _text_encoder(width: int, layers: int, vocabulary_size: int) -> Qwen2_5_VLForConditionalGeneration:
-    """The Qwen2.5-VL of the text encoder, with a vision tower (unused for text) as small as it gets."""
+def small_text_encoder(width: int, layers: int, vocabulary_size: int) -> Qwen2_5_VLForConditionalGeneration:
+    """The Qwen2.5-VL of the text encoder, with a vision tower (unused for text) as small as it gets.
+
+    Args:
+        width (int): hidden size, a multiple of 8.
+        layers (int): decoder layers.
+        vocabulary_size (int): entries of the tokenizer without the special tokens, as `write_tokenizer` returns them.
+    """
     head_dim = 128 if width % 128 == 0 else 8
     heads = width // head_dim
     ids = {token: vocabulary_size + index for index, token in enumerate(_SPECIAL_TOKENS)}
@@ -234,11 +240,11 @@ def _text_encoder(width: int, layers: int, vocabulary_size: int) -> Qwen2_5_VLFo
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def _write_tokenizer(folder: Path) -> int:
+def write_tokenizer(folder: Path, texts: Iterable[str] = ()) -> int:
     """Write a byte-level BPE in the files of the real repository, which transformers 4 and 5 both read.
 
-    Its merges are learnt from the prompt template alone, until every word of it is one token; other texts fall apart
-    into bytes. The pipeline drops the first 34 tokens unseen, so this is checked with the tokenizer as loaded.
+    Its merges are learnt from the prompt template and `texts`, until every word of them is one token; other words fall
+    apart into bytes. The pipeline drops the first 34 tokens unseen, so this is checked with the tokenizer as loaded.
     Returns the number of entries without the special tokens.
     """
     stock = diffusers.QwenImagePipeline(None, None, None, None, None)
@@ -256,9 +262,9 @@ def _write_tokenizer(folder: Path) -> int:
     )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=10_000, min_frequency=1, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([corpus], trainer)
+    tokenizer.train_from_iterator([corpus, *texts], trainer)
     model = json.loads(tokenizer.to_str())["model"]
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     _write_json(folder / "vocab.json", model["vocab"])
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     _write_text(folder / "merges.txt", ["#version: 0.2", *merges])

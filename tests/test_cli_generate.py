@@ -1,7 +1,6 @@
 """`qwen-fast generate`, in process: what it draws, what it writes, and what it says about bad input."""
 
 import shutil
-import sys
 from pathlib import Path
 
 import diffusers
@@ -12,14 +11,15 @@ import torch
 from PIL import Image, ImageChops
 
 from cli_errors import refused
-from qwen_fast.cli import generate, loading, main
+from qwen_fast import demo
+from qwen_fast.cli import generate, main
+from qwen_fast.demo.judge import judge
 
 
 @pytest.fixture
 def draw(checkpoint, tmp_path, monkeypatch):
     """`draw(*argv)`: generate 64x64 pictures in 2 steps with the tiny checkpoint, in an empty current folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def run(*argv: str, model: Path | None = checkpoint) -> int:
         chosen = ["--model", str(model)] if model else []
@@ -134,43 +134,27 @@ def test_interrupt_while_loading(monkeypatch, capsys):
     assert capsys.readouterr().err == "interrupted.\n"
 
 
-def test_generate_builds_the_demo_checkpoint_once_and_says_it_is_random(draw, tmp_path, monkeypatch, capsys):
-    assert draw("--prompt", "x", model=None) == 0
+def test_generate_draws_the_demo_without_a_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "--prompt", demo.PROMPTS[0], "--device", "cpu"]) == 0
     captured = capsys.readouterr()
-    assert "weights are random" in captured.out and captured.err == ""
-    (demo,) = (tmp_path / "cache" / "qwen_fast").iterdir()
-    assert str(demo) in captured.out
-    assert Image.open("x-seed0.png").text["model"] == "demo checkpoint (random weights)"
-
-    from qwen_fast import testing
-
-    built = []
-    monkeypatch.setattr(testing, "build_checkpoint", lambda path: built.append(path) or path.mkdir())
-    assert loading.demo_checkpoint() == demo and not built
-    (demo / "model_index.json").unlink()
-    assert loading.demo_checkpoint() == demo and built
-    assert "damaged" in capsys.readouterr().err
+    assert str(demo.CHECKPOINT) in captured.out and captured.err == ""
+    assert "64x64, 20 steps, cfg 4, float32 on cpu" in captured.out
+    (path,) = tmp_path.glob("*.png")
+    picture = Image.open(path)
+    assert picture.text["model"] == "demo checkpoint"
+    assert judge(np.asarray(picture), demo.PROMPTS[0]).everything
 
 
-@pytest.mark.parametrize(
-    ("platform", "environment", "expected"),
-    [
-        ("linux", {}, ".cache/qwen_fast"),
-        ("darwin", {}, "Library/Caches/qwen_fast"),
-        ("win32", {}, "AppData/Local/qwen_fast"),
-        ("win32", {"LOCALAPPDATA": "/local"}, "/local/qwen_fast"),
-        ("linux", {"XDG_CACHE_HOME": "/cache"}, "/cache/qwen_fast"),
-        ("linux", {"XDG_CACHE_HOME": ""}, ".cache/qwen_fast"),
-    ],
-)
-def test_cache_folder(platform, environment, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert loading.cache_folder() == tmp_path / expected
+def test_generate_names_a_damaged_demo_checkpoint(tmp_path, monkeypatch, capsys):
+    damaged = tmp_path / "checkpoint"
+    shutil.copytree(demo.CHECKPOINT, damaged)
+    (damaged / "vae" / "config.json").write_text("{}")
+    monkeypatch.setattr(demo, "CHECKPOINT", damaged)
+    assert main(["generate", "--prompt", "x", "--out", str(tmp_path / "x.png")]) == 2
+    err = capsys.readouterr().err
+    assert str(damaged / "vae" / "config.json") in err and "is damaged" in err and "qwen_fast.demo.train" in err
+    assert not (tmp_path / "x.png").exists()
 
 
 def test_generate_refuses_an_edit_checkpoint(draw, checkpoint, tmp_path, capsys):

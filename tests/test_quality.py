@@ -125,6 +125,13 @@ def test_every_mode_starts_from_the_same_noise(name, model):
         assert torch.equal(initial_noise(pipe, TINY, 3), expected)
 
 
+def test_fewer_steps_are_those_of_the_mode(model, tmp_path):
+    store, todo = Store(tmp_path, {}), cases(1)
+    few = draw(model, "steps-4", MODES["steps-4"], TINY, todo, 1, store)
+    same = draw(model, "stock", MODES["stock"], Setting(32, 32, 4), todo, 1, store)
+    assert np.array_equal(few.latents, same.latents)
+
+
 def test_an_interrupted_run_goes_on(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality_pictures, "BLOCK", 2)
     arguments = ["--model", model.folder, "--modes", "ours", "--sizes", "32x32", "--steps", 2, "--seeds", 5]

@@ -150,7 +150,7 @@ def test_template_prefix_is_what_the_pipeline_drops(checkpoint: Path):
 def test_another_tokenizer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(testing, "_SPECIAL_TOKENS", tuple(token for token in testing._SPECIAL_TOKENS if "im_" not in token))
     with pytest.raises(RuntimeError, match="prefix into [0-9]+ tokens where the pipeline drops 34"):
-        testing._write_tokenizer(tmp_path / "tokenizer")
+        testing.write_tokenizer(tmp_path / "tokenizer")
 
 
 def test_faults_move_the_latents(checkpoint: Path):

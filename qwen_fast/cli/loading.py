@@ -1,14 +1,10 @@
 """What commands draw with: the demo checkpoint, a pipeline from a folder or the hub, LoRAs, device, dtype, the benchmarks."""
 
 import contextlib
-import hashlib
 import importlib
 import importlib.util
-import os
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -22,45 +18,11 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 TEXT_TO_IMAGE = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
 
 
-def cache_folder() -> Path:
-    """Where this user's caches belong on this platform; XDG_CACHE_HOME decides where it is set."""
-    home = Path.home()
-    if os.environ.get("XDG_CACHE_HOME"):
-        root = Path(os.environ["XDG_CACHE_HOME"])
-    elif sys.platform == "darwin":
-        root = home / "Library" / "Caches"
-    elif sys.platform == "win32":
-        root = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
-    else:
-        root = home / ".cache"
-    return root / "qwen_fast"
-
-
 def demo_checkpoint() -> Path:
-    """The demo checkpoint in the cache folder, built on first use; whatever would change its files changes its name."""
-    import diffusers
-    import transformers
+    """The demo checkpoint of the package, its files compared with their sha256."""
+    from qwen_fast.demo import checkpoint
 
-    from qwen_fast import testing
-    from qwen_fast.checkpoint import check_folder
-
-    recipe = Path(testing.__file__).read_bytes() + f"{diffusers.__version__} {transformers.__version__}".encode()
-    path = cache_folder() / f"demo-{hashlib.sha256(recipe).hexdigest()[:12]}"
-    if path.is_dir():
-        try:
-            check_folder(path)
-            return path
-        except (ValueError, OSError) as error:
-            print(f"the demo checkpoint is damaged and is built again: {error}", file=sys.stderr)
-            shutil.rmtree(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Built aside and renamed, so that an interrupted build leaves nothing that looks finished.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="building-") as building:
-        with library_output(False, verbosity=False):
-            testing.build_checkpoint(Path(building, "demo"))
-        with contextlib.suppress(OSError):  # another process was first
-            os.rename(Path(building, "demo"), path)
-    return path
+    return checkpoint()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,74 @@
+"""How the demo checkpoint is trained: every number of the recipe, in one place."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class VAEPlan:
+    """The VAE: reconstruction of fresh renders, no data set.
+
+    Args:
+        base_dim (int): channels at full resolution.
+        steps, batch (int): optimiser steps, pictures in each.
+        learning_rate (float): of Adam, after a warm-up, before the cosine to 0.
+        kl (float): weight of the KL divergence per latent element, against L1 + MSE + edges per pixel.
+    """
+
+    base_dim: int = 8
+    steps: int = 2600
+    batch: int = 16
+    learning_rate: float = 2.5e-3
+    kl: float = 5e-4
+
+
+@dataclass(frozen=True)
+class DecoderPlan:
+    """The VAE's decoder alone, on latents with noise.
+
+    Args:
+        steps, batch, learning_rate: as in VAEPlan.
+        noise (float): largest standard deviation of the noise, in that of the whitened latents; each picture draws its own.
+    """
+
+    steps: int = 3000
+    batch: int = 16
+    learning_rate: float = 2e-3
+    noise: float = 0.3
+
+
+@dataclass(frozen=True)
+class DenoiserPlan:
+    """The transformer: flow matching on latents of a fixed set of scenes.
+
+    Args:
+        layers, heads, head_dim (int): sizes of QwenImageTransformer2DModel.
+        scenes (int): latents encoded before training.
+        steps, batch (int): optimiser steps, latents in each.
+        learning_rate (float): peak of AdamW's, up in a line, down in half a cosine.
+        dropped (float): share of captions replaced by the negative prompt.
+        ema (float): decay of the averaged weights, which are the ones kept.
+    """
+
+    layers: int = 4
+    heads: int = 4
+    head_dim: int = 64
+    scenes: int = 24_000
+    steps: int = 5_000
+    batch: int = 64
+    learning_rate: float = 1e-3
+    dropped: float = 0.1
+    ema: float = 0.999
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One training run; the same plan on the same machine gives the same weights."""
+
+    seed: int = 0
+    sizes: tuple[tuple[int, int], ...] = ((64, 64), (96, 64))  # width, height
+    shares: tuple[float, ...] = (0.8, 0.2)
+    text_width: int = 64
+    text_layers: int = 2
+    vae: VAEPlan = field(default_factory=VAEPlan)
+    decoder: DecoderPlan = field(default_factory=DecoderPlan)
+    denoiser: DenoiserPlan = field(default_factory=DenoiserPlan)

@@ -1,0 +1,196 @@
+"""The demo's VAE: diffusers' AutoencoderKLQwenImage, small, trained on fresh renders of scenes."""
+
+import contextlib
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLQwenImage
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+
+from ... import vae as image_vae
+from ...reporting import State
+from ..scenes import Scene, lay_out, render, sample_request
+from .plan import Plan
+from .progress import Progress, load_state, save_state
+
+STD_FLOOR = 0.5  # of the largest channel's: dividing a collapsed channel by its own std would blow its noise up
+
+
+def train_vae(plan: Plan, file: Path, device: torch.device, *, keep_every: int = 500) -> AutoencoderKLQwenImage:
+    """Train the VAE, or go on where `file` says an earlier run stopped.
+
+    Args:
+        plan (Plan): the recipe.
+        file (Path): state of the run, written every `keep_every` steps.
+        device (torch.device): where to train.
+
+    Returns:
+        AutoencoderKLQwenImage: in eval mode, fp32, its latents_mean and latents_std measured.
+    """
+    recipe = plan.vae
+    torch.manual_seed(plan.seed)
+    vae = AutoencoderKLQwenImage(base_dim=recipe.base_dim, num_res_blocks=1).to(device)
+    _clear_unreachable_taps(vae)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99))
+    step = 0
+    state = load_state(file)
+    if state is not None:
+        vae.load_state_dict(state["vae"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    progress = Progress("vae", recipe.steps, step)
+    with as_images(vae):
+        while step < recipe.steps:
+            pictures = training_pictures(plan, step, recipe.batch)[1].to(device, memory_format=torch.channels_last)
+            pictures = 2 * pictures - 1
+            noise = torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * warmup_cosine(step, recipe.steps, 100)
+            with torch.autocast(device.type, torch.bfloat16):
+                posterior = vae.encode(pictures[:, :, None]).latent_dist
+                sample = torch.randn(posterior.mean.shape, generator=noise).to(device)
+                decoded = _decode(vae, posterior.mean.float() + posterior.std.float() * sample).float()
+            pixels, edges = reconstruction_losses(decoded, pictures)
+            mean, logvar = posterior.mean.float(), posterior.logvar.float()
+            kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+            loss = pixels + edges + recipe.kl * kl
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            optimizer.step()
+            step += 1
+            progress.step(step, recipe.batch, pixels=pixels, edges=edges, kl=kl)
+            if step % keep_every == 0 or step == recipe.steps:
+                save_state(file, {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step})
+        _measure_latents(vae.eval(), plan)
+    return vae
+
+
+def training_pictures(plan: Plan, step: int, count: int) -> tuple[list[Scene], torch.Tensor]:
+    """The `step`th batch of `plan`: scenes of one size, and their pictures, `[count, 3, height, width]` in [0, 1]."""
+    rng = random.Random(f"{plan.seed}/pictures/{step}")
+    (width, height), *_ = rng.choices(plan.sizes, plan.shares)
+    scenes = [lay_out(sample_request(rng), width, height, rng) for _ in range(count)]
+    return scenes, render(scenes, width, height)
+
+
+def warmup_cosine(step: int, steps: int, warmup: int) -> float:
+    """Share of the learning rate at `step`: up in a line, down to 0 in half a cosine."""
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def sharpen_decoder(
+    plan: Plan, vae: AutoencoderKLQwenImage, file: Path, device: torch.device, *, keep_every: int = 500
+) -> AutoencoderKLQwenImage:
+    """Train the decoder on, the encoder frozen and its latents noisier than it makes them: as a denoiser leaves them.
+
+    The latents do not change, so a denoiser may be trained before or after. Arguments as in `train_vae`; `vae` is changed.
+    """
+    recipe = plan.decoder
+    parameters = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=recipe.learning_rate, betas=(0.9, 0.99))
+    step = 0
+    state = load_state(file)
+    if state is not None:
+        vae.load_state_dict(state["vae"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    progress = Progress("decoder", recipe.steps, step)
+    std = torch.tensor(vae.config.latents_std, device=device)[:, None, None, None]
+    with as_images(vae):
+        while step < recipe.steps:
+            pictures = training_pictures(plan, 10**6 + step, recipe.batch)[1]
+            pictures = 2 * pictures.to(device, memory_format=torch.channels_last) - 1
+            generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * warmup_cosine(step, recipe.steps, 50)
+            with torch.autocast(device.type, torch.bfloat16):
+                with torch.no_grad():
+                    latents = vae.encode(pictures[:, :, None]).latent_dist.mode().float()
+                level = recipe.noise * torch.rand(recipe.batch, 1, 1, 1, 1, generator=generator)
+                noise = (level * torch.randn(latents.shape, generator=generator)).to(device)
+                decoded = _decode(vae, latents + std * noise).float()
+            pixels, edges = reconstruction_losses(decoded, pictures)
+            optimizer.zero_grad(set_to_none=True)
+            (pixels + edges).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            step += 1
+            progress.step(step, recipe.batch, pixels=pixels, edges=edges)
+            if step % keep_every == 0 or step == recipe.steps:
+                save_state(file, {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step})
+    return vae
+
+
+def reconstruction_losses(decoded: torch.Tensor, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """L1 + MSE of the pixels, and L1 of the differences between neighbours, which keeps edges sharp."""
+    pixels = F.l1_loss(decoded, pictures) + F.mse_loss(decoded, pictures)
+    return pixels, sum(F.l1_loss(decoded.diff(dim=axis), pictures.diff(dim=axis)) for axis in (2, 3))
+
+
+@contextlib.contextmanager
+def as_images(vae: AutoencoderKLQwenImage) -> Iterator[None]:
+    """Inside, `vae` codes pictures through 2-D convolutions, in a third of the time; afterwards it is stock again."""
+    state = State()
+    image_vae.attach(vae, state)
+    try:
+        with image_vae.images(vae, state):
+            yield
+    finally:
+        image_vae.detach(vae, state)
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKLQwenImage, pictures: torch.Tensor) -> torch.Tensor:
+    """Latents as the denoiser sees them: whitened and packed, `[N, 3, H, W]` in [0, 1] to `[N, H / 16 * W / 16, 64]`."""
+    mean, std = (
+        torch.tensor(values, device=pictures.device)[:, None, None]
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    latents = (vae.encode(2 * pictures[:, :, None] - 1).latent_dist.mode()[:, :, 0] - mean) / std
+    count, channels, height, width = latents.shape
+    patches = latents.reshape(count, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(count, height * width // 4, 4 * channels)
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKLQwenImage, pictures: torch.Tensor) -> torch.Tensor:
+    """Pictures through the VAE, `[N, 3, H, W]` in [0, 1] both."""
+    latents = vae.encode(2 * pictures[:, :, None] - 1).latent_dist.mode()
+    return vae.decode(latents).sample[:, :, 0] / 2 + 0.5
+
+
+def _decode(vae: AutoencoderKLQwenImage, latents: torch.Tensor) -> torch.Tensor:
+    # Not vae.decode: its clamp to [-1, 1] would hide the gradient of everything beyond.
+    return vae.decoder(vae.post_quant_conv(latents))[:, :, 0]
+
+
+def _measure_latents(vae: AutoencoderKLQwenImage, plan: Plan, batches: int = 16) -> None:
+    """Set latents_mean and latents_std from fresh pictures."""
+    device = vae.device
+    found = []
+    with torch.no_grad():
+        for batch in range(batches):
+            pictures = training_pictures(plan, -1 - batch, 64)[1].to(device)
+            latents = vae.encode(2 * pictures[:, :, None] - 1).latent_dist.mode()
+            found.append(latents.movedim(1, 0).flatten(1))
+    values = torch.cat(found, dim=1)
+    std = values.std(dim=1)
+    vae.register_to_config(
+        latents_mean=values.mean(dim=1).tolist(), latents_std=std.clamp(min=STD_FLOOR * float(std.max())).tolist()
+    )
+
+
+def _clear_unreachable_taps(vae: AutoencoderKLQwenImage) -> None:
+    """Zero what one frame never meets: all temporal taps but the last, and the convolutions between frames."""
+    with torch.no_grad():
+        for name, module in vae.named_modules():
+            if isinstance(module, QwenImageCausalConv3d):
+                module.weight[:, :, :-1] = 0
+                if name.endswith("time_conv"):
+                    module.weight.zero_()
+                    module.bias.zero_()

@@ -1,0 +1,201 @@
+"""Training of the demo checkpoint, with a plan of seconds: every stage, interruption, and what is written."""
+
+import dataclasses
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qwen_fast import demo
+from qwen_fast.demo import accuracy
+from qwen_fast.demo.scenes import COLOURS, SHAPES, Request
+from qwen_fast.demo.train import __main__ as training
+from qwen_fast.demo.train import denoiser, progress, text, vae
+from qwen_fast.demo.train.plan import DecoderPlan, DenoiserPlan, Plan, VAEPlan
+
+TINY = Plan(
+    vae=VAEPlan(base_dim=2, steps=4, batch=2),
+    decoder=DecoderPlan(steps=4, batch=2),
+    denoiser=DenoiserPlan(layers=1, heads=1, head_dim=32, scenes=128, steps=4, batch=4),
+)
+CPU = torch.device("cpu")
+
+
+def train(out: Path, plan: Plan = TINY) -> Path:
+    return training.train(plan, out, CPU, pictures=2, keep_every=2)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("train")
+    train(out)
+    return out
+
+
+def test_a_run_writes_a_checkpoint_that_stock_diffusers_draws_with(trained):
+    checkpoint = trained / "checkpoint"
+    demo.verify(checkpoint)
+    pipe = accuracy.load_stock(checkpoint, CPU)
+    assert type(pipe) is diffusers.QwenImagePipeline
+    request = Request((("red", "circle"),), "blue")
+    pictures, (verdict,) = accuracy.draw(pipe, [request], num_inference_steps=2)
+    assert pictures.shape == (1, 64, 64, 3) and pictures.std() > 0 and not verdict.everything
+    weights = load_file(checkpoint / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    card = (checkpoint / "README.md").read_text()
+    assert "license: apache-2.0" in card and "| one, 64x64 | 2 |" in card and "| pair, 96x64 | 1 |" in card
+    assert set(training._Stages(trained / "seconds.json").seconds) == {"vae", "latents", "text", "denoiser", "decoder", "judge"}
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(trained, tmp_path, monkeypatch):
+    """Stopped between two states of each trained stage: what was done after the last state is done again."""
+    steps, to_stop = [], {"vae", "denoiser", "decoder"}
+    step = progress.Progress.step
+
+    def stopped(self, done, *args, **losses):
+        steps.append((self.stage, done))
+        if done == 3 and self.stage in to_stop:
+            to_stop.remove(self.stage)
+            raise KeyboardInterrupt
+        step(self, done, *args, **losses)
+
+    monkeypatch.setattr(progress.Progress, "step", stopped)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path)
+    train(tmp_path)
+    assert steps == [(stage, done) for stage in ("vae", "denoiser", "decoder") for done in (1, 2, 3, 3, 4)]
+    for name in ("vae", "transformer"):
+        file = Path(name, "diffusion_pytorch_model.safetensors")
+        again, once = load_file(tmp_path / "checkpoint" / file), load_file(trained / "checkpoint" / file)
+        assert again.keys() == once.keys() and all(torch.equal(again[key], once[key]) for key in once), name
+
+
+def test_a_folder_of_another_plan_is_refused(trained):
+    with pytest.raises(ValueError, match=r"plan\.json is of another plan"):
+        train(trained, dataclasses.replace(TINY, seed=1))
+
+
+def test_the_command_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", interrupted)
+    assert training.main(["--out", str(tmp_path), "--device", "cpu"]) == 130
+    assert f"the same command goes on from the last state in {tmp_path}" in capsys.readouterr().err
+    (tmp_path / "plan.json").write_text("{}")
+    monkeypatch.undo()
+    assert training.main(["--out", str(tmp_path), "--device", "cpu"]) == 2
+    assert "give another --out" in capsys.readouterr().err
+
+
+def test_a_state_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "state.pt"
+    assert progress.load_state(file) is None
+    progress.save_state(file, {"step": 1})
+
+    def full(state, path):
+        Path(path).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="no space"):
+        progress.save_state(file, {"step": 2})
+    assert progress.load_state(file) == {"step": 1}
+
+
+def test_every_word_is_one_token_and_words_differ(tmp_path):
+    tokenizer, encoder = text.build_text(TINY, tmp_path)
+    prompts = [f"a {colour} {shape} on a red background" for colour in COLOURS if colour != "orange" for shape in SHAPES]
+    features = text.encode_prompts(tokenizer, encoder, [text.NEGATIVE, *prompts, "two red crosses on a red background"])
+    assert features.mask.sum(1).tolist() == [6, *[12] * len(prompts), 12]  # five tokens of the template follow a prompt
+    for position in (1, 2):  # colour, shape
+        words = {}
+        for prompt in prompts:
+            vector = features.values[features.index[prompt], position]
+            words.setdefault(prompt.split()[position], []).append(vector / vector.norm())
+        means = torch.stack([torch.stack(vectors).mean(0) for vectors in words.values()])
+        assert (means.norm(dim=1) > 0.9).all(), "the words before a word hide it"
+        cosines = means @ means.T / means.norm(dim=1).outer(means.norm(dim=1))
+        assert (cosines - torch.eye(len(words))).abs().max() < 0.6
+
+
+def test_noise_levels_are_those_of_the_schedule():
+    generator = torch.Generator().manual_seed(0)
+    sigmas = denoiser.sample_sigmas(4096, 16, generator)
+    assert torch.equal(sigmas, sigmas.bfloat16().float()) and 0 < sigmas.min() and sigmas.max() <= 1
+    mu = 0.5 + (0.9 - 0.5) / (8192 - 256) * (16 - 256)
+    expected = torch.sigmoid(torch.tensor(mu) + torch.linspace(0.001, 0.999, 4096).logit())
+    assert (sigmas.sort().values - expected).abs().max() < 0.005
+
+
+def test_latents_are_packed_as_the_pipeline_unpacks_them(trained):
+    model = diffusers.AutoencoderKLQwenImage.from_pretrained(trained / "checkpoint" / "vae", torch_dtype=torch.float32)
+    pictures = vae.training_pictures(TINY, 0, 2)[1][..., :64]
+    with vae.as_images(model):
+        packed = vae.encode(model, pictures)
+        again = vae.reconstruct(model, pictures)
+    assert type(model) is diffusers.AutoencoderKLQwenImage
+    latents = diffusers.QwenImagePipeline._unpack_latents(packed, 64, 64, 8)
+    mean, std = (torch.tensor(model.config[name])[:, None, None, None] for name in ("latents_mean", "latents_std"))
+    with torch.no_grad():
+        expected = model.decode(latents * std + mean).sample[:, :, 0] / 2 + 0.5
+    assert torch.allclose(again, expected, atol=1e-4)
+
+
+def test_the_dropped_caption_is_the_pipeline_s_negative_prompt(trained):
+    pipe = accuracy.load_stock(trained / "checkpoint", CPU)
+    features = text.encode_prompts(pipe.tokenizer, pipe.text_encoder, [text.NEGATIVE, "a red circle on a blue background"])
+    embeds, mask = pipe.encode_prompt(" ", device=CPU)
+    length = embeds.shape[1]
+    assert mask is None and features.mask[0].sum() == length
+    assert torch.allclose(features.values[0, :length], embeds[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing", "no list", "list"])
+def test_damage_is_named_with_its_cure(trained, tmp_path, damage):
+    folder = tmp_path / "checkpoint"
+    file = folder / "vae" / "config.json"
+    for path in (trained / "checkpoint").rglob("*"):
+        if path.is_file():
+            target = folder / path.relative_to(trained / "checkpoint")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    demo.verify(folder)
+    if damage == "changed":
+        file.write_bytes(file.read_bytes() + b" ")
+    elif damage == "missing":
+        file.unlink()
+    else:
+        file = folder / demo.CHECKSUMS
+        file.unlink() if damage == "no list" else file.write_text("nonsense\n")
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        demo.verify(folder)
+    assert str(file) in str(caught.value) and "python -m qwen_fast.demo.train --out FOLDER" in str(caught.value)
+
+
+def test_the_table_leaves_out_what_was_not_asked():
+    verdict = demo_verdict(size=None)
+    assert accuracy.table({"one": [verdict, demo_verdict(size=None, shape=False)]}).splitlines()[-1] == (
+        "| one | 2 | 100.0 | 100.0 | 100.0 | 50.0 | 100.0 |  | 100.0 | 100.0 |"
+    )
+
+
+def demo_verdict(**parts):
+    from qwen_fast.demo.judge import Verdict
+
+    return Verdict(**{"count": True, "background": True, "colour": True, "shape": True, "both": True, "place": True} | parts)
+
+
+def test_seeds_do_not_depend_on_the_batch(trained):
+    pipe = accuracy.load_stock(trained / "checkpoint", CPU)
+    wanted = accuracy.held_out_requests(3, "same")
+    assert all(request.held_out for request in wanted)
+    call = {"num_inference_steps": 2, "true_cfg_scale": 1.0, "negative_prompt": None}
+    together = accuracy.draw(pipe, wanted, **call)[0]
+    alone = accuracy.draw(pipe, wanted, batch=1, **call)[0]
+    assert np.abs(together.astype(int) - alone).max() <= 1
