@@ -22,6 +22,14 @@ def check_options(**options: Any) -> dict[str, Any]:
     return options
 
 
+def check_vae_memory(name: str, value: Any) -> int | str | None:
+    """`value`, bytes for the VAE's activations, or a ValueError that names the argument."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not (value is None or value == "auto" or (whole and value > 0)):
+        raise ValueError(f"`{name}` is {value!r}; use 'auto', None, or a whole number of bytes of at least 1.")
+    return value
+
+
 def writable_folder(name: str, folder: str | Path | None) -> Path | None:
     """`folder`, made if it is not there, or a ValueError that names the argument when nothing can be written in it."""
     if folder is None:

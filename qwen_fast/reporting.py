@@ -24,12 +24,14 @@ class State:
         attention: "auto", "triton" or "diffusers".
         cuda_graph: "auto", True or False.
         vae_option: "image" or "diffusers".
+        vae_memory: bytes for the VAE's activations, "auto" or None.
         strict: raise where stock diffusers would be used instead.
         calls: fast calls so far, by operator.
         fallbacks: calls left to stock diffusers, by reason.
         stock_scheduler: the scheduler to give back, where ours took its place.
         transformer, vae: the models that this pipeline attached to.
         graph: why the last call's steps were not captured in a CUDA graph; None: they were, or there was no call yet.
+        vae_note: how the last picture was coded, or None.
         no_table: why the last call computed its modulations in each forward all the same, or None.
     """
 
@@ -39,6 +41,7 @@ class State:
     attention: str = "auto"
     cuda_graph: bool | str = "auto"
     vae_option: str = "image"
+    vae_memory: int | str | None = "auto"
     strict: bool = False
     calls: Counter = field(default_factory=Counter)
     fallbacks: Counter = field(default_factory=Counter)
@@ -46,6 +49,7 @@ class State:
     transformer: Any = None
     vae: Any = None
     graph: str | None = None
+    vae_note: str | None = None
     no_table: str | None = None
 
     def fall_back(self, reason: str) -> None:
@@ -62,7 +66,7 @@ class Report:
     """What qwen_fast does for a pipeline. `str()` of it is for people.
 
     Attributes:
-        pipeline (str): class of the pipeline.
+        pipeline (str): class of the pipeline or VAE.
         enabled (bool): whether it is accelerated.
         replaced (list[str]): what runs on qwen_fast.
         calls (dict[str, int]): fast calls so far, by operator.
@@ -82,7 +86,8 @@ class Report:
 
     def __str__(self) -> str:
         if not self.enabled:
-            return f"qwen_fast: {self.pipeline} is not accelerated; `qwen_fast.enable(pipe)` does it."
+            call = "enable_vae(vae)" if self.pipeline.startswith("Autoencoder") else "enable(pipe)"
+            return f"qwen_fast: {self.pipeline} is not accelerated; `qwen_fast.{call}` does it."
         fast, slow = sum(self.calls.values()), sum(self.fallbacks.values())
         lines = [f"qwen_fast: {self.pipeline} is accelerated; {fast} fast calls, {slow} on stock diffusers"]
         lines += [f"  replaced:  {part}" for part in self.replaced]
@@ -97,19 +102,22 @@ def report(pipe: Any) -> Report:
     """What is replaced in `pipe`, what fell back to stock diffusers and why, the calls so far, and the memory.
 
     Args:
-        pipe: any diffusers pipeline, enabled or not.
+        pipe: any diffusers pipeline, or a VAE, enabled or not.
     Returns:
         Report: a snapshot; later calls do not change it.
     """
+    from . import vae  # which needs the state from here
+
     state = getattr(pipe, "__dict__", {}).get(STATE)
-    components = getattr(pipe, "components", {})
+    alone = isinstance(pipe, torch.nn.Module)  # a VAE
+    components = {"vae": pipe} if alone else getattr(pipe, "components", {})
     memory = {
         name: sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
         for name, module in components.items()
         if isinstance(module, torch.nn.Module)
     }
     replaced = []
-    if state is not None:
+    if state is not None and not alone:
         precision = "fp32 latents" if state.precise_sampler else "stock's roundings"
         loop = "scheduler step" if state.stock_scheduler is not None else "denoising loop, CFG and Euler step"
         replaced = ["schedule (on the device, once per call)", f"{loop} ({precision})"]
@@ -120,8 +128,8 @@ def report(pipe: Any) -> Report:
                 graphs = f"no CUDA graph: {state.graph}" if state.graph else f"CUDA graph {state.cuda_graph}"
                 replaced.append(f"steps ({graphs})")
             memory |= state.transformer.fast_memory()
-        if state.vae is not None:
-            replaced.append("VAE (one frame through 2-D convolutions)")
+    if state is not None and state.vae is not None:
+        replaced.append(f"VAE ({vae.description(state.vae, state)})")
     return Report(
         pipeline=type(pipe).__name__,
         enabled=state is not None,

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import diffusers
 
 from .hardware import unsupported_reason
-from .inputs import check_options, writable_folder
+from .inputs import check_options, check_vae_memory, writable_folder
 from .pipeline import ACCELERATED
 from .reporting import STATE, State, logger
 
@@ -22,6 +22,8 @@ def enable(
     attention: str = "auto",
     cuda_graph: bool | str = "auto",
     vae: str = "image",
+    vae_memory: int | str | None = "auto",
+    check_nan: bool = False,
     strict: bool = False,
 ) -> Pipeline:
     """Accelerate `pipe` in place. Calling it again changes the options.
@@ -44,6 +46,10 @@ def enable(
             forbids it, False never.
         vae: "image": single frames through 2-D convolutions, which is what the VAE's causal 3-D ones are for them.
             "diffusers": as it is.
+        vae_memory: bytes that the VAE's activations may take beyond the weights; larger pictures are coded in bands of rows,
+            with the same result. "auto": what is free on a CUDA device, no limit elsewhere. None: no limit.
+        check_nan: find the first step after which latents are not finite, on the device; a FloatingPointError at the end of
+            the loop names it (QwenImagePipeline only).
         strict: raise where a call would run on stock diffusers, instead of running it there and saying so.
     Returns:
         The same object.
@@ -58,6 +64,7 @@ def enable(
         raise ValueError(_refusal(pipe))
     options = check_options(modulation=modulation, attention=attention, cuda_graph=cuda_graph, vae=vae)
     options["vae_option"] = options.pop("vae")
+    options["vae_memory"] = check_vae_memory("vae_memory", vae_memory)
     options["modulation_cache"] = writable_folder("modulation_cache", modulation_cache)
     if precise_sampler and not ours.supports_precise_sampler:
         raise ValueError(
