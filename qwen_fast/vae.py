@@ -10,7 +10,6 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
 
 import diffusers
 import torch

@@ -111,7 +111,8 @@ def decoder_layers(vae: nn.Module) -> list[Layer]:
     for name, block in decoder.up_blocks.named_children():
         name = f"decoder.up_blocks.{name}"
         if isinstance(block, _classes("ResidualUpBlock")):
-            layers.append(_residual_up(name, block))
+            inside = list(_in_sequence(name, [*block.resnets, *([] if block.upsampler is None else [block.upsampler])]))
+            layers += inside if block.avg_shortcut is None else [_residual_up(name, block, inside)]
         elif isinstance(block, _classes("UpBlock")):
             layers += _in_sequence(name, [*block.resnets, *(block.upsamplers or ())])
         else:
@@ -314,23 +315,19 @@ def _resample(name: str, block: nn.Module) -> Layer:
 # Blocks of AutoencoderKLQwenImage21, with a shortcut around all their layers ------------------------------------------
 
 
-def _residual_up(name: str, block: nn.Module) -> Layer:
-    layers = list(_in_sequence(name, [*block.resnets, *([] if block.upsampler is None else [block.upsampler])]))
-
+def _residual_up(name: str, block: nn.Module, layers: list[Layer]) -> Layer:
     def run(stream: Stream) -> Stream:
         before = stream.total()
-        kept = block.avg_shortcut is not None
-        inner = Stream(before, own=not kept and stream.own)
+        inner = Stream(before, own=False)
         stream.value = None
         for layer in layers:
             inner = layer.run(inner)
-        return inner if not kept else Stream(inner.total(), duplicated(before, block.avg_shortcut))
+        return Stream(inner.total(), duplicated(before, block.avg_shortcut))
 
-    into, out = block.in_dim, layers[-1].channels
-    up = 1 if block.upsampler is None else 2
+    into, out, size = block.in_dim, layers[-1].channels, block.avg_shortcut.factor_s
     # The input is kept beside the layers, then the larger picture, its shortcut and the channels gathered for it.
-    peak = max(into + max(layer.peak for layer in layers), into + (2 * up * up + 1) * out)
-    return _combined(name, run, layers, peak, up=up)
+    peak = max(into + max(layer.peak for layer in layers), into + (2 * size**2 + 1) * out)
+    return _combined(name, run, layers, peak, up=size)
 
 
 def _residual_down(name: str, block: nn.Module) -> Layer:
@@ -345,9 +342,8 @@ def _residual_down(name: str, block: nn.Module) -> Layer:
         shortcut = block.avg_shortcut(before[:, :, None])[:, :, 0]
         return Stream(inner.total(), channels_last(shortcut))
 
-    into, out, shortcut = layers[0].channels, layers[-1].channels, block.avg_shortcut
-    into = shortcut.in_channels
-    down = 1 if block.downsampler is None else 2
+    shortcut = block.avg_shortcut
+    into, out, down = shortcut.in_channels, layers[-1].channels, shortcut.factor_s
     # diffusers' mean pads the missing frames with zeros and copies the picture once more.
     means = into + out + 2 * shortcut.factor_t * into
     return _combined(name, run, layers, max(into + max(layer.peak for layer in layers), means), down=down)
