@@ -11,6 +11,7 @@ OPTIONS = {
     "attention": ("auto", "triton", "diffusers"),
     "cuda_graph": ("auto", True, False),
     "vae": ("image", "diffusers"),
+    "check_nan": (True, False),
 }
 
 
@@ -65,6 +66,7 @@ def check_call(pipe: Any, arguments: dict[str, Any]) -> None:
     if per_prompt < 1:
         raise ValueError(f"`num_images_per_prompt` is {per_prompt}; at least 1 is needed.")
 
+    _check_latents(pipe, arguments.get("latents"))
     batch = _check_prompt(arguments, "prompt", "prompt_embeds")
     if batch is None:
         raise ValueError("`prompt` and `prompt_embeds` are both None; pass one of the two.")
@@ -76,6 +78,18 @@ def check_call(pipe: Any, arguments: dict[str, Any]) -> None:
         raise ValueError(
             f"`generator` is a list of {len(generator)} for {pictures} pictures ({batch} prompts x {per_prompt}); "
             "pass one generator for all, or one for each picture."
+        )
+
+
+def _check_latents(pipe: Any, latents: Any) -> None:
+    """Packed latents of one frame are the only ones that a pipeline of pictures can go on from."""
+    if latents is None:
+        return
+    channels = pipe.transformer.config.in_channels
+    if latents.dim() != 3 or latents.shape[-1] != channels:
+        raise ValueError(
+            f"`latents` has shape {tuple(latents.shape)}; [batch, tokens, {channels} channels] is needed: those of one frame, "
+            "packed as `output_type='latent'` gives them."
         )
 
 

@@ -19,7 +19,7 @@ from .conditions import ScheduledConditions
 from .denoise import denoise
 from .forwards import Task
 from .hardware import unsupported_reason
-from .inputs import check_call, check_options, writable_folder
+from .inputs import check_call, check_options, check_vae_memory, writable_folder
 from .mixin import AcceleratedPipeline
 from .modulation import table_reason
 from .reporting import STATE, State, logger
@@ -95,10 +95,11 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
     Args:
         precise_sampler (bool): keep latents and step size in fp32 between steps; callbacks and `output_type="latent"`
             then see fp32 latents.
-        modulation, modulation_cache, attention, cuda_graph, strict: see `enable`. vae_option: its `vae`.
+        modulation, modulation_cache, attention, cuda_graph, vae_memory, check_nan, strict: see `enable`. vae_option: its `vae`.
     """
 
     supports_precise_sampler = True
+    supports_check_nan = True
 
     def __init__(
         self,
@@ -114,11 +115,13 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
         attention: str = "auto",
         cuda_graph: bool | str = "auto",
         vae_option: str = "image",
+        vae_memory: int | str | None = "auto",
+        check_nan: bool = False,
         strict: bool = False,
     ):
         check_options(vae=vae_option)
-        options = check_options(modulation=modulation, attention=attention, cuda_graph=cuda_graph)
-        options["vae_option"] = vae_option
+        options = check_options(modulation=modulation, attention=attention, cuda_graph=cuda_graph, check_nan=check_nan)
+        options |= {"vae_option": vae_option, "vae_memory": check_vae_memory("vae_memory", vae_memory)}
         options["modulation_cache"] = writable_folder("modulation_cache", modulation_cache)
         super().__init__(scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer)
         self.__dict__[STATE] = State(precise_sampler=precise_sampler, strict=strict, **options)

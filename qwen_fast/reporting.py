@@ -25,6 +25,7 @@ class State:
         cuda_graph: "auto", True or False.
         vae_option: "image" or "diffusers".
         vae_memory: bytes for the VAE's activations, "auto" or None.
+        check_nan: look after each step whether the latents are finite.
         strict: raise where stock diffusers would be used instead.
         calls: fast calls so far, by operator.
         fallbacks: calls left to stock diffusers, by reason.
@@ -32,6 +33,7 @@ class State:
         transformer, vae: the models that this pipeline attached to.
         graph: why the last call's steps were not captured in a CUDA graph; None: they were, or there was no call yet.
         vae_note: how the last picture was coded, or None.
+        not_finite: after which step of the last call latents were not finite, if `check_nan` looked and found some.
         no_table: why the last call computed its modulations in each forward all the same, or None.
     """
 
@@ -42,6 +44,7 @@ class State:
     cuda_graph: bool | str = "auto"
     vae_option: str = "image"
     vae_memory: int | str | None = "auto"
+    check_nan: bool = False
     strict: bool = False
     calls: Counter = field(default_factory=Counter)
     fallbacks: Counter = field(default_factory=Counter)
@@ -50,6 +53,7 @@ class State:
     vae: Any = None
     graph: str | None = None
     vae_note: str | None = None
+    not_finite: str | None = None
     no_table: str | None = None
 
     def fall_back(self, reason: str) -> None:
@@ -128,6 +132,8 @@ def report(pipe: Any) -> Report:
                 graphs = f"no CUDA graph: {state.graph}" if state.graph else f"CUDA graph {state.cuda_graph}"
                 replaced.append(f"steps ({graphs})")
             memory |= state.transformer.fast_memory()
+        if state.check_nan:
+            replaced.append(f"check for NaN after each step (last call: {state.not_finite or 'all finite'})")
     if state is not None and state.vae is not None:
         replaced.append(f"VAE ({vae.description(state.vae, state)})")
     return Report(

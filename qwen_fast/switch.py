@@ -48,8 +48,8 @@ def enable(
             "diffusers": as it is.
         vae_memory: bytes that the VAE's activations may take beyond the weights; larger pictures are coded in bands of rows,
             with the same result. "auto": what is free on a CUDA device, no limit elsewhere. None: no limit.
-        check_nan: find the first step after which latents are not finite, on the device; a FloatingPointError at the end of
-            the loop names it (QwenImagePipeline only).
+        check_nan: look after each step, on the device, whether latents are finite; a warning at the end and `report` name the
+            first step after which they were not, for each picture (QwenImagePipeline only).
         strict: raise where a call would run on stock diffusers, instead of running it there and saying so.
     Returns:
         The same object.
@@ -62,7 +62,7 @@ def enable(
         stock, ours = next((s, o) for s, o in ACCELERATED.items() if o is stock)
     if ours is None:
         raise ValueError(_refusal(pipe))
-    options = check_options(modulation=modulation, attention=attention, cuda_graph=cuda_graph, vae=vae)
+    options = check_options(modulation=modulation, attention=attention, cuda_graph=cuda_graph, vae=vae, check_nan=check_nan)
     options["vae_option"] = options.pop("vae")
     options["vae_memory"] = check_vae_memory("vae_memory", vae_memory)
     options["modulation_cache"] = writable_folder("modulation_cache", modulation_cache)
@@ -70,6 +70,10 @@ def enable(
         raise ValueError(
             f"`precise_sampler` is True, but {stock.__name__} keeps diffusers' own loop and latents; "
             "it applies to QwenImagePipeline."
+        )
+    if check_nan and not ours.supports_check_nan:
+        raise ValueError(
+            f"`check_nan` is True, but {stock.__name__} keeps diffusers' own loop; it applies to QwenImagePipeline."
         )
     reason = unsupported_reason(pipe.device)
     if reason is not None:
