@@ -30,6 +30,13 @@ USERS = "_qwen_fast_users"  # the attribute that an attached VAE carries; one th
 _ACTIVE: ContextVar[tuple[nn.Module, State] | None] = ContextVar("qwen_fast_vae", default=None)
 
 
+class _Users(weakref.WeakSet):
+    """States of the pipelines that use a VAE. Those of a copy attach to it themselves."""
+
+    def __deepcopy__(self, memo: dict) -> "_Users":
+        return _Users()
+
+
 class QwenImageCausalConv3d(STOCK_CONV):
     """diffusers' convolution; inside `images`, one frame without a past goes through the last temporal tap alone."""
 
@@ -172,7 +179,7 @@ def attach(vae: nn.Module, state: State) -> str | None:
     if not known:
         return f"vae is a {type(vae).__name__}, not an AutoencoderKLQwenImage"
     if USERS not in vae.__dict__:
-        vae.__dict__[USERS] = weakref.WeakSet()
+        vae.__dict__[USERS] = _Users()
         _swap(vae, _SWAPS)
     vae.__dict__[USERS].add(state)
     return None
@@ -228,8 +235,10 @@ def description(vae: nn.Module, state: State) -> str:
     parts = ["one frame through 2-D convolutions"]
     parameter = next(vae.parameters())
     limit = memory_limit(state.vae_memory, parameter.device)
-    layers = _readable(vae, decoder_layers, torch.empty(0))
-    if limit is not None and not isinstance(layers, str):
+    layers = None
+    with contextlib.suppress(ValueError):
+        layers = decoder_layers(vae)
+    if limit is not None and layers is not None:
         patch = 2 * vae.spatial_compression_ratio
         bytes_of_patch = whole_peak(layers, torch.Size((1, vae.config.z_dim, 2, 2)), parameter.element_size())
         largest = int((limit / bytes_of_patch) ** 0.5) * patch
