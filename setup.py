@@ -62,6 +62,7 @@ setup(
             "pytest-benchmark",
             "pytest-xdist",
             "ruff",
+            "scikit-image",
             "scipy",
             "setuptools",
             "wheel",

@@ -3,6 +3,7 @@
 Imports neither diffusers nor Triton's compiler. Token rows are joint as in the operators: all text rows, then all image rows.
 """
 
+import functools
 import importlib
 import itertools
 import math
@@ -10,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
+
+from benchmarks import vae_cases
 
 
 @dataclass(frozen=True)
@@ -129,10 +132,6 @@ def _sampler(make, dtype, size, predictions, prediction_dtype=None, steps=20, sh
     return *latents, sigmas, make.values([0])
 
 
-def _euler_step(make, dtype, size, **variant):
-    return _sampler(make, dtype, size, 1, **variant)
-
-
 def _cfg_euler_step(make, dtype, size, **variant):
     return *_sampler(make, dtype, size, 2, **variant), 3.7
 
@@ -197,10 +196,6 @@ def _linear(make, dtype, size, n, k, bias=True, layout="rows"):
     return _tokens(make, dtype, size, layout, k), weight, make.normal(n, dtype=dtype) if bias else None
 
 
-def _linear_gelu(make, dtype, size, **variant):
-    return _linear(make, dtype, size, 4 * size.channels, size.channels, **variant)
-
-
 def _linear_gated_residual(make, dtype, size, expansion=4, streams=2, packed=False, clip=False, **variant):
     """The MLP's second layer, or with `expansion` 1 the projection behind the attention."""
     gate = make.modulation(STEPS, streams, size.channels, dtype)[2]
@@ -210,15 +205,16 @@ def _linear_gated_residual(make, dtype, size, expansion=4, streams=2, packed=Fal
 
 ARGUMENTS: dict[str, Callable[..., tuple]] = {
     "flow_match_schedule": _schedule,
-    "euler_step": _euler_step,
+    "euler_step": functools.partial(_sampler, predictions=1),
     "cfg_euler_step": _cfg_euler_step,
     "ada_layer_norm": _ada_layer_norm,
     "gated_residual": _gated_residual,
     "gated_residual_ada_layer_norm": _gated_residual_ada_layer_norm,
     "qk_norm_rope": _qk_norm_rope,
     "joint_attention": _joint_attention,
-    "linear_gelu": _linear_gelu,
+    "linear_gelu": lambda make, dtype, size, **more: _linear(make, dtype, size, 4 * size.channels, size.channels, **more),
     "linear_gated_residual": _linear_gated_residual,
+    "rms_norm_silu": vae_cases.rms_norm_silu,
 }
 
 
@@ -233,13 +229,13 @@ def _attention_dimensions(query, key, value, *rest):
 
 # What an op's default_config takes after the capability, from the arguments of its launch.
 DIMENSIONS: dict[str, Callable[..., tuple]] = {
-    "ada_layer_norm": lambda x, *_: (x.shape[1], x.element_size()),
-    "gated_residual": lambda x, *_: (x.shape[1], x.element_size()),
-    "gated_residual_ada_layer_norm": lambda x, *_: (x.shape[1], x.element_size()),
+    **dict.fromkeys(
+        ("ada_layer_norm", "gated_residual", "gated_residual_ada_layer_norm", "rms_norm_silu"),
+        lambda x, *_: (x.shape[1], x.element_size()),
+    ),
     "qk_norm_rope": lambda query, *_: (*query.shape[1:], query.element_size()),
     "joint_attention": _attention_dimensions,
-    "linear_gelu": _linear_dimensions,
-    "linear_gated_residual": _linear_dimensions,
+    **dict.fromkeys(("linear_gelu", "linear_gated_residual"), _linear_dimensions),
 }
 
 # Bytes and FLOPs ------------------------------------------------------------------------------------------------------
@@ -284,6 +280,7 @@ TRAFFIC: dict[str, Callable[..., tuple[int, int]]] = {
     "joint_attention": _attention,
     "linear_gelu": _matmul,
     "linear_gated_residual": _matmul_gated,
+    "rms_norm_silu": vae_cases.rms_norm_silu_traffic,
 }
 
 # Cases ----------------------------------------------------------------------------------------------------------------
@@ -316,10 +313,8 @@ def _cases_of_the_schedule() -> list[Case]:
         "static": {"arguments": (3.0, "static", 0.02, 1000.0, False)},
         "shift 1, inverted": {"own": True, "arguments": (1.0, "static", 0.0, 1.0, True)},
     }
-    return [
-        Case("flow_match_schedule", name, FP32, variant=variant, measured=name == "Qwen-Image", default=True)
-        for name, variant in variants.items()
-    ]
+    common = {"op": "flow_match_schedule", "dtype": FP32, "default": True}
+    return [Case(name=n, variant=variant, measured=n == "Qwen-Image", **common) for n, variant in variants.items()]
 
 
 def _cases_of_token_rows(op: str, **variant) -> list[Case]:
@@ -396,4 +391,8 @@ CASES: list[Case] = [
     *_cases_of_token_rows("linear_gated_residual"),
     Case("linear_gated_residual", "attention", BF16, variant={"expansion": 1}, measured=True),
     Case("linear_gated_residual", "no bias", BF16, variant={"bias": False}),
+    *(
+        Case("rms_norm_silu", name, dtype, Size((), (rows,), 1, channels), variant, **more)
+        for name, dtype, rows, channels, variant, more in vae_cases.CASES
+    ),
 ]

@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from .schedule import Schedule
     from .switch import disable, enable
     from .transformer import QwenImageTransformer2DModel
+    from .vae import disable_vae, enable_vae
 
 __version__ = "0.1.0"
-__all__ = ["QwenImagePipeline", "QwenImageTransformer2DModel", "Schedule", "disable", "enable", "generate", "report"]
+__all__ = ["QwenImagePipeline", "QwenImageTransformer2DModel", "Schedule", "disable", "disable_vae", "enable", "enable_vae"]
+__all__ += ["generate", "report"]
 
 # Imported at first use: the command line answers `--help` and typing errors without waiting for torch and diffusers.
 _HOMES = {
@@ -22,7 +24,9 @@ _HOMES = {
     "QwenImageTransformer2DModel": "transformer",
     "Schedule": "schedule",
     "disable": "switch",
+    "disable_vae": "vae",
     "enable": "switch",
+    "enable_vae": "vae",
     "generate": "drawing",
     "report": "reporting",
 }

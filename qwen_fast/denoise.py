@@ -9,6 +9,7 @@ import torch
 from . import graph
 from .calls import CALL, accelerated, lora_scale
 from .forwards import Forwards, Task, sampler_step
+from .reporting import logger
 from .stages import steps
 
 _STEPS_AHEAD = 2  # the host may prepare so many steps before it waits: `interrupt` and the progress bar stay honest
@@ -33,7 +34,7 @@ def denoise(pipe: Any, latents: torch.Tensor, task: Task, callback: Any, callbac
     scheduler.num_inference_steps = schedule.num_inference_steps
     scheduler._step_index, scheduler._begin_index = None, 0
 
-    pace = _Pace(latents.device)
+    pace, check = _Pace(latents.device), FiniteCheck(latents, schedule.timesteps) if state.check_nan else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(lora_scale(pipe.transformer, pipe.attention_kwargs))
         call = stack.enter_context(accelerated(pipe.transformer, state))
@@ -67,10 +68,48 @@ def denoise(pipe: Any, latents: torch.Tensor, task: Task, callback: Any, callbac
                 embeds = outputs.pop("prompt_embeds", task.prompts[0][0])
                 task.prompts[0] = (embeds, task.prompts[0][1])
                 forwards = Forwards(pipe, call, task, step_index, latents.shape[0], model_dtype, kept=forwards)
+            if check is not None:
+                check.look(i, latents)
             pace.step()
             progress_bar.update()
     pipe._current_timestep = None
+    if check is not None:
+        state.not_finite = check.found()
+        if state.not_finite is not None:
+            logger.warning("check_nan: %s.", state.not_finite)
     return latents if captured is None else latents.clone()  # the next call writes into the graph's buffers
+
+
+class FiniteCheck:
+    """Remembers on the device after which step each picture's latents first were not finite; the host asks at the end.
+
+    Args:
+        latents: `[B, S_img, C]`, before the first step.
+        timesteps: `[T]`, of the schedule.
+    """
+
+    def __init__(self, latents: torch.Tensor, timesteps: torch.Tensor):
+        self._timesteps = timesteps
+        self._first = torch.full(latents.shape[:1], len(timesteps), dtype=torch.int64, device=latents.device)
+        self.look(-1, latents)
+
+    def look(self, step: int, latents: torch.Tensor) -> None:
+        """Note the pictures that are not finite after `step` (0-based; -1: as they came), without waiting for the device."""
+        bad = ~latents.flatten(1).isfinite().all(dim=1)
+        self._first.masked_fill_(bad & (self._first > step), step)
+
+    def found(self) -> str | None:
+        """Where it began, or None if all stayed finite."""
+        timesteps, parts = self._timesteps.tolist(), []
+        for picture, step in enumerate(self._first.tolist()):
+            if step < 0:
+                parts.append(f"the latents of picture {picture} are not finite before the first step")
+            elif step < len(timesteps):
+                parts.append(
+                    f"the latents of picture {picture} are not finite after step {step} of 0 to {len(timesteps) - 1} "
+                    f"(timestep {timesteps[step]:g})"
+                )
+        return "; ".join(parts) or None
 
 
 class _Pace:

@@ -12,6 +12,7 @@ OPTIONS = {
     "cuda_graph": ("auto", True, False),
     "vae": ("image", "diffusers"),
     "text_encoder": ("keep", "offload", "free"),
+    "check_nan": (True, False),
 }
 
 
@@ -33,6 +34,14 @@ def check_text_options(prompt_cache: str | Path | None, text_encoder: str) -> st
     if not isinstance(prompt_cache, (str, Path)) or prompt_cache == "":
         raise ValueError(f"`prompt_cache` is {prompt_cache!r}; use 'memory', None or a folder.")
     return writable_folder("prompt_cache", prompt_cache)
+
+
+def check_vae_memory(name: str, value: Any) -> int | str | None:
+    """`value`, bytes for the VAE's activations, or a ValueError that names the argument."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not (value is None or value == "auto" or (whole and value > 0)):
+        raise ValueError(f"`{name}` is {value!r}; use 'auto', None, or a whole number of bytes of at least 1.")
+    return value
 
 
 def writable_folder(name: str, folder: str | Path | None) -> Path | None:
@@ -70,6 +79,7 @@ def check_call(pipe: Any, arguments: dict[str, Any]) -> None:
     if per_prompt < 1:
         raise ValueError(f"`num_images_per_prompt` is {per_prompt}; at least 1 is needed.")
 
+    _check_latents(pipe, arguments.get("latents"))
     batch = _check_prompt(arguments, "prompt", "prompt_embeds")
     if batch is None:
         raise ValueError("`prompt` and `prompt_embeds` are both None; pass one of the two.")
@@ -81,6 +91,18 @@ def check_call(pipe: Any, arguments: dict[str, Any]) -> None:
         raise ValueError(
             f"`generator` is a list of {len(generator)} for {pictures} pictures ({batch} prompts x {per_prompt}); "
             "pass one generator for all, or one for each picture."
+        )
+
+
+def _check_latents(pipe: Any, latents: Any) -> None:
+    """Packed latents of one frame are the only ones that a pipeline of pictures can go on from."""
+    if latents is None:
+        return
+    channels = pipe.transformer.config.in_channels
+    if latents.dim() != 3 or latents.shape[-1] != channels:
+        raise ValueError(
+            f"`latents` has shape {tuple(latents.shape)}; [batch, tokens, {channels} channels] is needed: those of one frame, "
+            "packed as `output_type='latent'` gives them."
         )
 
 

@@ -16,6 +16,7 @@ class AcceleratedPipeline:
     """What all accelerated pipelines share: state, checks before any work, and the repair of diffusers' mask pairing."""
 
     supports_precise_sampler = False
+    supports_check_nan = False
 
     @property
     def fast_state(self) -> State:

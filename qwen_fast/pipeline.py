@@ -19,7 +19,7 @@ from .conditions import ScheduledConditions
 from .denoise import denoise
 from .forwards import Task
 from .hardware import unsupported_reason
-from .inputs import check_call, check_options, check_text_options, writable_folder
+from .inputs import check_call, check_options, check_text_options, check_vae_memory, writable_folder
 from .loading import load
 from .mixin import AcceleratedPipeline
 from .modulation import table_reason
@@ -105,11 +105,12 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
     Args:
         precise_sampler (bool): keep latents and step size in fp32 between steps; callbacks and `output_type="latent"`
             then see fp32 latents.
-        modulation, modulation_cache, attention, cuda_graph, prompt_cache, strict: see `enable`.
+        modulation, modulation_cache, attention, cuda_graph, prompt_cache, vae_memory, check_nan, strict: see `enable`.
         vae_option, text_encoder_option: its `vae` and `text_encoder`.
     """
 
     supports_precise_sampler = True
+    supports_check_nan = True
 
     def __init__(
         self,
@@ -127,12 +128,14 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
         vae_option: str = "image",
         prompt_cache: str | Path | None = "memory",
         text_encoder_option: str = "keep",
+        vae_memory: int | str | None = "auto",
+        check_nan: bool = False,
         strict: bool = False,
     ):
         check_options(vae=vae_option)
         prompt_cache = check_text_options(prompt_cache, text_encoder_option)
-        options = check_options(modulation=modulation, attention=attention, cuda_graph=cuda_graph)
-        options["vae_option"] = vae_option
+        options = check_options(modulation=modulation, attention=attention, cuda_graph=cuda_graph, check_nan=check_nan)
+        options |= {"vae_option": vae_option, "vae_memory": check_vae_memory("vae_memory", vae_memory)}
         options["modulation_cache"] = writable_folder("modulation_cache", modulation_cache)
         super().__init__(scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer)
         self.__dict__[STATE] = State(precise_sampler=precise_sampler, strict=strict, **options)

@@ -25,12 +25,16 @@ class State:
         cuda_graph: "auto", True or False.
         vae_option: "image" or "diffusers".
         texts: what is kept of prompts and of the text encoder, see text.Texts.
+        vae_memory: bytes for the VAE's activations, "auto" or None.
+        check_nan: look after each step whether the latents are finite.
         strict: raise where stock diffusers would be used instead.
         calls: fast calls so far, by operator.
         fallbacks: calls left to stock diffusers, by reason.
         stock_scheduler: the scheduler to give back, where ours took its place.
         transformer, vae: the models that this pipeline attached to.
         graph: why the last call's steps were not captured in a CUDA graph; None: they were, or there was no call yet.
+        vae_note: how the last picture was coded, or None.
+        not_finite: after which step of the last call latents were not finite, if `check_nan` looked and found some.
         no_table: why the last call computed its modulations in each forward all the same, or None.
     """
 
@@ -41,6 +45,8 @@ class State:
     cuda_graph: bool | str = "auto"
     vae_option: str = "image"
     texts: Any = None
+    vae_memory: int | str | None = "auto"
+    check_nan: bool = False
     strict: bool = False
     calls: Counter = field(default_factory=Counter)
     fallbacks: Counter = field(default_factory=Counter)
@@ -48,6 +54,8 @@ class State:
     transformer: Any = None
     vae: Any = None
     graph: str | None = None
+    vae_note: str | None = None
+    not_finite: str | None = None
     no_table: str | None = None
 
     def fall_back(self, reason: str) -> None:
@@ -64,7 +72,7 @@ class Report:
     """What qwen_fast does for a pipeline. `str()` of it is for people.
 
     Attributes:
-        pipeline (str): class of the pipeline.
+        pipeline (str): class of the pipeline or VAE.
         enabled (bool): whether it is accelerated.
         replaced (list[str]): what runs on qwen_fast.
         calls (dict[str, int]): fast calls so far, by operator.
@@ -86,7 +94,8 @@ class Report:
 
     def __str__(self) -> str:
         if not self.enabled:
-            return f"qwen_fast: {self.pipeline} is not accelerated; `qwen_fast.enable(pipe)` does it."
+            call = "enable_vae(vae)" if self.pipeline.startswith("Autoencoder") else "enable(pipe)"
+            return f"qwen_fast: {self.pipeline} is not accelerated; `qwen_fast.{call}` does it."
         fast, slow = sum(self.calls.values()), sum(self.fallbacks.values())
         lines = [f"qwen_fast: {self.pipeline} is accelerated; {fast} fast calls, {slow} on stock diffusers"]
         lines += [f"  replaced:  {part}" for part in self.replaced]
@@ -101,19 +110,22 @@ def report(pipe: Any) -> Report:
     """What is replaced in `pipe`, what fell back to stock diffusers and why, the calls so far, and the memory.
 
     Args:
-        pipe: any diffusers pipeline, enabled or not.
+        pipe: any diffusers pipeline, or a VAE, enabled or not.
     Returns:
         Report: a snapshot; later calls do not change it.
     """
+    from . import vae  # which needs the state from here
+
     state = getattr(pipe, "__dict__", {}).get(STATE)
-    components = getattr(pipe, "components", {})
+    alone = isinstance(pipe, torch.nn.Module)  # a VAE
+    components = {"vae": pipe} if alone else getattr(pipe, "components", {})
     memory = {
         name: sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
         for name, module in components.items()
         if isinstance(module, torch.nn.Module)
     }
     replaced = []
-    if state is not None:
+    if state is not None and not alone:
         precision = "fp32 latents" if state.precise_sampler else "stock's roundings"
         loop = "scheduler step" if state.stock_scheduler is not None else "denoising loop, CFG and Euler step"
         replaced = ["schedule (on the device, once per call)", f"{loop} ({precision})"]
@@ -127,8 +139,10 @@ def report(pipe: Any) -> Report:
         if state.texts is not None:
             replaced.append(f"text encoding (no logits; {_prompts(state.texts)}; text encoder: {state.texts.placement})")
             memory["prompt cache"] = state.texts.cache.nbytes
-        if state.vae is not None:
-            replaced.append("VAE (one frame through 2-D convolutions)")
+        if state.check_nan:
+            replaced.append(f"check for NaN after each step (last call: {state.not_finite or 'all finite'})")
+    if state is not None and state.vae is not None:
+        replaced.append(f"VAE ({vae.description(state.vae, state)})")
     return Report(
         pipeline=type(pipe).__name__,
         enabled=state is not None,

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import diffusers
 
 from .hardware import unsupported_reason
-from .inputs import check_options, check_text_options, writable_folder
+from .inputs import check_options, check_text_options, check_vae_memory, writable_folder
 from .pipeline import ACCELERATED
 from .reporting import STATE, State, logger
 from .text import configure as configure_texts
@@ -25,6 +25,8 @@ def enable(
     vae: str = "image",
     prompt_cache: str | Path | None = "memory",
     text_encoder: str = "keep",
+    vae_memory: int | str | None = "auto",
+    check_nan: bool = False,
     strict: bool = False,
 ) -> Pipeline:
     """Accelerate `pipe` in place. Calling it again changes the options.
@@ -52,6 +54,10 @@ def enable(
         text_encoder: "keep": it stays where it is. "offload": after encoding it goes to host memory, and its weights are
             copied to the device while it encodes a new prompt. "free": after encoding it is dropped (`pipe.text_encoder`
             is None, also after `disable`), and a prompt that is not in the cache raises a RuntimeError.
+        vae_memory: bytes that the VAE's activations may take beyond the weights; larger pictures are coded in bands of rows,
+            with the same result. "auto": what is free on a CUDA device, no limit elsewhere. None: no limit.
+        check_nan: look after each step, on the device, whether latents are finite; a warning at the end and `report` name the
+            first step after which they were not, for each picture (QwenImagePipeline only).
         strict: raise where a call would run on stock diffusers, instead of running it there and saying so.
     Returns:
         The same object.
@@ -64,14 +70,19 @@ def enable(
         stock, ours = next((s, o) for s, o in ACCELERATED.items() if o is stock)
     if ours is None:
         raise ValueError(_refusal(pipe))
-    options = check_options(modulation=modulation, attention=attention, cuda_graph=cuda_graph, vae=vae)
+    options = check_options(modulation=modulation, attention=attention, cuda_graph=cuda_graph, vae=vae, check_nan=check_nan)
     options["vae_option"] = options.pop("vae")
     prompt_cache = check_text_options(prompt_cache, text_encoder)
+    options["vae_memory"] = check_vae_memory("vae_memory", vae_memory)
     options["modulation_cache"] = writable_folder("modulation_cache", modulation_cache)
     if precise_sampler and not ours.supports_precise_sampler:
         raise ValueError(
             f"`precise_sampler` is True, but {stock.__name__} keeps diffusers' own loop and latents; "
             "it applies to QwenImagePipeline."
+        )
+    if check_nan and not ours.supports_check_nan:
+        raise ValueError(
+            f"`check_nan` is True, but {stock.__name__} keeps diffusers' own loop; it applies to QwenImagePipeline."
         )
     reason = unsupported_reason(pipe.device)
     if reason is not None:

@@ -1,12 +1,14 @@
 """The VAE for pictures: a video's causal 3-D convolutions see zeros in all but their last temporal tap when there is one
 frame, so that frame goes through 2-D convolutions with that tap, and nothing is kept for frames that will not come.
 
-Parameters stay diffusers' own (the tap is a view), so do tiling, slicing and hooks; more than one frame goes stock's way.
+A plain VAE runs layer by layer, channels-last, norm and activation in one pass, and in bands of rows where memory is short;
+one with hooks runs along diffusers' own modules. Parameters stay diffusers' own (the tap is a view), so do tiling and slicing;
+more than one frame goes stock's way.
 """
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 import diffusers
@@ -17,11 +19,22 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import nn
 
 from .hooks import OURS, rebind_forward
-from .reporting import State
+from .inputs import check_vae_memory
+from .reporting import STATE, State, logger
+from .vae_bands import choose, memory_limit, run, whole_peak
+from .vae_layers import Layer, decoder_layers, encoder_layers
 
 STOCK = diffusers.AutoencoderKLQwenImage
-USERS = "_qwen_fast_users"  # the one attribute that an attached VAE carries
+STOCK_OF_21 = getattr(diffusers, "AutoencoderKLQwenImage21", None)  # newer than the oldest diffusers we take
+USERS = "_qwen_fast_users"  # the attribute that an attached VAE carries; one that was enabled alone also has a state
 _ACTIVE: ContextVar[tuple[nn.Module, State] | None] = ContextVar("qwen_fast_vae", default=None)
+
+
+class _Users(weakref.WeakSet):
+    """States of the pipelines that use a VAE. Those of a copy attach to it themselves."""
+
+    def __deepcopy__(self, memo: dict) -> "_Users":
+        return _Users()
 
 
 class QwenImageCausalConv3d(STOCK_CONV):
@@ -39,29 +52,115 @@ class QwenImageCausalConv3d(STOCK_CONV):
         return frame[:, :, None]
 
 
-class AutoencoderKLQwenImage(STOCK):
-    """diffusers' VAE; inside `images`, one frame is coded without the caches that serve a video's next frames."""
+class _Pictures:
+    """Before a VAE of diffusers; where it is active, one frame is coded without the caches that serve a video's next ones."""
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
-        tiled = self.use_tiling and (x.shape[-1] > self.tile_sample_min_width or x.shape[-2] > self.tile_sample_min_height)
-        if not self._takes(x, tiled):
+        state = self._state()
+        if state is None:
             return super()._encode(x)
-        _ACTIVE.get()[1].calls["vae encode"] += 1
-        return self.quant_conv(self.encoder(x))
+        _check(x, "x", self.encoder.conv_in.in_channels)
+        large = x.shape[-1] > self.tile_sample_min_width or x.shape[-2] > self.tile_sample_min_height
+        if x.shape[2] > 1 or (self.use_tiling and large) or self.config.get("patch_size") is not None:
+            return super()._encode(x)
+        return self._code("encode", state, x, encoder_layers, lambda: self.quant_conv(self.encoder(x)))
 
     def _decode(self, z: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
+        state = self._state()
+        if state is None:
+            return super()._decode(z, return_dict=return_dict)
+        _check(z, "z", self.post_quant_conv.in_channels)
         ratio = self.spatial_compression_ratio
         smallest = self.tile_sample_min_width // ratio, self.tile_sample_min_height // ratio
-        tiled = self.use_tiling and (z.shape[-1] > smallest[0] or z.shape[-2] > smallest[1])
-        if not self._takes(z, tiled):
+        large = z.shape[-1] > smallest[0] or z.shape[-2] > smallest[1]
+        if z.shape[2] > 1 or (self.use_tiling and large) or self.config.get("patch_size") is not None:
             return super()._decode(z, return_dict=return_dict)
-        _ACTIVE.get()[1].calls["vae decode"] += 1
-        image = self.decoder(self.post_quant_conv(z)).clamp(-1.0, 1.0)
+        first = {} if isinstance(self, STOCK) else {"first_chunk": True}
+        image = self._code("decode", state, z, decoder_layers, lambda: self.decoder(self.post_quant_conv(z), **first))
+        image = image.clamp_(-1.0, 1.0) if not image.requires_grad else image.clamp(-1.0, 1.0)
         return DecoderOutput(sample=image) if return_dict else (image,)
 
-    def _takes(self, x: torch.Tensor, tiled: bool) -> bool:
-        active = None if torch.compiler.is_compiling() else _ACTIVE.get()
-        return active is not None and active[0] is self and x.shape[2] == 1 and not tiled
+    def _state(self) -> State | None:
+        """Of the pipeline whose call this is, or of the VAE itself where it was enabled alone."""
+        if torch.compiler.is_compiling():
+            return None
+        active = _ACTIVE.get()
+        return active[1] if active is not None and active[0] is self else self.__dict__.get(STATE)
+
+    def _code(
+        self, what: str, state: State, x: torch.Tensor, read: Callable[..., list[Layer]], along_modules: Callable
+    ) -> torch.Tensor:
+        """One frame `[B, C, 1, H, W]` through all layers, or along the modules where they have to be called."""
+        state.calls[f"vae {what}"] += 1
+        layers = _readable(self, read, x)
+        if isinstance(layers, str):
+            state.vae_note = f"{what}: along diffusers' modules, since {layers}"
+            with _active(self, state):
+                return along_modules()
+        with torch.no_grad():
+            return _in_memory(what, layers, x[:, :, 0], state)[:, :, None]
+
+
+class AutoencoderKLQwenImage(_Pictures, STOCK):
+    """diffusers' VAE, for pictures."""
+
+
+_SWAPS = {STOCK: AutoencoderKLQwenImage, STOCK_CONV: QwenImageCausalConv3d}
+if STOCK_OF_21 is not None:
+
+    class AutoencoderKLQwenImage21(_Pictures, STOCK_OF_21):
+        """diffusers' VAE of Qwen-Image-2.1, for pictures."""
+
+    _SWAPS[STOCK_OF_21] = AutoencoderKLQwenImage21
+
+
+def _readable(vae: nn.Module, read: Callable[..., list[Layer]], x: torch.Tensor) -> list[Layer] | str:
+    """Its layers, or why diffusers' modules have to be called."""
+    if torch.is_grad_enabled() and (x.requires_grad or any(parameter.requires_grad for parameter in vae.parameters())):
+        return "gradients are wanted"
+    if torch.is_autocast_enabled(x.device.type):
+        return "autocast is on"
+    try:
+        return read(vae)
+    except ValueError as error:
+        return str(error)
+
+
+def _in_memory(what: str, layers: list[Layer], x: torch.Tensor, state: State) -> torch.Tensor:
+    """`[B, C, H, W]` through the layers, picture by picture or in bands where the memory is short."""
+    limit = memory_limit(state.vae_memory, x.device)
+    if len(x) > 1 and limit is not None and whole_peak(layers, x.shape, x.element_size()) > limit:
+        return torch.cat([_in_memory(what, layers, one, state) for one in x.split(1)])
+    plan = choose(layers, x.shape, x.element_size(), limit)
+    state.vae_note = f"{what}: {x.shape[-2]}x{x.shape[-1]} whole, {plan.peak / 2**20:.1f} MiB by estimate"
+    if plan.bands > 1:
+        state.calls["vae bands"] += plan.bands
+        state.vae_note = (
+            f"{what}: {x.shape[-2]}x{x.shape[-1]} in {plan.bands} bands of {plan.rows} rows from {layers[plan.first].name} to "
+            f"{layers[plan.last - 1].name}, {plan.peak / 2**20:.1f} MiB by estimate, {plan.overhead:.1%} computed twice"
+        )
+    if limit is not None and plan.peak > limit:
+        logger.warning(
+            "the VAE cannot %s a picture of this size in %.1f MiB; it takes %.1f MiB in its smallest bands.",
+            what,
+            limit / 2**20,
+            plan.peak / 2**20,
+        )
+    return run(layers, x, plan)
+
+
+def _check(x: torch.Tensor, name: str, channels: int) -> None:
+    if x.ndim != 5 or x.shape[1] != channels:
+        raise ValueError(f"`{name}` has shape {tuple(x.shape)}; [batch, {channels} channels, frames, height, width] is needed.")
+
+
+@contextlib.contextmanager
+def _active(vae: nn.Module, state: State) -> Iterator[None]:
+    token = _ACTIVE.set((vae, state))
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
 
 
 @contextlib.contextmanager
@@ -70,20 +169,18 @@ def images(vae: nn.Module, state: State) -> Iterator[None]:
     if state not in vae.__dict__.get(USERS, ()):
         yield
         return
-    token = _ACTIVE.set((vae, state))
-    try:
+    with _active(vae, state):
         yield
-    finally:
-        _ACTIVE.reset(token)
 
 
 def attach(vae: nn.Module, state: State) -> str | None:
     """Make `vae` ours for the calls of the pipeline that `state` belongs to; returns why it cannot be, or None."""
-    if type(vae) not in (STOCK, AutoencoderKLQwenImage):
+    known = [stock for stock, ours in _SWAPS.items() if stock is not STOCK_CONV and type(vae) in (stock, ours)]
+    if not known:
         return f"vae is a {type(vae).__name__}, not an AutoencoderKLQwenImage"
     if USERS not in vae.__dict__:
-        vae.__dict__[USERS] = weakref.WeakSet()
-        _swap(vae, {STOCK: AutoencoderKLQwenImage, STOCK_CONV: QwenImageCausalConv3d})
+        vae.__dict__[USERS] = _Users()
+        _swap(vae, _SWAPS)
     vae.__dict__[USERS].add(state)
     return None
 
@@ -96,7 +193,59 @@ def detach(vae: nn.Module, state: State) -> None:
     users.discard(state)
     if not users:
         del vae.__dict__[USERS]
-        _swap(vae, {AutoencoderKLQwenImage: STOCK, QwenImageCausalConv3d: STOCK_CONV})
+        _swap(vae, {ours: stock for stock, ours in _SWAPS.items()})
+
+
+def enable_vae(vae: nn.Module, *, memory: int | str | None = "auto") -> nn.Module:
+    """Accelerate a VAE alone, in place, for every caller. Calling it again changes the option.
+
+    Args:
+        vae: an AutoencoderKLQwenImage or AutoencoderKLQwenImage21 of diffusers; no subclass of them.
+        memory: bytes that the activations of `encode` and `decode` may take, beyond the weights; a larger picture is coded in
+            bands of rows, with the same result. "auto": what is free on a CUDA device, no limit elsewhere. None: no limit.
+    Returns:
+        The same object. `report(vae)` says what it did.
+    Raises:
+        ValueError: another VAE, by name; `memory` that is none of these.
+    """
+    check_vae_memory("memory", memory)
+    state = vae.__dict__.get(STATE) or State()
+    reason = attach(vae, state)
+    if reason is not None:
+        raise ValueError(f"`vae` cannot be accelerated: {reason}.")
+    vae.__dict__[STATE] = state
+    state.vae, state.vae_memory = vae, memory
+    return vae
+
+
+def disable_vae(vae: nn.Module) -> nn.Module:
+    """Undo `enable_vae`; pipelines that were enabled with this VAE keep theirs.
+
+    Returns:
+        The same object.
+    """
+    state = vae.__dict__.pop(STATE, None)
+    if state is not None:
+        detach(vae, state)
+    return vae
+
+
+def description(vae: nn.Module, state: State) -> str:
+    """For `report`: how pictures are coded, from which size on in bands, and what the last one took."""
+    parts = ["one frame through 2-D convolutions"]
+    parameter = next(vae.parameters())
+    limit = memory_limit(state.vae_memory, parameter.device)
+    layers = None
+    with contextlib.suppress(ValueError):
+        layers = decoder_layers(vae)
+    if limit is not None and layers is not None:
+        patch = 2 * vae.spatial_compression_ratio
+        bytes_of_patch = whole_peak(layers, torch.Size((1, vae.config.z_dim, 2, 2)), parameter.element_size())
+        largest = int((limit / bytes_of_patch) ** 0.5) * patch
+        parts.append(f"decoded in bands of rows above {largest}x{largest}, where {limit / 2**20:.0f} MiB are not enough")
+    if state.vae_note is not None:
+        parts.append(f"last {state.vae_note}")
+    return "; ".join(parts)
 
 
 def _swap(vae: nn.Module, classes: dict[type, type]) -> None:
@@ -106,6 +255,6 @@ def _swap(vae: nn.Module, classes: dict[type, type]) -> None:
             rebind_forward(module)
 
 
-for _ours, _stock in ((AutoencoderKLQwenImage, STOCK), (QwenImageCausalConv3d, STOCK_CONV)):
+for _stock, _ours in _SWAPS.items():
     _ours.__module__ = _stock.__module__
 setattr(QwenImageCausalConv3d.forward, OURS, True)

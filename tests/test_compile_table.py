@@ -25,6 +25,7 @@ from benchmarks.compile_table import (
     stale,
     write_table,
 )
+from benchmarks.vae_cases import WIDTHS
 
 ROWS = read_table()
 OPS = sorted(set(qwen_fast_kernels.__all__) - {"HAS_TRITON"})
@@ -39,6 +40,7 @@ ASKED = {
     "gated_residual": _CHANNELS,
     "gated_residual_ada_layer_norm": _CHANNELS,
     "qk_norm_rope": [(heads, dim, itemsize) for _, heads, dim in _WIDTHS for itemsize in _ITEMSIZES],
+    "rms_norm_silu": list(itertools.product((7, 8, 32, *WIDTHS), _ITEMSIZES)),
     "joint_attention": list(itertools.product((16, 32, 64, 128), _ITEMSIZES, (False, True), (True, False))),
     "linear_gelu": list(itertools.product(_ROWS, (12288,), (3072,), _ITEMSIZES, (True, False))),
     "linear_gated_residual": list(itertools.product(_ROWS, (3072,), (3072, 12288), _ITEMSIZES, (True, False))),

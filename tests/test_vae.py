@@ -76,7 +76,9 @@ def test_half_precision_is_no_farther_from_float64(vae, run, size, dtype):
 
 
 def test_slicing_and_tiling(vae):
-    z = latents(batch=2, height=40, width=36)
+    z = latents(batch=2, height=11, width=13)
+    vae.tile_sample_min_height = vae.tile_sample_min_width = 64
+    vae.tile_sample_stride_height = vae.tile_sample_stride_width = 48
     for change in (vae.enable_slicing, vae.enable_tiling):
         change()
         expected = decode(vae, z)
@@ -91,16 +93,119 @@ def test_a_video_goes_stocks_way(vae):
     assert (actual - expected).abs().max() <= 1e-5 and expected.shape[2] == 9 and not state.calls
 
 
-def test_nothing_is_kept_for_frames_that_do_not_come(vae):
-    """Stock keeps a copy of each convolution's input until the picture is done."""
-    z, seen = latents(), []
-    original = fast_vae.QwenImageCausalConv3d.forward
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            fast_vae.QwenImageCausalConv3d, "forward", lambda self, *args: (seen.append(args[1:]), original(self, *args))[1]
-        )
-        decode(vae, z, State())
-    assert seen and not any(seen) and not getattr(vae, "_feat_map", None)
+def note(vae, z, **changes):
+    """The decoded picture, and what was noted about it."""
+    state = State(**changes)
+    return decode(vae, z, state), state.vae_note
+
+
+@pytest.mark.parametrize("name", ["decoder", "decoder.mid_block.attentions.0", "decoder.up_blocks.1.resnets.0.conv1"])
+def test_a_hooked_module_is_called(vae, name):
+    """And so are all the others: their convolutions take one tap, and nothing is kept for frames that do not come."""
+    z, called, hooked = latents(), [], vae.get_submodule(name)
+    expected = decode(vae, z)
+    handle = hooked.register_forward_hook(lambda module, args, output: called.append(len(args)))
+    actual, said = note(vae, z)
+    assert (
+        called == [1]
+        and (actual - expected).abs().max() <= 1e-5
+        and said == f"decode: along diffusers' modules, since a hook on {name}"
+    )
+    assert not any(part is not None for part in getattr(vae, "_feat_map", ()))
+    handle.remove()
+    assert "whole" in note(vae, z)[1]
+
+
+def test_gradients_flow_as_in_stock(vae):
+    z, state = latents().requires_grad_(), State()
+    (expected,) = torch.autograd.grad(vae.decode(z).sample.square().sum(), z)
+    fast_vae.attach(vae, state)
+    with fast_vae.images(vae, state):
+        (actual,) = torch.autograd.grad(vae.decode(z).sample.square().sum(), z)
+    assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max() and "gradients are wanted" in state.vae_note
+
+
+def test_under_autocast(vae):
+    z = latents()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = decode(vae, z)
+        actual, said = note(vae, z)
+    assert actual.dtype == expected.dtype and (actual - expected).abs().max() <= 0.1 and "autocast is on" in said
+
+
+@pytest.mark.parametrize("change", ["dropout", "activation", "norm"])
+def test_structures_that_are_not_known_go_along_the_modules(vae, change):
+    block = vae.decoder.up_blocks[1].resnets[0]
+    if change == "dropout":
+        block.dropout.p, block.dropout.training = 1e-9, True
+    elif change == "activation":
+        block.nonlinearity = torch.nn.GELU()
+    else:
+        block.norm1.bias = torch.nn.Parameter(torch.full((block.in_dim, 1, 1, 1), 0.3))
+    z = latents()
+    expected = decode(vae, z)
+    actual, said = note(vae, z)
+    assert (actual - expected).abs().max() <= 1e-5 and "along diffusers' modules, since decoder.up_blocks.1.resnets.0" in said
+
+
+@pytest.mark.parametrize(
+    ("run", "shape", "message"),
+    [
+        (decode, (1, 12, 1, 6, 10), r"`z` has shape \(1, 12, 1, 6, 10\); \[batch, 16 channels, frames, height, width\]"),
+        (decode, (1, 16, 6, 10), r"`z` has shape \(1, 16, 6, 10\)"),
+        (encode, (1, 4, 1, 48, 80), r"`x` has shape \(1, 4, 1, 48, 80\); \[batch, 3 channels"),
+    ],
+)
+def test_wrong_shapes_are_named(vae, run, shape, message):
+    with pytest.raises(ValueError, match=message):
+        run(vae, torch.zeros(shape), State())
+
+
+def test_weights_are_read_at_each_call(vae):
+    z, state = latents(), State()
+    decode(vae, z, state)
+    with torch.no_grad():
+        vae.decoder.conv_out.weight.data = vae.decoder.conv_out.weight.data * 2
+        vae.decoder.up_blocks[0].resnets[0].norm1.gamma.data[3] += 1
+    assert (decode(vae, z, state) - decode(vae, z)).abs().max() <= 1e-5
+
+
+def test_enable_vae_beside_pipelines_and_bad_arguments(vae, checkpoint):
+    assert qwen_fast.enable_vae(vae) is vae and "one frame" in str(qwen_fast.report(vae))
+    assert "enable_vae(vae)" in str(qwen_fast.report(qwen_fast.disable_vae(vae)))
+    pipe = qwen_fast.enable(stock(checkpoint))
+    qwen_fast.enable_vae(pipe.vae)
+    qwen_fast.disable_vae(pipe.vae)
+    draw(pipe, **PROMPT, **(GUIDED | {"output_type": "pt"}))
+    assert qwen_fast.report(pipe).calls["vae decode"] == 1
+    assert type(qwen_fast.disable(pipe).vae) is diffusers.AutoencoderKLQwenImage
+    with pytest.raises(ValueError, match="`vae` cannot be accelerated: vae is a Linear"):
+        qwen_fast.enable_vae(torch.nn.Linear(1, 1))
+    for value in ("much", 0, -5, 1.5, True):
+        with pytest.raises(ValueError, match=f"`memory` is {value!r}; use 'auto', None, or a whole number of bytes"):
+            qwen_fast.enable_vae(vae, memory=value)
+        with pytest.raises(ValueError, match=f"`vae_memory` is {value!r}"):
+            qwen_fast.enable(pipe, vae_memory=value)
+    assert type(vae) is diffusers.AutoencoderKLQwenImage and type(pipe) is diffusers.QwenImagePipeline
+
+
+def test_a_copy_of_an_enabled_vae_is_its_own(vae):
+    z = latents()
+    twin = copy.deepcopy(qwen_fast.enable_vae(vae))
+    qwen_fast.disable_vae(vae)
+    assert (decode(twin, z) - decode(vae, z)).abs().max() <= 1e-5
+    assert qwen_fast.report(twin).calls == {"vae decode": 1} and type(twin) is fast_vae.AutoencoderKLQwenImage
+    assert type(qwen_fast.disable_vae(twin)) is diffusers.AutoencoderKLQwenImage
+
+
+def test_bands_in_a_pipeline(checkpoint):
+    pipe = stock(checkpoint)
+    expected = draw(pipe, **PROMPT, **(GUIDED | {"output_type": "pt"}))
+    qwen_fast.enable(pipe, vae_memory=100_000)
+    actual = draw(pipe, **PROMPT, **(GUIDED | {"output_type": "pt"}))
+    assert (actual - expected).abs().max() <= 1e-5
+    report = qwen_fast.report(pipe)
+    assert report.calls["vae bands"] > 1 and "decoded in bands of rows above" in str(report)
 
 
 def test_attach_and_detach_leave_no_trace(vae):

@@ -11,6 +11,7 @@ from .joint_attention import joint_attention
 from .linear_gated_residual import linear_gated_residual
 from .linear_gelu import linear_gelu
 from .qk_norm_rope import qk_norm_rope
+from .rms_norm_silu import rms_norm_silu
 
 __all__ = [
     "HAS_TRITON",
@@ -24,4 +25,5 @@ __all__ = [
     "linear_gated_residual",
     "linear_gelu",
     "qk_norm_rope",
+    "rms_norm_silu",
 ]
