@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 from ._library import register
 from ._row_norm import FLOATS, load_tokens, round_to, row_config, row_grid, store_tokens, within
-from ._triton import capability, on_device, require_triton, tl, triton
+from ._triton import on_device, require_triton, tl, triton
+from .tuning import get_config
 
 SMALLEST_NORM = 1e-12  # of torch.nn.functional.normalize
 # Elements that a CPU works on at a time: 512 KiB in fp32 stay in a core's second-level cache from pass to pass.
@@ -188,7 +189,7 @@ def _check(x, gamma, x_bias, residual) -> None:
 def _rms_norm_silu_cuda(x, gamma, x_bias, residual, silu=True):
     _check(x, gamma, x_bias, residual)
     require_triton("rms_norm_silu")
-    config = default_config(capability(x.device), x.shape[1], x.element_size())
+    config = get_config("rms_norm_silu", (x.shape[1], x.element_size()), x.device, default_config)
     return launch_rms_norm_silu(x, gamma, x_bias, residual, silu, config=config)
 
 
