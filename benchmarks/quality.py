@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from diffusers.utils import logging
 
-from qwen_fast.cli.generate import save_png
+from qwen_fast.cli.pngs import save_png
 from qwen_fast.cli.schedule import pixels, positive_int
 from qwen_fast.demo import checkpoint
 from qwen_fast.demo.judge import Verdict, judge
