@@ -178,7 +178,7 @@ def test_the_device_clock_forgets_a_round_cut_short():
     clock = DeviceClock(FakeEvent, lambda: None)
     clock()
     clock.reset()
-    assert clock() == 0.0 and clock() == ROUND
+    assert [clock(), clock(), clock(), clock()] == [0.0, ROUND, 0.0, ROUND]
 
 
 @pytest.mark.parametrize(("host", "timer"), [(False, suite.DEVICE_CLOCK), (True, suite.synchronized_clock)])
@@ -219,6 +219,14 @@ def test_rounds_take_the_buffers_by_turns():
     info = benchmark.extra_info
     assert info["GB/s"] == pytest.approx(0.5) and info["TFLOP/s"] == pytest.approx(0.5) and info["variant"] == "op"
     assert info["share_of_ceiling"] == pytest.approx(0.75) and info["ceiling"] == "copy"  # (1 s + 0.5 s) of 2 s
+
+
+def test_rounds_fill_the_time(monkeypatch):
+    seconds, calls = iter(range(100)), []  # every reading half a second later: a call takes that
+    monkeypatch.setattr(suite, "time", types.SimpleNamespace(perf_counter=lambda: next(seconds) / 2))
+    runs, pieces = [lambda: calls.append(0)], [Piece("euler_step", 1, 1)]
+    measure(Fixture(), runs, lambda _: {}, pieces, ceilings=lambda: CEILINGS, max_time=6.5, min_rounds=5)
+    assert len(calls) == 2 + 13
 
 
 def test_rounds_are_bounded():
