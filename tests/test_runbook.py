@@ -177,7 +177,6 @@ def test_a_dry_run_killed_after_each_stage_goes_on(tmp_path):
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": paths}
     environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")
-    environment["TORCH_COMPILE_DISABLE"] = "1"  # a third of the time; that rung is bench's own to test
 
     def done() -> dict[str, float]:
         path = out / "state.json"
