@@ -17,6 +17,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -58,7 +59,7 @@ def attention_faults(device: torch.device) -> dict[str, str | None]:
 def _ways(case: Case, arguments: tuple, device: torch.device) -> dict:
     module = case.module()
     ways = {"operator": lambda: torch.ops.qwen_fast.joint_attention(*arguments)}
-    if device.type == "cuda":
+    if device.type == "cuda" and case.dtype == BF16:
         # Without tensor descriptors, and with them but without specialised warps.
         masked = case.variant["masked"]
         dims = case.size.head_dim, 2
@@ -70,8 +71,8 @@ def _ways(case: Case, arguments: tuple, device: torch.device) -> dict:
     return ways
 
 
-def attention_in_a_process(device: str, ptxas: str | None) -> dict[str, str | None]:
-    """`attention_faults` with this assembler (None: Triton's own), which a process chooses once."""
+def attention_in_a_process(device: str, ptxas: str) -> dict[str, str | None]:
+    """`attention_faults` with this assembler ("": Triton's own), which a process chooses once."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_PTXAS_PATH"}
     environment |= {"TRITON_PTXAS_PATH": ptxas} if ptxas else {}
     command = [sys.executable, "-m", "benchmarks.environment", "--attention", "--device", device]
@@ -138,11 +139,12 @@ def main() -> int:
         print(json.dumps(attention_faults(device)))
         return 0
     found = describe(device)
-    tried = {"": attention_in_a_process(options.device, None)}
-    if options.ptxas:
-        tried[options.ptxas] = attention_in_a_process(options.device, options.ptxas)
-    right = [ptxas for ptxas, faults in tried.items() if not any(faults.values())]
-    found |= {"attention": {ptxas or "Triton's own ptxas": faults for ptxas, faults in tried.items()}}
+    assemblers = [""] + [options.ptxas] * bool(options.ptxas)
+    with ThreadPoolExecutor() as pool:  # most of it is compilation
+        faults = list(pool.map(lambda ptxas: attention_in_a_process(options.device, ptxas), assemblers))
+    tried = dict(zip(assemblers, faults, strict=True))
+    right = [ptxas for ptxas, found_wrong in tried.items() if not any(found_wrong.values())]
+    found["attention"] = {ptxas or "Triton's own ptxas": reasons for ptxas, reasons in tried.items()}
     found["ptxas"] = right[0] if right else None  # "": Triton's own; None: attention is wrong with each
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=1) + "\n")

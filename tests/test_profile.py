@@ -177,6 +177,13 @@ def test_gaps_are_those_of_all_streams_together(recording):
     assert [gap.duration for gap in idle_gaps(activities, least=6)] == [58]
 
 
+def test_a_stream_that_is_done_early_makes_no_gap():
+    r = Recording()
+    for begin, duration, stream in ((0, 100, 7), (10, 5, 8), (120, 10, 7)):
+        r.launch("k", begin, begin, duration, stream=stream)
+    assert [(gap.begin, gap.duration) for gap in idle_gaps(read(r.events).activities)] == [(100, 20)]
+
+
 def test_two_devices_have_gaps_of_their_own():
     r = Recording()
     for device, begin in ((0, 0), (0, 30), (1, 10), (1, 50)):

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from benchmarks.budget import errors
-from budget import assert_bit_equal, assert_within_budget
+from budget import assert_bit_equal, assert_within_budget, errors
 from canaries import Canaries
 from qwen_fast_kernels.qk_norm_rope import (
     HEAD_DIMS,
