@@ -46,6 +46,8 @@ def test_the_wheel_holds_our_packages_and_no_kernels(wheel):
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"qwen_fast", "qwen_fast_kernels"}
     for module in ("qwen_fast/pipeline.py", "qwen_fast/cli/generate.py", "qwen_fast_kernels/cfg_euler_step.py"):
         assert module in names
+    listed = (ROOT / "qwen_fast" / "demo" / "checkpoint" / "SHA256SUMS").read_text().splitlines()
+    assert {f"qwen_fast/demo/checkpoint/{line.split('  ')[1]}" for line in listed} <= set(names)
 
 
 def test_the_wheel_imports_from_elsewhere(wheel, tmp_path):
