@@ -1,8 +1,9 @@
 """The small world of the demo checkpoint: coloured shapes on a plain ground, the sentences that name them, their pictures.
 
-One thing: "a small red circle on the left of a blue background"; size and place may be missing. Two things: "two red
-circles on a blue background", "a red circle and a green cross on a blue background" (the first to the left), "a red circle
-above a green cross on a blue background". Every (colour, shape, background) of `HELD_OUT` is kept from training.
+One thing: "a large red circle on a blue background", "a small red circle on the left of a blue background"; size and place
+may be missing. Two things: "two red circles on a blue background", "a red circle and a green cross on a blue background" (the
+first to the left), "a red circle above a green cross on a blue background". Every (colour, shape, background) of `HELD_OUT` is
+kept from training.
 """
 
 import random
@@ -77,6 +78,8 @@ class Request:
         _one_of("arrangement", self.arrangement, tuple(ARRANGEMENTS) if different else (None,))
         if len(self.things) == 2 and (self.size or self.place):
             raise ValueError("size and place go with one thing only")
+        if self.size == "large" and self.place:
+            raise ValueError(f"a large thing lies in the middle, not on the {self.place}; ask for a small one there")
 
     @property
     def prompt(self) -> str:
@@ -130,7 +133,8 @@ def requests(*, held_out: bool | None = None) -> list[Request]:
     for background in COLOURS:
         kinds = [(colour, shape) for colour in COLOURS if colour != background for shape in SHAPES]
         for thing in kinds:
-            found += [Request((thing,), background, size, place) for size in (None, *SIZES) for place in (None, *PLACES)]
+            found += [Request((thing,), background, size, place) for size in (None, "small") for place in (None, *PLACES)]
+            found.append(Request((thing,), background, "large"))
             found.append(Request((thing, thing), background))
         for pair, arrangement in product(product(kinds, kinds), ARRANGEMENTS):
             if pair[0] != pair[1]:
@@ -139,35 +143,39 @@ def requests(*, held_out: bool | None = None) -> list[Request]:
 
 
 def lay_out(request: Request, width: int, height: int, rng: random.Random) -> Scene:
-    """Place the things of `request` in a picture of width x height pixels, drawing from `rng` what the sentence leaves open."""
+    """Place the things of `request` in a picture of width x height pixels, drawing from `rng` what the sentence leaves open.
+
+    Small things lie in the middle, at a quarter of the shorter side from an edge, or that far from the middle on both sides:
+    at sizes that are multiples of 32 a small thing then fills the same 2 x 2 tokens of the transformer wherever it lies.
+    """
     short = min(width, height)
+    step = short / 4
     if len(request.things) == 1:
-        half = short * SIZES[request.size or rng.choice(list(SIZES))] * rng.uniform(0.95, 1.05)
-        x, y = width / 2 + rng.uniform(-0.03, 0.03) * width, height / 2 + rng.uniform(-0.03, 0.03) * height
-        side, up = PLACES.get(request.place, (0, 0))
-        gap = half + rng.uniform(0.03, 0.07) * short
-        x = x if side == 0 else gap if side < 0 else width - gap
-        y = y if up == 0 else gap if up < 0 else height - gap
-        return Scene(request, ((x, y, half),))
-    right, down = ARRANGEMENTS[request.arrangement or rng.choice(list(ARRANGEMENTS))]
-    layout = []
-    for sign in (-1, 1):
-        half = short * SIZES["small"] * rng.uniform(0.95, 1.0)
-        x = width * (0.5 + 0.25 * sign * right) + rng.uniform(-0.02, 0.02) * short
-        y = height * (0.5 + 0.25 * sign * down) + rng.uniform(-0.02, 0.02) * short
-        layout.append((x, y, half))
+        right, down = PLACES.get(request.place, (0, 0))
+        centres = [(width / 2 + right * (width / 2 - step), height / 2 + down * (height / 2 - step))]
+        size = request.size or ("small" if request.place else rng.choice(list(SIZES)))
+    else:
+        right, down = ARRANGEMENTS[request.arrangement or rng.choice(list(ARRANGEMENTS))]
+        centres = [(width / 2 + sign * right * step, height / 2 + sign * down * step) for sign in (-1, 1)]
+        size = "small"
+    jitter = 0.015 * short
+    layout = [
+        (x + rng.uniform(-jitter, jitter), y + rng.uniform(-jitter, jitter), short * SIZES[size] * rng.uniform(0.97, 1.03))
+        for x, y in centres
+    ]
     return Scene(request, tuple(layout))
 
 
 def sample_request(rng: random.Random, *, held_out: bool | None = False, kind: str | None = None) -> Request:
-    """Draw a request: kinds "one", "same" and "pair" with 0.6, 0.15 and 0.25 unless `kind` names one."""
+    """Draw a request: kinds "one", "same" and "pair" with 0.7, 0.1 and 0.2 unless `kind` names one."""
     while True:
         background = rng.choice(list(COLOURS))
         colours = [colour for colour in COLOURS if colour != background]
         things = [(rng.choice(colours), rng.choice(SHAPES)) for _ in range(2)]
-        drawn = kind or rng.choices(("one", "same", "pair"), (0.6, 0.15, 0.25))[0]
+        drawn = kind or rng.choices(("one", "same", "pair"), (0.7, 0.1, 0.2))[0]
         if drawn == "one":
-            size, place = rng.choice((None, *SIZES)), rng.choice((None, *PLACES))
+            size = rng.choice((None, *SIZES))
+            place = None if size == "large" or rng.random() < 0.4 else rng.choice(list(PLACES))
             request = Request((things[0],), background, size, place)
         elif drawn == "same":
             request = Request((things[0], things[0]), background)

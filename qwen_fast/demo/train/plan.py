@@ -52,8 +52,8 @@ class DenoiserPlan:
     layers: int = 4
     heads: int = 4
     head_dim: int = 64
-    scenes: int = 24_000
-    steps: int = 5_000
+    scenes: int = 16_000
+    steps: int = 2_700
     batch: int = 64
     learning_rate: float = 1e-3
     dropped: float = 0.1

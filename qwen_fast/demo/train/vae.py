@@ -42,6 +42,9 @@ def train_vae(plan: Plan, file: Path, device: torch.device, *, keep_every: int =
         vae.load_state_dict(state["vae"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
+        if "latents" in state:
+            vae.register_to_config(**state["latents"])
+            return vae.eval()
     progress = Progress("vae", recipe.steps, step)
     with as_images(vae):
         while step < recipe.steps:
@@ -66,7 +69,9 @@ def train_vae(plan: Plan, file: Path, device: torch.device, *, keep_every: int =
             progress.step(step, recipe.batch, pixels=pixels, edges=edges, kl=kl)
             if step % keep_every == 0 or step == recipe.steps:
                 save_state(file, {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step})
-        _measure_latents(vae.eval(), plan)
+        latents = _measure_latents(vae.eval(), plan)
+    vae.register_to_config(**latents)
+    save_state(file, {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "latents": latents})
     return vae
 
 
@@ -169,20 +174,18 @@ def _decode(vae: AutoencoderKLQwenImage, latents: torch.Tensor) -> torch.Tensor:
     return vae.decoder(vae.post_quant_conv(latents))[:, :, 0]
 
 
-def _measure_latents(vae: AutoencoderKLQwenImage, plan: Plan, batches: int = 16) -> None:
-    """Set latents_mean and latents_std from fresh pictures."""
-    device = vae.device
+@torch.no_grad()
+def _measure_latents(vae: AutoencoderKLQwenImage, plan: Plan, batches: int = 16) -> dict[str, list[float]]:
+    """latents_mean and latents_std, of fresh pictures."""
     found = []
-    with torch.no_grad():
-        for batch in range(batches):
-            pictures = training_pictures(plan, -1 - batch, 64)[1].to(device)
-            latents = vae.encode(2 * pictures[:, :, None] - 1).latent_dist.mode()
-            found.append(latents.movedim(1, 0).flatten(1))
+    for batch in range(batches):
+        pictures = training_pictures(plan, -1 - batch, 64)[1].to(vae.device)
+        latents = vae.encode(2 * pictures[:, :, None] - 1).latent_dist.mode()
+        found.append(latents.movedim(1, 0).flatten(1))
     values = torch.cat(found, dim=1)
     std = values.std(dim=1)
-    vae.register_to_config(
-        latents_mean=values.mean(dim=1).tolist(), latents_std=std.clamp(min=STD_FLOOR * float(std.max())).tolist()
-    )
+    floor = STD_FLOOR * float(std.max())
+    return {"latents_mean": values.mean(dim=1).tolist(), "latents_std": std.clamp(min=floor).tolist()}
 
 
 def _clear_unreachable_taps(vae: AutoencoderKLQwenImage) -> None:
