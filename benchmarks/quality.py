@@ -5,6 +5,7 @@
 
 Every mode draws the same noise for the same prompts, which training never saw. Finished blocks stay in --out: the same
 command goes on where it was cut. --check: exit code 1 if a mode that claims to be lossless breaks the numerical contract.
+scikit-image and scipy, which the `test` extra brings, are needed.
 """
 
 import argparse

@@ -156,6 +156,7 @@ def test_an_interrupted_run_goes_on(model, tmp_path, monkeypatch, capsys):
     for path in sorted((tmp_path / "whole").rglob("*.safetensors")):
         assert path.read_bytes() == (tmp_path / "cut" / path.relative_to(tmp_path / "whole")).read_bytes()
     assert run(*arguments, "--out", tmp_path / "cut") == 0 and len(calls) == 8  # nothing is drawn twice
+    assert not list(tmp_path.rglob("*.part"))
     with (tmp_path / "rows.csv").open() as file:
         assert [(row["mode"], row["things"]) for row in csv.DictReader(file)] == [
             (mode, things) for mode in ("stock", "ours") for things in ("one", "two", "all")
