@@ -1,0 +1,182 @@
+"""The tables of the README, from the committed rows: each stands between `<!-- table: NAME -->` and `<!-- /table -->`.
+
+    python -m benchmarks.readme [--check]
+
+`--check` changes nothing and fails where a table is not what the rows say. A file of results more is a function more in
+`MEASURED`, which gives lines of the first table.
+"""
+
+import argparse
+import csv
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+README = Path(__file__).parents[1] / "README.md"
+RESULTS = Path(__file__).parent / "results"
+_MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+
+Row = dict[str, str]
+
+
+def rows_of(name: str) -> list[Row]:
+    """All rows of results/NAME.csv and, in their order, of name-1.csv and so on; none where there is no such file."""
+    numbered = {path: re.fullmatch(rf"{name}(?:-(\d+))?", path.stem) for path in RESULTS.glob(f"{name}*.csv")}
+    files = sorted((path for path, match in numbered.items() if match), key=lambda path: int(numbered[path][1] or 0))
+    rows = []
+    for path in files:
+        with path.open(newline="") as file:
+            rows += csv.DictReader(file)
+    return rows
+
+
+def newest(rows: Iterable[Row], *key: str) -> list[Row]:
+    """The last row of each case, in the order in which the cases first came."""
+    last: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        last[tuple(row[name] for name in key)] = row
+    return list(last.values())
+
+
+def cells(*values: str) -> str:
+    return f"| {' | '.join(values)} |"
+
+
+def _pair(row: Row) -> tuple[str, str]:
+    """Stock's seconds; ours and the ratio."""
+    return f"{float(row['stock_p50']):.3f} s", f"{float(row['fast_p50']):.3f} s, {float(row['ratio_p50']):.3f}x"
+
+
+def _guidance(row: Row) -> str:
+    return "CFG" if row.get("cfg") == "True" or float(row.get("true_cfg_scale") or 0) > 1 else "no CFG"
+
+
+def pipeline_lines() -> list[str]:
+    """Whole pictures of small models on the CPU."""
+    lines = []
+    for row in newest(rows_of("pipeline"), "model", "pixels", "steps", "true_cfg_scale"):
+        what = f"{row['model']} model, {row['pixels']}x{row['pixels']}, {row['steps']} steps, {_guidance(row)}"
+        lines.append(cells(what, *_pair(row), "1 CPU thread, fp32; latents within 2e-6"))
+    return lines
+
+
+def vae_lines() -> list[str]:
+    """The VAE at its full width on the CPU."""
+    lines = []
+    for row in newest(rows_of("vae"), "what", "pixels", "dtype"):
+        what = f"VAE {row['what']}, full width, {row['pixels']}x{row['pixels']}, {row['dtype']}"
+        difference = float(row["max_difference"])
+        near = "equal to the bit" if difference == 0 else f"within {10 ** math.ceil(math.log10(difference)):.0e}"
+        lines.append(cells(what, *_pair(row), f"1 CPU thread; {near.replace('e-0', 'e-')}"))
+    return lines
+
+
+CASE = ("width", "height", "steps", "cfg", "batch", "text_tokens")
+ENABLED = "qwen_fast as enabled"
+
+
+def on_gpu(row: Row) -> bool:
+    return " CPU, " not in row["machine"]
+
+
+def case_name(row: Row) -> str:
+    name = f"{row['width']}x{row['height']}, {row['steps']} steps, {_guidance(row)}"
+    return name if row["batch"] == "1" else f"{name}, batch {row['batch']}"
+
+
+def gpu_lines() -> list[str]:
+    """The full-size model on GPUs, or that there is no such row."""
+    right = [row for row in rows_of("ladder") if on_gpu(row) and row["status"] == "ok" and row["rung"] == ENABLED]
+    lines = []
+    for row in newest(right, "machine", "model", "dtype", *CASE):
+        computed = "" if row["measured_steps"] == row["steps"] else f", from {row['measured_steps']} steps"
+        ours = f"{float(row['image_s_p50']):.3f} s, {float(row['speedup_image']):.3f}x"
+        where = f"{row['machine']}, {row['dtype']}, {row['model']}{computed}"
+        lines.append(cells(case_name(row), f"{float(row['stock_image_s']):.3f} s", ours, where))
+    return lines or [cells("on a GPU", "not measured yet", "not measured yet", "no GPU result is committed; none is claimed")]
+
+
+MEASURED: tuple[Callable[[], list[str]], ...] = (pipeline_lines, vae_lines, gpu_lines)
+
+
+def measured() -> list[str]:
+    """Stock and ours, each with where it was measured."""
+    heading = [cells("measured", "stock diffusers", "qwen_fast", "where"), "|---|---|---|---|"]
+    return heading + [line for lines in MEASURED for line in lines()]
+
+
+def ladder() -> list[str]:
+    """Every rung of the newest whole ladder, on a GPU if there is one."""
+    rows = rows_of("ladder")
+    rows = [row for row in rows if on_gpu(row)] or rows
+    rungs: list[Row] = []
+    if rows:
+        complete = [row for row in rows if row["rung"].startswith("+ ")]  # other cases have stock and ours alone
+        same = ("machine", "model", "dtype", *CASE)
+        last = tuple((complete or rows)[-1][name] for name in same)
+        rungs = newest([row for row in rows if tuple(row[name] for name in same) == last], "rung")
+    if not rungs:
+        return ["No ladder is committed yet, neither of a GPU nor of a CPU; `qwen-fast bench` measures one."]
+    first = rungs[0]
+    title = f"{case_name(first)}, text {first['text_tokens']} tokens; {first['model']}; {first['dtype']}, {first['machine']}"
+    lines = [f"{title}, commit {first['commit']}.", ""]
+    lines += [cells("rung", "s an image", "ms a step", "speed-up", "of the ceiling", "largest latent difference")]
+    lines += ["|---|---|---|---|---|---|"]
+    for row in rungs:
+        if row["status"] != "ok":
+            lines.append(cells(row["rung"], f"{row['status']}: {row['reason']}".replace("|", "/"), "", "", "", ""))
+            continue
+        speed = f"{float(row['speedup_image']):.3f}x" if row["speedup_image"] else ""
+        lossy = ", lossy" if row["lossy"] == "True" else ""
+        figures = f"{float(row['image_s_p50']):.4g}", f"{float(row['step_ms_p50']):.4g}", speed
+        share, difference = f"{float(row['share_of_floor']):.0%}", f"{float(row['max_difference']):.1e}{lossy}"
+        lines.append(cells(row["rung"], *figures, share, difference))
+    return lines
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {"measured": measured, "ladder": ladder}
+
+
+def filled(text: str) -> str:
+    """`text` with every table as the rows say.
+
+    Raises:
+        ValueError: a marker names no table.
+    """
+
+    def table(match: re.Match) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f"<!-- table: {match[2]} --> names none of {', '.join(TABLES)}")
+        return match[1] + "\n".join(TABLES[match[2]]()) + "\n" + match[4]
+
+    return _MARKED.sub(table, text)
+
+
+def outdated(text: str) -> list[str]:
+    """Names of the tables of `text` that are not what the rows say."""
+    now = {match[2]: match[3] for match in _MARKED.finditer(text)}
+    then = {match[2]: match[3] for match in _MARKED.finditer(filled(text))}
+    return [name for name in now if now[name] != then[name]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="fail where a table is not what the rows say; change nothing")
+    options = parser.parse_args()
+    text = README.read_text(encoding="utf-8")
+    names = outdated(text)
+    if not options.check:
+        README.write_text(filled(text), encoding="utf-8")
+        print(f"{README}: {', '.join(names) or 'nothing'} changed")
+        return 0
+    if names:
+        print(
+            f"{README}: {', '.join(names)}: not what benchmarks/results says; run python -m benchmarks.readme", file=sys.stderr
+        )
+    return 1 if names else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
