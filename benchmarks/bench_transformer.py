@@ -48,7 +48,14 @@ FIELDS += ["stock_p50", "fast_p20", "fast_p50", "fast_p80", "ratio_p50", "max_re
 class Case:
     """Stock's and our ways to compute the two predictions of a step, on one model."""
 
-    def __init__(self, name: str, pixels: int, text_tokens: tuple[int, int], dtype: torch.dtype, device: str = "cpu"):
+    def __init__(
+        self,
+        name: str,
+        pixels: int,
+        text_tokens: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ):
         torch.manual_seed(0)
         model = QwenImageTransformer2DModel(in_channels=64, out_channels=16, joint_attention_dim=64, **MODELS[name])
         with torch.no_grad():
