@@ -59,10 +59,7 @@ def stages(
         return stock.scheduler.sigmas
 
     def our_schedule() -> torch.Tensor:
-        # As the pipeline does: on the device, and the host's own copy.
-        for _ in range(2):
-            schedule = qwen_fast.Schedule.from_scheduler(ours.scheduler, steps, image_seq_len=image_tokens)
-        return schedule.sigmas
+        return qwen_fast.Schedule.from_scheduler(ours.scheduler, steps, image_seq_len=image_tokens).sigmas
 
     sigmas, index = stock_schedule().clone(), torch.zeros(1, dtype=torch.int32)
     stock_step, _ = stock_cfg_euler_step(latents, cond, uncond, sigmas, index, 4.0)

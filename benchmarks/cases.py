@@ -54,7 +54,7 @@ class Maker:
 
     def __init__(self, device: torch.device | str, *, fake: bool = False, seed: int = 0) -> None:
         self.device, self.fake = torch.device(device), fake
-        self._generator = None if fake else torch.Generator().manual_seed(seed)
+        self._generator = None if fake else torch.Generator(self.device).manual_seed(seed)
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32, offset: int = 0) -> torch.Tensor:
         """With `offset` not aligned to 16 bytes, which forbids vector loads."""
@@ -62,7 +62,7 @@ class Maker:
         if self.fake:
             flat = torch.empty(numel + offset, dtype=dtype, device=self.device)
         else:
-            flat = torch.randn(numel + offset, generator=self._generator).to(device=self.device, dtype=dtype)
+            flat = torch.randn(numel + offset, generator=self._generator, device=self.device).to(dtype)
         return flat.narrow(0, offset, numel).view(shape)
 
     def values(self, values: list, dtype: torch.dtype = torch.int32) -> torch.Tensor:

@@ -17,13 +17,14 @@ from pytest_benchmark.session import PerformanceRegression
 
 from benchmarks import bench_operators, suite
 from benchmarks.bench_transformer import Case as Forwards
+from benchmarks.cases import TRAFFIC
 from benchmarks.ceilings import Ceilings
 from benchmarks.grid import SHAPES
 from benchmarks.grid import Case as GridCase
 from benchmarks.rows import read
 from benchmarks.suite import DeviceClock, measure, sets
 from benchmarks.work import Piece, count, floor_seconds
-from qwen_fast_kernels import euler_step
+from qwen_fast_kernels import ada_layer_norm, euler_step
 
 ROOT = Path(__file__).parents[1]
 ROUND = 2.0**-11  # seconds between two readings of `tick`, exact in binary
@@ -252,6 +253,17 @@ def test_work_is_counted():
     assert product[1:] == (4 * (5 * 8 + 3 * 8 + 3 + 5 * 3), 2 * 5 * 8 * 3)
     assert step == ("euler_step", 3 * 4 * 256, 2 * 256)
     assert attention[1:] == (4 * 4 * query.numel(), 4 * 2 * 6 * 6 * 8) and attention.kind == "attention"
+
+
+def test_arguments_at_their_defaults_are_counted_too(monkeypatch):
+    """They do not come through the dispatcher."""
+    seen = []
+    monkeypatch.setitem(TRAFFIC, "ada_layer_norm", lambda *arguments: seen.append(arguments) or (1, 1))
+    x, table, index = torch.randn(5, 8), torch.randn(3, 2, 8), torch.zeros(1, dtype=torch.int32)
+    with torch.no_grad():
+        count(lambda: ada_layer_norm(x, table, table, index, 2))
+    ((*_, txt_rows, token_rows, eps),) = seen
+    assert (txt_rows, token_rows, eps) == (2, None, 1e-6)
 
 
 def test_the_count_of_a_step_agrees_with_the_ladders_arithmetic():
