@@ -173,10 +173,11 @@ class State:
 # One run --------------------------------------------------------------------------------------------------------------
 
 
-def _die_with_parent() -> None:
-    """In the child: SIGKILL when the run-book is killed, so that no stage lives on beside the next run's."""
+def _as_child() -> None:
+    """In the child: it takes SIGINT also where the run-book was started in the background, and dies with the run-book."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no stage lives on beside the next run's
 
 
 def execute(command: Sequence[str], log: Path, seconds: float, environment: dict[str, str]) -> tuple[int | None, float]:
@@ -194,7 +195,7 @@ def execute(command: Sequence[str], log: Path, seconds: float, environment: dict
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=_as_child,
         )
         try:
             code = process.wait(seconds)
