@@ -7,22 +7,20 @@ the run without a ratio.
 """
 
 import argparse
-import datetime
-import platform
-import statistics
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
 import torch
-import transformers
 from diffusers.utils import logging
 
 import qwen_fast
 from qwen_fast.testing import build_checkpoint
 
-from .rows import append, git
+from .machine import provenance
+from .measure import Difference, Spread, interleaved, ratio
+from .rows import Rows
 
 # Sizes of the checkpoint: tiny shows what the driver costs, middle what a user would notice.
 MODELS = {
@@ -40,16 +38,8 @@ FIELDS = "date commit dirty machine torch diffusers transformers dtype model pix
 FIELDS += "stock_p20 stock_p50 stock_p80 fast_p20 fast_p50 fast_p80 ratio_p50 max_latent_difference".split()
 
 
-def measure(pipes: dict, arguments: dict, repeats: int) -> tuple[dict[str, list[float]], float]:
-    """CPU seconds of each call by pipeline, and the largest difference of the latents."""
-    seconds, latents = {name: [] for name in pipes}, {}
-    for repeat in range(-1, repeats):  # the first round warms up
-        for name in sorted(pipes, reverse=bool(repeat % 2)):
-            begin = time.thread_time()
-            latents[name] = pipes[name](**arguments, generator=torch.Generator().manual_seed(0)).images
-            if repeat >= 0:
-                seconds[name].append(time.thread_time() - begin)
-    return seconds, (latents["fast"] - latents["stock"]).abs().max().item() / latents["stock"].abs().max().item()
+def drawing(pipe: diffusers.QwenImagePipeline, arguments: dict) -> Callable[[], torch.Tensor]:
+    return lambda: pipe(**arguments, generator=torch.Generator().manual_seed(0)).images
 
 
 def main() -> int:
@@ -59,7 +49,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    rows = []
+    rows = Rows(options.append, FIELDS) if options.append else None
     with tempfile.TemporaryDirectory() as folder:
         for model, pixels, steps, scale in CASES:
             checkpoint = Path(folder, model)
@@ -72,31 +62,25 @@ def main() -> int:
                 pipe.set_progress_bar_config(disable=True)
             arguments = {"prompt": "a red circle", "height": pixels, "width": pixels, "num_inference_steps": steps}
             arguments |= {"true_cfg_scale": scale, "negative_prompt": "blurry" if scale > 1 else None, "output_type": "latent"}
-            seconds, difference = measure(pipes, arguments, options.repeats)
-            if difference > 2e-6:
+            ways = {name: drawing(pipe, arguments) for name, pipe in pipes.items()}
+            difference = Difference.between(ways["fast"](), ways["stock"]()).largest
+            if not difference <= 2e-6:
                 print(f"{model} {pixels} px, {steps} steps, CFG {scale}: latents differ by {difference:g}; no times are given")
                 return 1
-            medians = {name: statistics.median(values) for name, values in seconds.items()}
-            spread = [
-                [fifths[0], medians[name], fifths[3]]
-                for name, fifths in ((n, statistics.quantiles(v, n=5)) for n, v in seconds.items())
-            ]
-            ratio = statistics.median(s / f for s, f in zip(seconds["stock"], seconds["fast"], strict=True))
+            seconds = interleaved(ways, options.repeats, torch.device("cpu"))
+            spread = {name: Spread.of(values) for name, values in seconds.items()}
+            times = ratio(seconds["stock"], seconds["fast"])
             print(
-                f"{model:6s} {pixels:4d} px, {steps:2d} steps, CFG {scale}: stock {medians['stock']:.4f} s, "
-                f"qwen_fast {medians['fast']:.4f} s, ratio {ratio:.3f}, largest relative difference {difference:g}"
+                f"{model:6s} {pixels:4d} px, {steps:2d} steps, CFG {scale}: stock {spread['stock'].p50:.4f} s, "
+                f"qwen_fast {spread['fast'].p50:.4f} s, ratio {times:.3f}, largest relative difference {difference:g}"
             )
-            rows.append(
-                [
-                    datetime.date.today(), git("rev-parse", "--short", "HEAD"), bool(git("status", "--porcelain")),
-                    f"{platform.machine()} CPU, 1 thread", torch.__version__, diffusers.__version__, transformers.__version__,
-                    "float32", model, pixels, steps, scale, options.repeats,
-                    *(f"{value:.5f}" for values in spread for value in values),
-                    f"{ratio:.4f}", difference,
-                ]
-            )  # fmt: skip
-    if options.append:
-        append(options.append, FIELDS, rows)
+            if rows:
+                row = {name: value for name, value in provenance().items() if name in FIELDS}
+                row |= {"dtype": "float32", "model": model, "pixels": pixels, "steps": steps, "true_cfg_scale": scale}
+                for name, one in spread.items():
+                    row |= {f"{name}_{part}": f"{getattr(one, part):.5f}" for part in ("p20", "p50", "p80")}
+                row |= {"repeats": options.repeats, "ratio_p50": f"{times:.4f}", "max_latent_difference": difference}
+                rows.add(row)
     return 0
 
 

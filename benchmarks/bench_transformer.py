@@ -8,14 +8,8 @@ difference beyond the numerical contract ends the run without a ratio.
 """
 
 import argparse
-import datetime
-import platform
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-import diffusers
 import torch
 from diffusers import QwenImageTransformer2DModel
 
@@ -25,7 +19,9 @@ from qwen_fast.reporting import State
 from qwen_fast.testing import initialize
 from qwen_fast.transformer import attach
 
-from .rows import append, git
+from .machine import provenance
+from .measure import Difference, Spread, interleaved, ratio
+from .rows import Rows
 
 MODELS = {
     "tiny": {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 32, "axes_dims_rope": (4, 14, 14)},
@@ -102,18 +98,6 @@ class Case:
         )[0]
 
 
-def measure(ways: dict[str, Callable[[], list[torch.Tensor]]], repeats: int) -> dict[str, list[float]]:
-    """CPU seconds of each way, taken by turns; the first round warms up."""
-    seconds = {name: [] for name in ways}
-    for repeat in range(-1, repeats):
-        for name in sorted(ways, reverse=bool(repeat % 2)):
-            begin = time.thread_time()
-            ways[name]()
-            if repeat >= 0:
-                seconds[name].append(time.thread_time() - begin)
-    return seconds
-
-
 @torch.no_grad()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -121,37 +105,32 @@ def main() -> int:
     parser.add_argument("--append", type=Path, help="CSV file that gets three rows a case")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
+    rows = Rows(options.append, FIELDS) if options.append else None
     for name, pixels, text_tokens, dtype in CASES:
         case = Case(name, pixels, text_tokens, dtype)
         ways = {"layers": case.layers, "table": case.from_table, "packed": case.from_table_packed}
         expected, differences = case.stock(), {}
         for mode, way in ways.items():
-            differences[mode] = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(way(), expected, strict=True))
+            differences[mode] = max(Difference.between(a, b).largest for a, b in zip(way(), expected, strict=True))
         limit = 1e-5 if dtype == torch.float32 else 0.05
-        if max(differences.values()) > limit:
+        if not max(differences.values()) <= limit:
             print(f"{name} {pixels} px, {dtype}: predictions differ by {differences}; no times are given")
             return 1
-        seconds = measure({"stock": case.stock} | ways, options.repeats)
+        seconds = interleaved({"stock": case.stock} | ways, options.repeats, torch.device("cpu"))
+        stock_p50 = Spread.of(seconds["stock"]).p50
         for mode in ways:
-            ratio = statistics.median(s / f for s, f in zip(seconds["stock"], seconds[mode], strict=True))
-            fifths, stock_p50 = statistics.quantiles(seconds[mode], n=5), statistics.median(seconds["stock"])
-            fast_p50 = statistics.median(seconds[mode])
+            times, fast = ratio(seconds["stock"], seconds[mode]), Spread.of(seconds[mode])
             print(
                 f"{name:9s} {pixels:4d} px, text {text_tokens}, {dtype}, {mode:6s}: stock {stock_p50:.5f} s, "
-                f"ours {fast_p50:.5f} s, ratio {ratio:.3f}"
+                f"ours {fast.p50:.5f} s, ratio {times:.3f}"
             )
-            rows.append(
-                [
-                    datetime.date.today(), git("rev-parse", "--short", "HEAD"), bool(git("status", "--porcelain")),
-                    f"{platform.machine()} CPU, 1 thread", torch.__version__, diffusers.__version__,
-                    str(dtype).removeprefix("torch."), name, pixels, "+".join(map(str, text_tokens)), mode, options.repeats,
-                    *(f"{value:.6f}" for value in (stock_p50, fifths[0], fast_p50, fifths[3])), f"{ratio:.4f}",
-                    f"{differences[mode]:.3g}",
-                ]
-            )  # fmt: skip
-    if options.append:
-        append(options.append, FIELDS, rows)
+            if rows:
+                row = {key: value for key, value in provenance().items() if key in FIELDS}
+                row |= {"dtype": str(dtype).removeprefix("torch."), "model": name, "pixels": pixels, "mode": mode}
+                row |= {"text_tokens": "+".join(map(str, text_tokens)), "repeats": options.repeats}
+                row |= {f"fast_{part}": f"{getattr(fast, part):.6f}" for part in ("p20", "p50", "p80")}
+                row |= {"stock_p50": f"{stock_p50:.6f}", "ratio_p50": f"{times:.4f}"}
+                rows.add(row | {"max_relative_difference": f"{differences[mode]:.3g}"})
     return 0
 
 

@@ -262,7 +262,8 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
             )
             schedule = scheduled(device=device)
             # The host's own copy names the modulation table without asking the device for its values.
-            host_timesteps = scheduled().model_timesteps(latents.dtype)
+            host_schedule = schedule if device.type == "cpu" else scheduled()
+            host_timesteps = host_schedule.model_timesteps(latents.dtype)
         self.fast_state.calls["flow_match_schedule"] += 1
         self._num_timesteps = schedule.num_inference_steps
 

@@ -204,6 +204,32 @@ def test_ceilings_of_this_machine():
     assert rate > 0 and abs(calls.count(0) - calls.count(1)) <= 1, "by turns"
 
 
+def test_products_in_8_bits_are_measured_or_refused_by_name(monkeypatch):
+    from benchmarks import ceilings
+
+    monkeypatch.setattr(ceilings, "eight_bit_dtypes", lambda device: [torch.float8_e4m3fn])
+    size = {"seconds": 1e-3, "shape": TINY, "tokens": 48, "copy_bytes": 2**16}
+
+    def product(a, b, *, scale_a, scale_b, out_dtype, use_fast_accum):
+        assert a.dtype == b.dtype == torch.float8_e4m3fn and b.stride(0) == 1, "column-major, as the GPU's takes it"
+        assert scale_a.shape == (48, 1) and scale_b.shape == (1, b.shape[1]) and use_fast_accum
+        exact.append((a.float() * scale_a) @ (b.float() * scale_b))
+        return exact[-1].to(out_dtype)
+
+    exact = []
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    measured = measure_ceilings(CPU, torch.float32, **size)
+    assert set(measured.matmul_flops_per_s) == {"float32", "float8_e4m3fn"} and not measured.refused
+    assert exact[0].std().item() == pytest.approx(1.0, rel=0.1), "scales undo the quantisation"
+
+    def refuses(*_, **__):
+        raise RuntimeError("no such product\non this machine")
+
+    monkeypatch.setattr(torch, "_scaled_mm", refuses)
+    measured = measure_ceilings(CPU, torch.float32, **size)
+    assert measured.refused == {"float8_e4m3fn": "no such product"} and set(measured.matmul_flops_per_s) == {"float32"}
+
+
 def test_an_attention_that_computes_something_else_is_no_candidate(monkeypatch):
     from benchmarks import ceilings
 
@@ -277,6 +303,23 @@ def test_exact_latents_are_stock_s_in_fp32_and_leave_the_weights(pipe, monkeypat
     with pytest.raises(ZeroDivisionError):
         exact_latents(pipe, arguments, 1)
     assert all(parameter.data_ptr() == before[name][0] for name, parameter in pipe.transformer.named_parameters())
+
+
+def test_every_stage_of_ours_gives_what_stock_s_gives(checkpoint):
+    from benchmarks import bench_stages
+
+    stock = diffusers.QwenImagePipeline.from_pretrained(checkpoint)
+    ours = qwen_fast.QwenImagePipeline.from_pipe(stock)
+    ways = bench_stages.stages(stock, ours, "tiny", 32, 3, (5, 4))
+    assert list(ways)[:3] == ["text", "schedule", "forwards of a step"] and len(ways) == 7
+    with torch.no_grad():
+        for name, (theirs, fast, _) in ways.items():
+            assert Difference.between(fast(), theirs()).largest <= bench_stages.WIDER.get(name, bench_stages.LIMIT), name
+    a_step, a_picture = {"forwards of a step", "CFG and Euler step"}, {"text", "schedule", "VAE"}
+    counts = dict.fromkeys(a_step, 3) | dict.fromkeys(a_picture, 1)
+    assert {name: count for name, (_, _, count) in ways.items() if count} == counts
+    calls = qwen_fast.report(ours).calls
+    assert calls["packed transformer"] == 3 and calls["vae decode"] == 1
 
 
 def test_differences():
