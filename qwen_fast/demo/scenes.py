@@ -49,7 +49,7 @@ class Request:
     Args:
         things (tuple): one or two of (colour, shape), in the order of the sentence.
         background (str): a colour, not that of a thing.
-        size (str): "small", "large" or None; one thing only, two are small.
+        size (str): "small", "large" or None: large in the middle, small elsewhere; one thing only, two are small.
         place (str): a key of PLACES, or None: in the middle; one thing only.
         arrangement (str): of two different things, a key of ARRANGEMENTS; of two equal ones None: side by side.
 
@@ -153,7 +153,7 @@ def lay_out(request: Request, width: int, height: int, rng: random.Random) -> Sc
     if len(request.things) == 1:
         right, down = PLACES.get(request.place, (0, 0))
         centres = [(width / 2 + right * (width / 2 - step), height / 2 + down * (height / 2 - step))]
-        size = request.size or ("small" if request.place else rng.choice(list(SIZES)))
+        size = request.size or ("small" if request.place else "large")
     else:
         right, down = ARRANGEMENTS[request.arrangement or "and"]
         centres = [(width / 2 + sign * right * step, height / 2 + sign * down * step) for sign in (-1, 1)]
