@@ -46,4 +46,4 @@ def test_the_vae_times():
     for what, pixels, dtype, *shown in lines:
         row = newest[what, pixels, dtype]
         assert [f"{float(row[field]):.3f}" for field in ("stock_p50", "fast_p50", "ratio_p50")] == shown
-        assert float(row["max_difference"]) <= (1e-5 if dtype == "float32" else 0)
+        assert float(row["max_difference"]) <= (1e-5 if dtype == "float32" else 0.1)

@@ -140,6 +140,26 @@ def test_a_layer_reaches_as_far_as_it_says(vae, what):
 
 
 @torch.no_grad()
+def test_a_layer_needs_the_memory_that_it_says(vae, what, monkeypatch):
+    """Its input, with a branch not yet added, among what is counted."""
+    monkeypatch.setattr(importlib.import_module("qwen_fast_kernels.rms_norm_silu"), "CPU_BLOCK", 1 << 8)
+    layers = READ[what](vae)
+    channels = picture(vae, what).shape[1]
+    for layer in layers:
+        shape = (1, channels, 32, 32)
+
+        def half(shape=shape) -> torch.Tensor:
+            return torch.ones(shape).contiguous(memory_format=torch.channels_last)
+
+        with LiveBytes() as counter:
+            stream = Stream(half(), half() if layer is not layers[0] else None)
+            counter.peak = 0  # what made the input is not the layer's
+            layer.run(stream)
+        pixels, channels = 4 * 32 * 32, layer.channels
+        assert 0.5 * layer.peak * pixels <= counter.peak <= 1.05 * layer.peak * pixels + 4096, layer.name
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("part", [2, 3])
 def test_bands_keep_to_the_memory(vae, what, part, monkeypatch):
     """Tensor bytes counted at every operation: near the estimate, and within the limit that it was planned for."""
