@@ -207,6 +207,10 @@ def test_the_plan_that_fits_with_the_least_work():
     for plan, limit in zip(plans[2:], (6, 3, 2), strict=True):
         assert plan.bands > 1 and plan.peak <= limit * gib and 0 < plan.overhead < 0.1
     assert all(less.overhead <= more.overhead for less, more in itertools.pairwise(plans))
+    # No tensor too large for 32 bits, however much memory there is.
+    cut = choose(layers, shape, 2, None, vae_bands.MOST_ON_CUDA)
+    assert cut.bands == 2 and cut.overhead < 0.01
+    assert choose(layers, torch.Size((1, 16, 256, 256)), 2, None, vae_bands.MOST_ON_CUDA).bands == 1
     # Of stock 20.8 GiB are reported at 2048x2048.
     assert whole_peak(layers, torch.Size((1, 16, 256, 256)), 2) < 6 * gib
 
