@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from benchmarks import vae_cases
+from . import vae_cases
 
 
 @dataclass(frozen=True)

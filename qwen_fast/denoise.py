@@ -74,9 +74,10 @@ def denoise(pipe: Any, latents: torch.Tensor, task: Task, callback: Any, callbac
             progress_bar.update()
     pipe._current_timestep = None
     if check is not None:
-        state.not_finite = check.found()
-        if state.not_finite is not None:
-            logger.warning("check_nan: %s.", state.not_finite)
+        found = check.found()
+        state.nan_note = found or "all finite"
+        if found is not None:
+            logger.warning("check_nan: %s.", found)
     return latents if captured is None else latents.clone()  # the next call writes into the graph's buffers
 
 

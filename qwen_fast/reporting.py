@@ -34,7 +34,7 @@ class State:
         transformer, vae: the models that this pipeline attached to.
         graph: why the last call's steps were not captured in a CUDA graph; None: they were, or there was no call yet.
         vae_note: how the last picture was coded, or None.
-        not_finite: after which step of the last call latents were not finite, if `check_nan` looked and found some.
+        nan_note: what `check_nan` found in the last call, or None.
         no_table: why the last call computed its modulations in each forward all the same, or None.
     """
 
@@ -55,7 +55,7 @@ class State:
     vae: Any = None
     graph: str | None = None
     vae_note: str | None = None
-    not_finite: str | None = None
+    nan_note: str | None = None
     no_table: str | None = None
 
     def fall_back(self, reason: str) -> None:
@@ -140,7 +140,7 @@ def report(pipe: Any) -> Report:
             replaced.append(f"text encoding (no logits; {_prompts(state.texts)}; text encoder: {state.texts.placement})")
             memory["prompt cache"] = state.texts.cache.nbytes
         if state.check_nan:
-            replaced.append(f"check for NaN after each step (last call: {state.not_finite or 'all finite'})")
+            replaced.append(f"check for NaN after each step (last call: {state.nan_note or 'none yet'})")
     if state is not None and state.vae is not None:
         replaced.append(f"VAE ({vae.description(state.vae, state)})")
     return Report(

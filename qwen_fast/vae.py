@@ -21,7 +21,7 @@ from torch import nn
 from .hooks import OURS, rebind_forward
 from .inputs import check_vae_memory
 from .reporting import STATE, State, logger
-from .vae_bands import choose, memory_limit, run, whole_peak
+from .vae_bands import MOST_ON_CUDA, choose, memory_limit, run, whole_peak
 from .vae_layers import Layer, decoder_layers, encoder_layers
 
 STOCK = diffusers.AutoencoderKLQwenImage
@@ -129,9 +129,9 @@ def _readable(vae: nn.Module, read: Callable[..., list[Layer]], x: torch.Tensor)
 def _in_memory(what: str, layers: list[Layer], x: torch.Tensor, state: State) -> torch.Tensor:
     """`[B, C, H, W]` through the layers, picture by picture or in bands where the memory is short."""
     limit = memory_limit(state.vae_memory, x.device)
-    if len(x) > 1 and limit is not None and whole_peak(layers, x.shape, x.element_size()) > limit:
+    plan = choose(layers, x.shape, x.element_size(), limit, MOST_ON_CUDA if x.is_cuda else None)
+    if plan.bands > 1 and len(x) > 1:
         return torch.cat([_in_memory(what, layers, one, state) for one in x.split(1)])
-    plan = choose(layers, x.shape, x.element_size(), limit)
     state.vae_note = f"{what}: {x.shape[-2]}x{x.shape[-1]} whole, {plan.peak / 2**20:.1f} MiB by estimate"
     if plan.bands > 1:
         state.calls["vae bands"] += plan.bands

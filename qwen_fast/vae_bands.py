@@ -5,12 +5,15 @@ Layers that need every row (the attention of the middle block) run whole; so do 
 Of the ways that fit, the one that computes the fewest rows twice is taken.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 
 from .vae_layers import Layer, Stream, channels_last
 
+# Elements of a tensor on CUDA: torch's upsampling counts in 32 bits, and older cuDNN does.
+MOST_ON_CUDA = 2**31 - 1
 USABLE = 0.9  # of the free memory: allocators round up, and a convolution may want scratch
 _PARTS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)  # bands of a picture that are considered
 
@@ -50,15 +53,21 @@ class Sizes:
             self.channels.append(layer.channels)
             self.rows.append(self.rows[-1] * layer.up // layer.down)
             self.columns.append(self.columns[-1] * layer.up // layer.down)
-        self._bytes_of_column = [batch * itemsize * columns for columns in self.columns]
+        self._of_column = [batch * columns for columns in self.columns]
+        self._itemsize = itemsize
 
     def peak(self, index: int, rows: int | None = None) -> int:
         """Bytes alive during a layer that gets `rows` rows, or all."""
-        return self.layers[index].peak * self._bytes_of_column[index] * (self.rows[index] if rows is None else rows)
+        elements = self.layers[index].peak * self._of_column[index] * (self.rows[index] if rows is None else rows)
+        return elements * self._itemsize
+
+    def largest(self, index: int, rows: int | None = None) -> int:
+        """Elements of the largest tensor of a layer that gets `rows` rows, or all."""
+        return self.layers[index].largest * self._of_column[index] * (self.rows[index] if rows is None else rows)
 
     def between(self, index: int) -> int:
         """Bytes of the picture that goes into a layer."""
-        return self.channels[index] * self._bytes_of_column[index] * self.rows[index]
+        return self.channels[index] * self._of_column[index] * self.rows[index] * self._itemsize
 
     def ranges(self, first: int, last: int, start: int, stop: int) -> list[tuple[int, int]]:
         """Rows needed before each of layers[first:last] so that rows start to stop come out, and these behind."""
@@ -87,19 +96,30 @@ def whole_peak(layers: list[Layer], shape: torch.Size, itemsize: int) -> int:
     return max(sizes.peak(index) for index in range(len(layers)))
 
 
-def choose(layers: list[Layer], shape: torch.Size, itemsize: int, limit: int | None) -> Plan:
-    """The plan that fits into `limit` bytes with the least work; where none fits, the one that needs the least memory."""
+def choose(layers: list[Layer], shape: torch.Size, itemsize: int, limit: int | None, most: int | None = None) -> Plan:
+    """The plan that fits into `limit` bytes with the least work; where none fits, the one that needs the least memory.
+
+    Args:
+        layers, shape, itemsize: as of `Sizes`.
+        limit: bytes, or None.
+        most: elements of the largest tensor, or None.
+    """
     sizes, count = Sizes(layers, shape, itemsize), len(layers)
+    limit, most = math.inf if limit is None else limit, math.inf if most is None else most
     whole = Plan(count, count, sizes.rows[-1], 1, whole_peak(layers, shape, itemsize), 0.0)
-    if limit is None or whole.peak <= limit:
+    countable = max(map(sizes.largest, range(count))) <= most
+    if whole.peak <= limit and countable:
         return whole
     total = sizes.flops(0, count)
     attention = [index for index, layer in enumerate(layers) if layer.reach is None]
     free, taken = (attention[0], attention[-1] + 1) if attention else (count, 0)
-    plans = [whole]
+    plans = [whole] if countable else []
     for first, last in [(0, last) for last in range(1, free + 1)] + [(first, count) for first in range(taken, count)]:
         height = sizes.rows[last]
-        others = [sizes.peak(index) for index in (*range(first), *range(last, count))]
+        around = (*range(first), *range(last, count))
+        if any(sizes.largest(index) > most for index in around):
+            continue
+        others = [sizes.peak(index) for index in around]
         kept = sizes.between(first) + sizes.between(last)
         factor = max(height // sizes.rows[first], 1)
         for rows in dict.fromkeys(-(-height // (parts * factor)) * factor for parts in _PARTS if parts <= height):
@@ -108,9 +128,12 @@ def choose(layers: list[Layer], shape: torch.Size, itemsize: int, limit: int | N
             bands = -(-height // rows)
             start = bands // 2 * rows if bands > 2 else 0
             ranges = sizes.ranges(first, last, start, min(start + rows, height))
+            if any(sizes.largest(first + i, stop - start) > most for i, (start, stop) in enumerate(ranges[:-1])):
+                continue
             inside = max(sizes.peak(first + i, stop - start) for i, (start, stop) in enumerate(ranges[:-1]))
             more = bands * sizes.flops(first, last, ranges) - sizes.flops(first, last)
             plans.append(Plan(first, last, rows, bands, max([kept + inside, *others]), more / total))
+    plans = plans or [whole]
     fitting = [plan for plan in plans if plan.peak <= limit]
     best = min(fitting, key=lambda plan: plan.overhead) if fitting else min(plans, key=lambda plan: plan.peak)
     if best is whole:

@@ -90,11 +90,12 @@ class Layer:
         up, down: its output has rows * up // down.
         channels: of its output.
         peak: elements alive at its worst, per pixel of its input, the input among them.
+        largest: elements of its largest tensor, per pixel of its input.
         flops: of its convolutions, per pixel of its input.
     """
 
-    def __init__(self, name, run, *, channels, peak, flops, reach=0, up=1, down=1):
-        self.name, self.run, self.channels, self.peak, self.flops = name, run, channels, peak, flops
+    def __init__(self, name, run, *, channels, peak, largest, flops, reach=0, up=1, down=1):
+        self.name, self.run, self.channels, self.peak, self.largest, self.flops = name, run, channels, peak, largest, flops
         self.reach, self.up, self.down = reach, up, down
         self.run: Callable[[Stream], Stream]
 
@@ -199,7 +200,9 @@ def _convolution(name: str, conv: nn.Module) -> Layer:
         return Stream(_convolve(stream.total(), conv))
 
     into, out = conv.in_channels, conv.out_channels
-    return Layer(name, run, channels=out, peak=max(2 * into, into + out), flops=_flops(conv), reach=_reach(conv))
+    return Layer(
+        name, run, channels=out, peak=max(2 * into, into + out), largest=max(into, out), flops=_flops(conv), reach=_reach(conv)
+    )
 
 
 def _head(name: str, module: nn.Module) -> Layer:
@@ -211,7 +214,9 @@ def _head(name: str, module: nn.Module) -> Layer:
         return Stream(_convolve(normed, conv))
 
     into, out = conv.in_channels, conv.out_channels
-    return Layer(name, run, channels=out, peak=max(3 * into, into + out), flops=_flops(conv), reach=_reach(conv))
+    return Layer(
+        name, run, channels=out, peak=max(3 * into, into + out), largest=max(into, out), flops=_flops(conv), reach=_reach(conv)
+    )
 
 
 # Blocks ---------------------------------------------------------------------------------------------------------------
@@ -235,7 +240,8 @@ def _residual(name: str, block: nn.Module) -> Layer:
     into, out = conv1.in_channels, conv1.out_channels
     flops = sum(_flops(conv) for conv in (conv1, conv2, *([] if plain else [shortcut])))
     peak = max(3 * into, into + 2 * out, 2 * into + out, 3 * out)
-    return Layer(name, run, channels=out, peak=peak, flops=flops, reach=_reach(conv1) + _reach(conv2))
+    reach = _reach(conv1) + _reach(conv2)
+    return Layer(name, run, channels=out, peak=peak, largest=max(into, out), flops=flops, reach=reach)
 
 
 def _attention(name: str, block: nn.Module) -> Layer:
@@ -256,7 +262,7 @@ def _attention(name: str, block: nn.Module) -> Layer:
 
     channels = block.proj.out_channels
     flops = _flops(block.to_qkv) + _flops(block.proj)
-    return Layer(name, run, channels=channels, peak=5 * channels, flops=flops, reach=None)
+    return Layer(name, run, channels=channels, peak=5 * channels, largest=3 * channels, flops=flops, reach=None)
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -294,8 +300,8 @@ def _resample(name: str, block: nn.Module) -> Layer:
             return Stream(_convolve(large, conv))
 
         into, out = conv.in_channels, conv.out_channels
-        peak, reach = max(5 * into, 4 * into + 4 * out), -(-_reach(conv) // 2)
-        return Layer(name, run, channels=out, peak=peak, flops=4 * _flops(conv), reach=reach, up=2)
+        costs = {"peak": max(5 * into, 4 * into + 4 * out), "largest": 4 * max(into, out), "flops": 4 * _flops(conv)}
+        return Layer(name, run, channels=out, **costs, reach=-(-_reach(conv) // 2), up=2)
     if block.mode.startswith("downsample"):
         pad, conv = block.resample
         if tuple(conv.stride) != (2, 2):
@@ -307,8 +313,8 @@ def _resample(name: str, block: nn.Module) -> Layer:
             return Stream(_convolve(padded, conv))
 
         into, out = conv.in_channels, conv.out_channels
-        peak = max(2 * into, into + -(-out // 4))
-        return Layer(name, run, channels=out, peak=peak, flops=-(-_flops(conv) // 4), reach=max(pad.padding), down=2)
+        costs = {"peak": max(2 * into, into + -(-out // 4)), "largest": into, "flops": -(-_flops(conv) // 4)}
+        return Layer(name, run, channels=out, **costs, reach=max(pad.padding), down=2)
     raise ValueError(f"{name} resamples as {block.mode!r}")
 
 
@@ -327,7 +333,7 @@ def _residual_up(name: str, block: nn.Module, layers: list[Layer]) -> Layer:
     into, out, size = block.in_dim, layers[-1].channels, block.avg_shortcut.factor_s
     # The input is kept beside the layers, then the larger picture, its shortcut and the channels gathered for it.
     peak = max(into + max(layer.peak for layer in layers), into + (2 * size**2 + 1) * out)
-    return _combined(name, run, layers, peak, up=size)
+    return _combined(name, run, layers, peak, size**2 * out, up=size)
 
 
 def _residual_down(name: str, block: nn.Module) -> Layer:
@@ -346,13 +352,15 @@ def _residual_down(name: str, block: nn.Module) -> Layer:
     into, out, down = shortcut.in_channels, layers[-1].channels, shortcut.factor_s
     # diffusers' mean pads the missing frames with zeros and copies the picture once more.
     means = into + out + 2 * shortcut.factor_t * into
-    return _combined(name, run, layers, max(into + max(layer.peak for layer in layers), means), down=down)
+    peak = max(into + max(layer.peak for layer in layers), means)
+    return _combined(name, run, layers, peak, shortcut.factor_t * into, down=down)
 
 
-def _combined(name: str, run: Callable, layers: list[Layer], peak: int, up: int = 1, down: int = 1) -> Layer:
+def _combined(name: str, run: Callable, layers: list[Layer], peak: int, largest: int, up: int = 1, down: int = 1) -> Layer:
     """Layers that run together: their reach and FLOPs per pixel of the first one's input. A resampling layer is the last."""
     reach, flops = sum(layer.reach for layer in layers), sum(layer.flops for layer in layers)
-    return Layer(name, run, channels=layers[-1].channels, peak=peak, flops=flops, reach=reach, up=up, down=down)
+    costs = {"peak": peak, "largest": max(largest, *(layer.largest for layer in layers)), "flops": flops}
+    return Layer(name, run, channels=layers[-1].channels, **costs, reach=reach, up=up, down=down)
 
 
 def duplicated(x: torch.Tensor, shortcut: nn.Module) -> torch.Tensor:

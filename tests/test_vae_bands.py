@@ -140,6 +140,26 @@ def test_a_layer_reaches_as_far_as_it_says(vae, what):
 
 
 @torch.no_grad()
+def test_a_layer_needs_the_memory_that_it_says(vae, what, monkeypatch):
+    """Its input, with a branch not yet added, among what is counted."""
+    monkeypatch.setattr(importlib.import_module("qwen_fast_kernels.rms_norm_silu"), "CPU_BLOCK", 1 << 8)
+    layers = READ[what](vae)
+    channels = picture(vae, what).shape[1]
+    for layer in layers:
+        shape = (1, channels, 32, 32)
+
+        def half(shape=shape) -> torch.Tensor:
+            return torch.ones(shape).contiguous(memory_format=torch.channels_last)
+
+        with LiveBytes() as counter:
+            stream = Stream(half(), half() if layer is not layers[0] else None)
+            counter.peak = 0  # what made the input is not the layer's
+            layer.run(stream)
+        pixels, channels = 4 * 32 * 32, layer.channels
+        assert 0.5 * layer.peak * pixels <= counter.peak <= 1.05 * layer.peak * pixels + 4096, layer.name
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("part", [2, 3])
 def test_bands_keep_to_the_memory(vae, what, part, monkeypatch):
     """Tensor bytes counted at every operation: near the estimate, and within the limit that it was planned for."""
@@ -187,6 +207,10 @@ def test_the_plan_that_fits_with_the_least_work():
     for plan, limit in zip(plans[2:], (6, 3, 2), strict=True):
         assert plan.bands > 1 and plan.peak <= limit * gib and 0 < plan.overhead < 0.1
     assert all(less.overhead <= more.overhead for less, more in itertools.pairwise(plans))
+    # No tensor too large for 32 bits, however much memory there is.
+    cut = choose(layers, shape, 2, None, vae_bands.MOST_ON_CUDA)
+    assert cut.bands == 2 and cut.overhead < 0.01
+    assert choose(layers, torch.Size((1, 16, 256, 256)), 2, None, vae_bands.MOST_ON_CUDA).bands == 1
     # Of stock 20.8 GiB are reported at 2048x2048.
     assert whole_peak(layers, torch.Size((1, 16, 256, 256)), 2) < 6 * gib
 
