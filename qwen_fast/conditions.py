@@ -6,6 +6,7 @@ import diffusers
 import torch
 
 from .modulation import BlockModulation, ModulationTable, TableCache
+from .stages import stage
 
 
 class Conditions(Protocol):
@@ -111,7 +112,8 @@ class TableConditions:
     def begin(self, timestep: torch.Tensor) -> bool:
         if self.table is None:
             # Here and not earlier: before its first forward the weights of an offloaded model are not on the device.
-            self.table = self._tables.get(self._model, self.timesteps, device=timestep.device)
+            with stage("modulation"):
+                self.table = self._tables.get(self._model, self.timesteps, device=timestep.device)
         return True
 
     def block(self, index: int) -> BlockModulation:

@@ -9,6 +9,7 @@ import torch
 from . import graph
 from .calls import CALL, accelerated, lora_scale
 from .forwards import Forwards, Task, sampler_step
+from .stages import steps
 
 _STEPS_AHEAD = 2  # the host may prepare so many steps before it waits: `interrupt` and the progress bar stay honest
 
@@ -44,7 +45,7 @@ def denoise(pipe: Any, latents: torch.Tensor, task: Task, callback: Any, callbac
         if reason is None:
             captured = graph.captured_step(pipe, call, forwards, latents)
         state.graph = reason
-        for i, t in enumerate(schedule.timesteps):
+        for i, t in enumerate(steps(schedule.timesteps)):
             if pipe.interrupt:
                 continue
             pipe._current_timestep = t

@@ -24,6 +24,7 @@ from .mixin import AcceleratedPipeline
 from .modulation import table_reason
 from .reporting import STATE, State, logger
 from .schedule import Schedule
+from .stages import stage, staged
 from .text import configure as configure_texts
 from .text import of_call as texts_of_call
 from .text import repeated
@@ -32,6 +33,10 @@ from .text import repeated
 def _stock_loop(stock: type) -> Callable[..., Any]:
     """`__call__` of a pipeline that keeps diffusers' denoising loop and gets its speed from our scheduler."""
     signature = inspect.signature(stock.__call__)
+
+    def in_stages(self, *args, **kwargs):
+        with staged(self):
+            return stock.__call__(self, *args, **kwargs)
 
     @functools.wraps(stock.__call__)
     def call(self, *args, **kwargs):
@@ -46,11 +51,11 @@ def _stock_loop(stock: type) -> Callable[..., Any]:
         if reason is not None:
             self.fast_state.fall_back(reason)
             self.remove_transformer()  # stock's forward needs all its weights on the device
-            return stock.__call__(self, *args, **kwargs)
+            return in_stages(self, *args, **kwargs)
         reason = self.install_transformer()
         if reason is not None:
             self.fast_state.fall_back(reason)
-            return stock.__call__(self, *args, **kwargs)
+            return in_stages(self, *args, **kwargs)
         texts = texts_of_call(self, bound.arguments)
         with texts, self._images(), accelerated(self.transformer, self.fast_state) as forwards:
             forwards.changing = bound.arguments.get("callback_on_step_end") is not None
@@ -58,7 +63,7 @@ def _stock_loop(stock: type) -> Callable[..., Any]:
             if self.fast_state.modulation == "table" and self.fast_state.no_table is None:
                 tables = self.transformer.__dict__[ATTACHED].tables
                 forwards.conditions = ScheduledConditions(self.transformer, tables, self, forwards.changing)
-            return stock.__call__(self, *args, **kwargs)
+            return in_stages(self, *args, **kwargs)
 
     return call
 
@@ -154,7 +159,8 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
         if reason is not None:
             self.fast_state.fall_back(reason)
             self.remove_transformer()  # stock's forward needs all its weights on the device
-            return super().__call__(*args, **kwargs)
+            with staged(self):
+                return super().__call__(*args, **kwargs)
         arguments = dict(bound.arguments)
         arguments.pop("self")
         with texts_of_call(self, arguments):
@@ -220,20 +226,21 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
             max_sequence_length=max_sequence_length,
         )
         batch_size = len(prompt) if isinstance(prompt, list) else 1 if prompt is not None else prompt_embeds.shape[0]
-        prompt_embeds, prompt_embeds_mask = encode(
-            prompt=prompt, prompt_embeds=prompt_embeds, prompt_embeds_mask=prompt_embeds_mask
-        )
-        if do_true_cfg:
-            negative_prompt_embeds, negative_prompt_embeds_mask = encode(
-                prompt=negative_prompt,
-                prompt_embeds=negative_prompt_embeds,
-                prompt_embeds_mask=negative_prompt_embeds_mask,
+        with stage("text"):
+            prompt_embeds, prompt_embeds_mask = encode(
+                prompt=prompt, prompt_embeds=prompt_embeds, prompt_embeds_mask=prompt_embeds_mask
             )
-            if negative_prompt_embeds.shape[0] == num_images_per_prompt and batch_size > 1:
-                # One negative prompt for all: diffusers leaves it to broadcasting, which several pictures a prompt break.
-                negative_prompt_embeds = repeated(negative_prompt_embeds, batch_size)
-                if negative_prompt_embeds_mask is not None:
-                    negative_prompt_embeds_mask = negative_prompt_embeds_mask.repeat(batch_size, 1)
+            if do_true_cfg:
+                negative_prompt_embeds, negative_prompt_embeds_mask = encode(
+                    prompt=negative_prompt,
+                    prompt_embeds=negative_prompt_embeds,
+                    prompt_embeds_mask=negative_prompt_embeds_mask,
+                )
+        if do_true_cfg and negative_prompt_embeds.shape[0] == num_images_per_prompt and batch_size > 1:
+            # One negative prompt for all: diffusers leaves it to broadcasting, which several pictures a prompt break.
+            negative_prompt_embeds = repeated(negative_prompt_embeds, batch_size)
+            if negative_prompt_embeds_mask is not None:
+                negative_prompt_embeds_mask = negative_prompt_embeds_mask.repeat(batch_size, 1)
 
         latents = self.prepare_latents(
             batch_size * num_images_per_prompt,
@@ -246,9 +253,13 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
             latents,
         )
         grid_size = (1, height // self.vae_scale_factor // 2, width // self.vae_scale_factor // 2)
-        schedule = Schedule.from_scheduler(
-            self.scheduler, num_inference_steps, image_seq_len=latents.shape[1], sigmas=sigmas, device=device
-        )
+        with stage("schedule"):
+            scheduled = functools.partial(
+                Schedule.from_scheduler, self.scheduler, num_inference_steps, image_seq_len=latents.shape[1], sigmas=sigmas
+            )
+            schedule = scheduled(device=device)
+            # The host's own copy names the modulation table without asking the device for its values.
+            host_timesteps = scheduled().model_timesteps(latents.dtype)
         self.fast_state.calls["flow_match_schedule"] += 1
         self._num_timesteps = schedule.num_inference_steps
 
@@ -258,19 +269,17 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
         prompts = [(prompt_embeds, prompt_embeds_mask), (negative_prompt_embeds, negative_prompt_embeds_mask)]
         task = Task(
             schedule=schedule,
-            # The host's own copy names the table without asking the device for its values.
-            host_timesteps=Schedule.from_scheduler(
-                self.scheduler, num_inference_steps, image_seq_len=latents.shape[1], sigmas=sigmas
-            ).model_timesteps(latents.dtype),
+            host_timesteps=host_timesteps,
             prompts=prompts if do_true_cfg else prompts[:1],
             true_cfg_scale=true_cfg_scale if do_true_cfg else None,
             guidance=self._guidance(guidance_scale, latents),
             img_shapes=[[grid_size]] * batch_size,
         )
-        latents = denoise(self, latents, task, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        with stage("denoise"):
+            latents = denoise(self, latents, task, callback_on_step_end, callback_on_step_end_tensor_inputs)
         image = latents
         if output_type != "latent":
-            with self._images():
+            with stage("vae"), self._images():
                 image = self._decode(latents, height, width, output_type)
         self.maybe_free_model_hooks()
         return QwenImagePipelineOutput(images=image) if return_dict else (image,)
