@@ -135,7 +135,7 @@ def main() -> int:
                     )
                     print(
                         f"{what}, {layers} layers {options.width} wide, {dtype}, {options.tokens} + {negative_tokens} tokens:"
-                        f"{compared} ours {fast_p50 * 1e3:.3f} ms (p20 {fast_p20 * 1e3:.3f}), largest difference {difference:g}",
+                        f"{compared} ours {fast_p50 * 1e3:.3f} ms (p20 {fast_p20 * 1e3:.3f}), at most {difference:g} apart",
                         flush=True,
                     )
                     rows.append(
