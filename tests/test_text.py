@@ -87,6 +87,15 @@ def test_a_tokenizer_that_pads_left(checkpoint):
     assert_equal(encode(ours, [SHORT, LONG]), encode(theirs, [SHORT, LONG]))
 
 
+def test_a_prompt_padded_to_another_width_is_another(checkpoint):
+    """Its last digits depend on the width, and stock's too."""
+    pipe = qwen_fast.enable(stock(checkpoint))
+    for prompt, hits, misses in ((SHORT, 0, 1), ([SHORT, LONG], 0, 3), (LONG, 1, 3), ([LONG, SHORT], 3, 3)):
+        encode(pipe, prompt)
+        cache = qwen_fast.report(pipe).prompt_cache
+        assert (cache["hits"], cache["misses"]) == (hits, misses), prompt
+
+
 def test_prompts_of_one_width_share_a_forward(checkpoint):
     pipe = qwen_fast.enable(stock(checkpoint))
     seen = []
