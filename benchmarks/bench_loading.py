@@ -144,7 +144,8 @@ def compare(path: Path, size: int, dtype: str, source: tuple[str, bool], options
         rows.append(
             [
                 datetime.date.today(), *source, machine, torch.__version__, diffusers.__version__,
-                transformers.__version__, options.device, dtype, size, how, options.repeats, f"{seconds:.3f}", f"{cpu:.3f}", peak, int(after),
+                transformers.__version__, options.device, dtype, size, how, options.repeats,
+                f"{seconds:.3f}", f"{cpu:.3f}", peak, int(after),
             ]
         )  # fmt: skip
     return rows
