@@ -112,15 +112,16 @@ def main() -> int:
             text_layers=3, vae_base_dim=32, dtype=torch.bfloat16, max_shard_size="100MB",
         )  # fmt: skip
         size = sum(file.stat().st_size for file in Path(path).rglob("*.safetensors"))
+        source = git("rev-parse", "--short", "HEAD"), bool(git("status", "--porcelain"))  # before the rows change it
         for dtype in options.dtypes:
-            rows = compare(path, size, dtype, options)
+            rows = compare(path, size, dtype, source, options)
             if options.append:
                 append(options.append, FIELDS, rows)
     return 0
 
 
-def compare(path: Path, size: int, dtype: str, options: argparse.Namespace) -> list[list]:
-    """Rows of one dtype; printed too."""
+def compare(path: Path, size: int, dtype: str, source: tuple[str, bool], options: argparse.Namespace) -> list[list]:
+    """Rows of one dtype; printed too. `source`: commit, and whether it was changed."""
     results: dict[str, list[dict[str, float]]] = {how: [] for how in KINDS}
     # Freed tensors go back to the system at once, rather than when the C library sees fit.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
@@ -142,9 +143,9 @@ def compare(path: Path, size: int, dtype: str, options: argparse.Namespace) -> l
         )
         rows.append(
             [
-                datetime.date.today(), git("rev-parse", "--short", "HEAD"), bool(git("status", "--porcelain")), machine,
-                torch.__version__, diffusers.__version__, transformers.__version__, options.device, dtype, size, how,
-                options.repeats, f"{seconds:.3f}", f"{cpu:.3f}", peak, int(after),
+                datetime.date.today(), *source, machine, torch.__version__, diffusers.__version__,
+                transformers.__version__, options.device, dtype, size, how, options.repeats,
+                f"{seconds:.3f}", f"{cpu:.3f}", peak, int(after),
             ]
         )  # fmt: skip
     return rows
