@@ -289,7 +289,7 @@ def _largest_series(rows: list[Row], varied: Sequence[str]) -> list[Row]:
         groups.setdefault(tuple(row[name] for name in CASE if name not in varied), []).append(row)
 
     def values(group: list[Row]) -> int:
-        return len({tuple(row[name] for name in varied) for row in group if row["rung"] == _STOCK})
+        return len({tuple(row[name] for name in varied) for row in group})
 
     largest = max(groups.values(), key=lambda group: (values(group), len(group)), default=[])
     return largest if values(largest) > 1 else []

@@ -61,7 +61,10 @@ class _Counter(TorchDispatchMode):
         out = func(*args, **kwargs)
         name = func._opname
         if func.namespace == "qwen_fast" and name in TRAFFIC:
-            self.pieces.append(Piece(name, *TRAFFIC[name](*args)))
+            # What stands at its default does not come through the dispatcher.
+            left_out = func._schema.arguments[len(args) :]
+            given = [*args, *(kwargs.get(argument.name, argument.default_value) for argument in left_out)]
+            self.pieces.append(Piece(name, *TRAFFIC[name](*given)))
         elif func.overloadpacket in flop_registry:
             flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
             self.pieces.append(Piece(name, _bytes([*args, out]), flops))

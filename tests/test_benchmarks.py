@@ -17,13 +17,14 @@ from pytest_benchmark.session import PerformanceRegression
 
 from benchmarks import bench_operators, suite
 from benchmarks.bench_transformer import Case as Forwards
+from benchmarks.cases import TRAFFIC
 from benchmarks.ceilings import Ceilings
 from benchmarks.grid import SHAPES
 from benchmarks.grid import Case as GridCase
 from benchmarks.rows import read
 from benchmarks.suite import DeviceClock, measure, sets
 from benchmarks.work import Piece, count, floor_seconds
-from qwen_fast_kernels import euler_step
+from qwen_fast_kernels import ada_layer_norm, euler_step
 
 ROOT = Path(__file__).parents[1]
 ROUND = 2.0**-11  # seconds between two readings of `tick`, exact in binary
@@ -178,7 +179,7 @@ def test_the_device_clock_forgets_a_round_cut_short():
     clock = DeviceClock(FakeEvent, lambda: None)
     clock()
     clock.reset()
-    assert clock() == 0.0 and clock() == ROUND
+    assert [clock(), clock(), clock(), clock()] == [0.0, ROUND, 0.0, ROUND]
 
 
 @pytest.mark.parametrize(("host", "timer"), [(False, suite.DEVICE_CLOCK), (True, suite.synchronized_clock)])
@@ -221,6 +222,14 @@ def test_rounds_take_the_buffers_by_turns():
     assert info["share_of_ceiling"] == pytest.approx(0.75) and info["ceiling"] == "copy"  # (1 s + 0.5 s) of 2 s
 
 
+def test_rounds_fill_the_time(monkeypatch):
+    seconds, calls = iter(range(100)), []  # every reading half a second later: a call takes that
+    monkeypatch.setattr(suite, "time", types.SimpleNamespace(perf_counter=lambda: next(seconds) / 2))
+    runs, pieces = [lambda: calls.append(0)], [Piece("euler_step", 1, 1)]
+    measure(Fixture(), runs, lambda _: {}, pieces, ceilings=lambda: CEILINGS, max_time=6.5, min_rounds=5)
+    assert len(calls) == 2 + 13
+
+
 def test_rounds_are_bounded():
     calls, pieces = [], [Piece("euler_step", 1, 1)]
     runs = [lambda: calls.append(0)]
@@ -244,6 +253,17 @@ def test_work_is_counted():
     assert product[1:] == (4 * (5 * 8 + 3 * 8 + 3 + 5 * 3), 2 * 5 * 8 * 3)
     assert step == ("euler_step", 3 * 4 * 256, 2 * 256)
     assert attention[1:] == (4 * 4 * query.numel(), 4 * 2 * 6 * 6 * 8) and attention.kind == "attention"
+
+
+def test_arguments_at_their_defaults_are_counted_too(monkeypatch):
+    """They do not come through the dispatcher."""
+    seen = []
+    monkeypatch.setitem(TRAFFIC, "ada_layer_norm", lambda *arguments: seen.append(arguments) or (1, 1))
+    x, table, index = torch.randn(5, 8), torch.randn(3, 2, 8), torch.zeros(1, dtype=torch.int32)
+    with torch.no_grad():
+        count(lambda: ada_layer_norm(x, table, table, index, 2))
+    ((*_, txt_rows, token_rows, eps),) = seen
+    assert (txt_rows, token_rows, eps) == (2, None, 1e-6)
 
 
 def test_the_count_of_a_step_agrees_with_the_ladders_arithmetic():

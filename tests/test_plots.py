@@ -101,7 +101,7 @@ def test_a_wrong_result_shows_no_speedup():
 
 
 def test_the_case_with_most_rungs_is_drawn():
-    others = [row(width=512), row("qwen_fast as enabled", 1.0, width=512)]
+    others = [row(seconds=7.0, width=512), row("qwen_fast as enabled", 1.0, width=512)]
     (axes,) = ladder_figure(others + LADDER).axes
     assert [bar.get_width() for bar in axes.patches][0] == 10.0
 
@@ -143,6 +143,7 @@ def test_a_step_has_a_place_under_the_roof():
     work = Case(1024, 1024, 50, True, 1, 128, QWEN_IMAGE).work()
     assert point.variant == "stock" and point.rate == pytest.approx((work.product_flops + work.attention_flops) / 0.2)
     assert 500 < point.intensity < 5000  # far on the side of the products
+    assert point_of(row(dtype="float32")).intensity == pytest.approx(point.intensity / 2)  # twice the bytes
     assert point_of(row(model="Qwen-Image")) is None and point_of(row("qwen_fast as enabled", None)) is None
     assert point_of(row("+ packed CFG")) is None
 

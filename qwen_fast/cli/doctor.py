@@ -18,7 +18,7 @@ examples:
 Exit code: 0 healthy, 1 not."""
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "numpy")
-OPTIONAL = {"peft": "generate --lora", "matplotlib": "schedule --plot FILE.png"}
+OPTIONAL = {"peft": "generate --lora", "matplotlib": "schedule --plot FILE.png, bench --plot"}
 STEPS = (1, 2, 4, 8, 20, 50)
 IMAGE_SEQ_LENS = (1024, 4096, 6889, 16384)  # 512, 1024, 1328 and 2048 pixels squared
 
