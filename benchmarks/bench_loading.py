@@ -112,9 +112,10 @@ def main() -> int:
             text_layers=3, vae_base_dim=32, dtype=torch.bfloat16, max_shard_size="100MB",
         )  # fmt: skip
         size = sum(file.stat().st_size for file in Path(path).rglob("*.safetensors"))
-        rows = [row for dtype in options.dtypes for row in compare(path, size, dtype, options)]
-    if options.append:
-        append(options.append, FIELDS, rows)
+        for dtype in options.dtypes:
+            rows = compare(path, size, dtype, options)
+            if options.append:
+                append(options.append, FIELDS, rows)
     return 0
 
 
