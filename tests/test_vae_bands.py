@@ -95,6 +95,26 @@ def test_biases_added_later(vae, what, monkeypatch):
     assert not torch.equal(actual, expected) and (actual - expected).abs().max() <= 1e-5
 
 
+@pytest.mark.triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs natively here")
+def test_through_the_interpreted_kernel(vae, what, monkeypatch):
+    """Every norm, and every bias and residual before one, by the operator's Triton launcher."""
+    module, seen = importlib.import_module("qwen_fast_kernels.rms_norm_silu"), []
+
+    def launched(x, gamma, x_bias=None, residual=None, silu=True):
+        seen.append((x_bias is not None, residual is not None, silu))
+        config = module.default_config(90, x.shape[1], x.element_size())
+        return module.launch_rms_norm_silu(x, gamma, x_bias, residual, silu, config=config)
+
+    x = picture(vae, what, 2, 2)
+    expected = code(vae, what, x)
+    monkeypatch.setattr(vae_layers, "BIAS_LATER", {"cpu"})
+    monkeypatch.setattr(vae_layers, "rms_norm_silu", launched)
+    actual = code(qwen_fast.enable_vae(vae), what, x)
+    assert (actual - expected).abs().max() <= 1e-5
+    assert {(False, False, True), (True, False, True), (True, True, True), (True, True, False)} <= set(seen)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("height", [12, 13])
 def test_every_way_to_cut_gives_the_whole_picture(vae, what, height):
