@@ -77,6 +77,16 @@ def test_a_copy_starts_empty(tmp_path):
     assert cache.nbytes == encoded().nbytes
 
 
+def test_a_copy_of_the_pipeline_has_a_cache_of_its_own(checkpoint):
+    theirs, ours = stock(checkpoint), qwen_fast.enable(stock(checkpoint))
+    encode(ours, "a cat")
+    twin = copy.deepcopy(ours)
+    twin.text_encoder.model.language_model.norm.weight.data.mul_(2)
+    assert torch.equal(encode(ours, "a cat")[0], encode(theirs, "a cat")[0])
+    assert not torch.equal(encode(twin, "a cat")[0], encode(theirs, "a cat")[0])
+    assert [qwen_fast.report(pipe).prompt_cache["misses"] for pipe in (ours, twin)] == [1, 1]
+
+
 def test_threads_share_a_cache():
     cache, failures = PromptCache(max_bytes=5 * encoded().nbytes), []
 
