@@ -135,11 +135,18 @@ def ours(*, fused: bool = True, packed: bool = True, cuda_only: bool = False, gu
                 stack.callback(pipe.__dict__.pop, "install_transformer", None)
             stack.callback(qwen_fast.disable, pipe)
             qwen_fast.enable(pipe, **options)
-            before = dict(qwen_fast.report(pipe).fallbacks)
-            yield ""
-            fallbacks = {why: n for why, n in qwen_fast.report(pipe).fallbacks.items() if n > before.get(why, 0)}
-            if fused and fallbacks:
-                raise RuntimeError(f"stock diffusers ran instead: {', '.join(fallbacks)}")
+
+            def refuse_fallbacks() -> None:
+                reasons = qwen_fast.report(pipe).fallbacks
+                if fused and reasons:
+                    raise RuntimeError(f"stock diffusers ran instead: {', '.join(reasons)}")
+
+            try:
+                yield ""
+            except Exception:
+                refuse_fallbacks()  # the better reason
+                raise
+            refuse_fallbacks()
 
     return enter
 

@@ -180,6 +180,7 @@ def test_a_checkpoint_is_measured_with_its_prompts(session, checkpoint):
 def test_memory_is_checked_before_anything_is_allocated(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "free_memory", lambda device: 30 * 2**30)
     monkeypatch.setattr(models, "random_pipeline", lambda *_: pytest.fail("allocated"))
+    monkeypatch.setattr(bench, "measure_ceilings", lambda *_, **__: pytest.fail("measured"))
     options = bench.Options(CPU, torch.bfloat16, cases=[Case()], out=tmp_path)
     with pytest.raises(ValueError, match=r"60 layers needs about 4\d\.\d GiB.*30\.0 GiB are free.*--layers 4\d would fit"):
         bench.run(options)
