@@ -15,6 +15,7 @@ from qwen_fast.demo.scenes import COLOURS, SHAPES, Request
 from qwen_fast.demo.train import __main__ as training
 from qwen_fast.demo.train import denoiser, progress, text, vae
 from qwen_fast.demo.train.plan import DecoderPlan, DenoiserPlan, Plan, VAEPlan
+from qwen_fast.testing import QWEN_IMAGE_SCHEDULER_CONFIG
 
 TINY = Plan(
     vae=VAEPlan(base_dim=2, steps=4, batch=2),
@@ -131,6 +132,62 @@ def test_noise_levels_are_those_of_the_schedule():
     mu = 0.5 + (0.9 - 0.5) / (8192 - 256) * (16 - 256)
     expected = torch.sigmoid(torch.tensor(mu) + torch.linspace(0.001, 0.999, 4096).logit())
     assert (sigmas.sort().values - expected).abs().max() < 0.005
+
+
+@pytest.fixture
+def one_latent():
+    """A data set of a single latent, its features, and the latent."""
+    latent = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
+    data = [denoiser.Latents(latent.half().repeat(8, 1, 1), (2, 2), ["a"] * 8)]
+    values = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(2))
+    features = text.Features(values, torch.tensor([[True, False, False], [True] * 3]), {text.NEGATIVE: 0, "a": 1})
+    return data, features, latent
+
+
+def test_the_denoiser_learns_to_go_where_the_schedule_goes(one_latent, tmp_path):
+    """From noise down to the one latent that it was shown, by the steps of stock's scheduler."""
+    data, features, latent = one_latent
+    recipe = dataclasses.replace(TINY.denoiser, heads=3, steps=150, batch=16, learning_rate=3e-3)
+    plan = dataclasses.replace(TINY, denoiser=recipe)
+    model = denoiser.train_denoiser(plan, data, features, tmp_path / "state.pt", CPU, keep_every=1000)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(QWEN_IMAGE_SCHEDULER_CONFIG)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 10, 10), mu=0.49)
+    latents = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(3))
+    for step in scheduler.timesteps:
+        with torch.no_grad():
+            velocity = model(
+                hidden_states=latents,
+                encoder_hidden_states=features.values[1:],
+                encoder_hidden_states_mask=features.mask[1:],
+                timestep=step[None] / 1000,
+                img_shapes=[[(1, 2, 2)]],
+                return_dict=False,
+            )[0]
+        latents = scheduler.step(velocity, step, latents, return_dict=False)[0]
+    error = (latents[0] - latent).square().mean() / latent.square().mean()
+    assert error < 0.1, error
+
+
+@pytest.mark.parametrize(("dropped", "seen"), [(0.0, {1}), (1.0, {0}), (0.5, {0, 1})])
+def test_dropped_captions_are_the_negative_prompt(one_latent, tmp_path, monkeypatch, dropped, seen):
+    data, features, _ = one_latent
+    found, build = set(), denoiser.build_transformer
+
+    def spied(plan):
+        transformer = build(plan)
+        transformer.register_forward_pre_hook(look, with_kwargs=True)
+        return transformer
+
+    def look(_, __, call):
+        for values, mask in zip(call["encoder_hidden_states"], call["encoder_hidden_states_mask"], strict=True):
+            (index,) = [i for i in range(2) if torch.equal(values, features.values[i])]
+            assert torch.equal(mask, features.mask[index])
+            found.add(index)
+
+    monkeypatch.setattr(denoiser, "build_transformer", spied)
+    plan = dataclasses.replace(TINY, denoiser=dataclasses.replace(TINY.denoiser, dropped=dropped, steps=3, batch=8))
+    denoiser.train_denoiser(plan, data, features, tmp_path / "state.pt", CPU)
+    assert found == seen
 
 
 def test_latents_are_packed_as_the_pipeline_unpacks_them(trained):

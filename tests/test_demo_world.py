@@ -49,6 +49,30 @@ def test_sentences_that_are_refused(prompt, message):
         Request.parse(prompt)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "layout"),
+    [
+        ("a red circle on a blue background", [(48, 32, 21.8)]),
+        ("a small red circle on a blue background", [(48, 32, 13.4)]),
+        ("a red circle on the left of a blue background", [(16, 32, 13.4)]),
+        ("a red circle on the right of a blue background", [(80, 32, 13.4)]),
+        ("a red circle on the top of a blue background", [(48, 16, 13.4)]),
+        ("a red circle on the bottom of a blue background", [(48, 48, 13.4)]),
+        ("two red circles on a blue background", [(32, 32, 13.4), (64, 32, 13.4)]),
+        ("a red circle and a green cross on a blue background", [(32, 32, 13.4), (64, 32, 13.4)]),
+        ("a red circle above a green cross on a blue background", [(48, 16, 13.4), (48, 48, 13.4)]),
+    ],
+)
+def test_words_say_where(prompt, layout):
+    """x to the right, y down; in 96x64."""
+    assert np.allclose(scene(prompt, 96, 64).layout, layout, atol=1.0)
+    first, *second = layout
+    seen = picture(scene(prompt, 96, 64), width=96)[0]
+    assert tuple(seen[round(first[1]), round(first[0])]) == COLOURS["red"]
+    if second and "green" in prompt:
+        assert tuple(seen[round(second[0][1]), round(second[0][0])]) == COLOURS["green"]
+
+
 @pytest.mark.parametrize("size", [(64, 64), (96, 64), (64, 96)])
 def test_the_judge_is_right_about_every_render(size):
     rng = random.Random(1)

@@ -49,6 +49,8 @@ def test_the_wheel_holds_our_packages_and_no_kernels(wheel):
     for module in ("qwen_fast/pipeline.py", "qwen_fast/cli/generate.py", "qwen_fast_kernels/cfg_euler_step.py"):
         assert module in names
     assert "qwen_fast_benchmarks/rows.py" in names
+    listed = (ROOT / "qwen_fast" / "demo" / "checkpoint" / "SHA256SUMS").read_text().splitlines()
+    assert {f"qwen_fast/demo/checkpoint/{line.split('  ')[1]}" for line in listed} <= set(names)
 
 
 BENCHMARKS = "from qwen_fast.cli.loading import benchmarks; print(benchmarks('rows').__file__)"

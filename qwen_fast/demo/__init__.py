@@ -9,11 +9,11 @@ from pathlib import Path
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 CHECKSUMS = "SHA256SUMS"
-# Within what the checkpoint draws reliably; none of them was in its training.
+# Within what the checkpoint draws reliably. Training never showed these colours of these shapes on this background.
 PROMPTS = (
-    "a large red circle on a white background",
-    "a large blue square on a yellow background",
-    "a large green triangle on a black background",
+    "a red circle on a white background",
+    "a small blue cross on the left of a white background",
+    "an orange triangle on a white background",
 )
 
 

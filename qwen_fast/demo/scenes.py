@@ -49,9 +49,9 @@ class Request:
     Args:
         things (tuple): one or two of (colour, shape), in the order of the sentence.
         background (str): a colour, not that of a thing.
-        size (str): "small", "large" or None; one thing only, two are small.
+        size (str): "small", "large" or None: large in the middle, small elsewhere; one thing only, two are small.
         place (str): a key of PLACES, or None: in the middle; one thing only.
-        arrangement (str): of two different things, a key of ARRANGEMENTS; of two equal ones None, then either.
+        arrangement (str): of two different things, a key of ARRANGEMENTS; of two equal ones None: side by side.
 
     Raises:
         ValueError: a word that is not of this world, or a combination that it does not have.
@@ -153,9 +153,9 @@ def lay_out(request: Request, width: int, height: int, rng: random.Random) -> Sc
     if len(request.things) == 1:
         right, down = PLACES.get(request.place, (0, 0))
         centres = [(width / 2 + right * (width / 2 - step), height / 2 + down * (height / 2 - step))]
-        size = request.size or ("small" if request.place else rng.choice(list(SIZES)))
+        size = request.size or ("small" if request.place else "large")
     else:
-        right, down = ARRANGEMENTS[request.arrangement or rng.choice(list(ARRANGEMENTS))]
+        right, down = ARRANGEMENTS[request.arrangement or "and"]
         centres = [(width / 2 + sign * right * step, height / 2 + sign * down * step) for sign in (-1, 1)]
         size = "small"
     jitter = 0.015 * short

@@ -53,7 +53,7 @@ class DenoiserPlan:
     heads: int = 4
     head_dim: int = 64
     scenes: int = 16_000
-    steps: int = 2_700
+    steps: int = 3_700
     batch: int = 64
     learning_rate: float = 1e-3
     dropped: float = 0.1

@@ -32,9 +32,9 @@ A model of Qwen-Image's architecture, trained from nothing on rendered scenes of
 that small world says, and nothing else. It holds no weight of Qwen-Image and saw no picture but its own renderer's.
 {sizes}
 
-Sentences: "a large red circle on a white background", "a small blue cross on the left of a black background",
-"two green squares on a white background", "a red circle and a blue square on a white background", "a red circle above a
-blue square on a white background". Colours: red, green, blue, yellow, purple, orange, white, black. Shapes: circle, square,
+Sentences: "a red circle on a white background", "a small blue cross on the left of a black background", "two green squares on a
+white background", "a red circle and a blue square on a white background", "a red circle above a blue square on a white
+background". Colours: red, green, blue, yellow, purple, orange, white, black. Shapes: circle, square,
 triangle, cross. Other words mean nothing to it. Pictures of 64x64 and 96x64 pixels; others are outside of its training.
 
 ## How well it draws

@@ -84,7 +84,8 @@ def training_pictures(plan: Plan, step: int, count: int) -> tuple[list[Scene], t
 
 
 def warmup_cosine(step: int, steps: int, warmup: int) -> float:
-    """Share of the learning rate at `step`: up in a line, down to 0 in half a cosine."""
+    """Share of the learning rate at `step`: up in a line (a tenth of `steps` at most), down to 0 in half a cosine."""
+    warmup = max(1, min(warmup, steps // 10))
     return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 

@@ -1,0 +1,86 @@
+"""The committed demo checkpoint: whole, small, loaded by stock diffusers, and drawing what its prompts say."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+import qwen_fast
+from pipelines import assert_ran_fast, assert_same_latents, draw, stock
+from qwen_fast import demo
+from qwen_fast.checkpoint import check_folder
+from qwen_fast.demo import __main__ as main
+from qwen_fast.demo.judge import judge
+from qwen_fast.demo.scenes import Request
+
+CALL = {"negative_prompt": " ", "true_cfg_scale": 4.0, "num_inference_steps": 20}
+SIZES = ((64, 64), (96, 64))  # width, height
+
+
+def test_it_is_whole_small_and_bf16():
+    folder = demo.checkpoint()
+    check_folder(folder)
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 24e6
+    for file in folder.rglob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"BF16"}
+    listed = {line.split("  ")[1] for line in (folder / demo.CHECKSUMS).read_text().splitlines()}
+    assert listed == {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {demo.CHECKSUMS}
+
+
+def test_it_is_of_qwen_image_s_classes():
+    pipe = stock(demo.CHECKPOINT)
+    assert type(pipe) is diffusers.QwenImagePipeline
+    assert type(pipe.transformer) is diffusers.QwenImageTransformer2DModel and pipe.transformer.config.in_channels == 64
+    assert type(pipe.vae) is diffusers.AutoencoderKLQwenImage and pipe.vae.config.z_dim == 16
+    assert len(pipe.tokenizer(pipe.prompt_template_encode.split("{}")[0]).input_ids) == 34
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return stock(demo.CHECKPOINT)
+
+
+@pytest.mark.parametrize("prompt", demo.PROMPTS)
+@pytest.mark.parametrize("size", SIZES)
+def test_the_default_prompts_are_drawn_as_asked(pipe, prompt, size):
+    assert Request.parse(prompt)
+    for seed in (0, 1):
+        picture = draw(pipe, seed, prompt=prompt, width=size[0], height=size[1], **CALL)[0]
+        assert judge(np.asarray(picture), prompt).everything, (prompt, size, seed)
+
+
+def test_the_default_prompts_were_never_shown():
+    assert all(Request.parse(prompt).held_out for prompt in demo.PROMPTS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ours_draws_the_same(dtype):
+    pipe = stock(demo.CHECKPOINT, dtype)
+    prompts = list(demo.PROMPTS)
+
+    def run(**arguments):
+        generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
+        call = CALL | {"negative_prompt": [" "] * len(prompts)} | arguments
+        return draw(pipe, prompt=prompts, width=64, height=64, generator=generators, **call)
+
+    expected, pictures = run(output_type="latent"), run(output_type="np")
+    qwen_fast.enable(pipe)
+    actual, ours = run(output_type="latent"), run(output_type="np")
+    assert_ran_fast(pipe)
+    if dtype == torch.float32:
+        assert_same_latents(actual, expected)
+    for prompt, theirs, mine in zip(prompts, pictures, ours, strict=True):
+        verdicts = [judge((picture * 255).round().astype(np.uint8), prompt) for picture in (theirs, mine)]
+        assert verdicts[0] == verdicts[1] and verdicts[0].everything
+
+
+def test_the_demo_draws_and_compares(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(main, "REPEATS", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main.main(str(tmp_path)) == 0
+    out = capsys.readouterr().out
+    assert out.count("as asked") == 2 * len(demo.PROMPTS) and "not as asked" not in out
+    assert len(list(tmp_path.glob("*.png"))) == 2 * len(demo.PROMPTS)
+    assert "qwen_fast: QwenImagePipeline is accelerated" in out
