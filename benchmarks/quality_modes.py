@@ -41,6 +41,7 @@ class Mode:
         reference (str): the mode whose pictures of the same seeds this one is compared with.
         lossless (bool): whether it claims to keep the numerical contract towards its reference; `--check` holds it to that.
         call (dict): arguments of the pipeline in place of the setting's.
+        batch (int): most pictures in a call, where that is what the mode is about.
     """
 
     about: str
@@ -49,6 +50,7 @@ class Mode:
     reference: str = "stock"
     lossless: bool = False
     call: dict[str, Any] = field(default_factory=dict)
+    batch: int | None = None
 
 
 @contextlib.contextmanager
@@ -133,6 +135,8 @@ class FixedSchedule(diffusers.FlowMatchEulerDiscreteScheduler):
 BF16 = torch.bfloat16
 MODES: dict[str, Mode] = {
     "stock": Mode("stock diffusers, fp32", stock),
+    # The same arithmetic in tensors of other shapes: how far stock in fp32 is from itself.
+    "stock-alone": Mode("stock diffusers, fp32, one picture a call", stock, batch=1),
     "ours": Mode("qwen_fast, fp32", enabled(), lossless=True),
     "stock-bf16": Mode("stock diffusers, bf16", stock, BF16),
     "ours-bf16": Mode("qwen_fast, bf16", enabled(), BF16, reference="stock-bf16", lossless=True),

@@ -171,7 +171,7 @@ def draw(model: Model, name: str, mode: Mode, setting: Setting, todo: list[Case]
     """All pictures of a mode, from `store` where they are, else drawn and kept; progress goes to stdout.
 
     Args:
-        batch: most pictures in a call.
+        batch: most pictures in a call, unless the mode says.
     """
     blocks = [todo[first : first + BLOCK] for first in range(0, len(todo), BLOCK)]
     done, begin, drawn, kept = [], time.perf_counter(), 0, 0
@@ -181,7 +181,7 @@ def draw(model: Model, name: str, mode: Mode, setting: Setting, todo: list[Case]
         if found is None:
             pipe = model.pipe(mode.dtype)
             with mode.prepare(pipe, setting):
-                found = _draw_block(pipe, mode, setting, block, batch)
+                found = _draw_block(pipe, mode, setting, block, mode.batch or batch)
             store.save(path, seeds, found)
             drawn += len(block)
         else:

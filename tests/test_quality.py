@@ -50,7 +50,8 @@ def test_a_mode_leaves_the_pipeline_as_it_was(name, model):
     pipe = model.pipe(mode.dtype)
     before = type(pipe), pipe.scheduler, type(pipe.transformer), set(pipe.__dict__), dict(pipe.scheduler.config)
     with pytest.raises(KeyError), mode.prepare(pipe, TINY):
-        assert name in ("stock", "stock-bf16", "no-cfg", "steps-8", "steps-4") or before[:2] != (type(pipe), pipe.scheduler)
+        changes = name not in ("stock", "stock-alone", "stock-bf16", "no-cfg", "steps-8", "steps-4")
+        assert changes == (before[:2] != (type(pipe), pipe.scheduler))
         raise KeyError
     assert before == (type(pipe), pipe.scheduler, type(pipe.transformer), set(pipe.__dict__), dict(pipe.scheduler.config))
 
@@ -108,12 +109,20 @@ def test_a_picture_is_the_one_that_a_user_gets_from_its_seed(model, tmp_path):
         assert np.array_equal(latents, pipe(case.request.prompt, **arguments[1], output_type="latent").images[0].numpy())
 
 
-def test_batches_keep_the_order_of_the_seeds(model, tmp_path):
+def test_batches_keep_the_order_of_the_seeds(model, tmp_path, monkeypatch):
     """Prompts are grouped by their length inside; a picture must come back at its own place."""
-    todo = cases(9)
-    together = draw(model, "stock", MODES["stock"], TINY, todo, 4, Store(tmp_path / "a", {}))
-    alone = draw(model, "stock", MODES["stock"], TINY, todo, 1, Store(tmp_path / "b", {}))
-    difference, _ = latent_differences(together.latents, alone.latents)
+    todo, store, sizes, call = cases(20), Store(tmp_path, {}), {}, quality_pictures._call
+
+    def count(*args: object) -> tuple:
+        sizes.setdefault(mode, []).append(len(args[3]))
+        return call(*args)
+
+    monkeypatch.setattr(quality_pictures, "_call", count)
+    drawn = {}
+    for mode in ("stock", "stock-alone"):
+        drawn[mode] = draw(model, mode, MODES[mode], TINY, todo, 4, store)
+    assert sum(sizes["stock"]) == 20 and 1 < max(sizes["stock"]) <= 4 and sizes["stock-alone"] == [1] * 20
+    difference, _ = latent_differences(drawn["stock"].latents, drawn["stock-alone"].latents)
     assert difference.max() < 2e-6
 
 
@@ -270,14 +279,15 @@ def test_true_pictures_are_judged_right_and_wrong_ones_wrong(model, tmp_path, mo
     latents = np.ones((24, 16, 64), np.float32)
 
     def drawn(model, name, *_):
-        return Pictures(pictures if name == "stock" else np.roll(pictures, 2, 0), latents)
+        return Pictures(pictures if name == "stock" else np.roll(pictures, 1, 0), latents)
 
     monkeypatch.setattr(quality, "draw", drawn)
-    modes = {"stock": MODES["stock"], "rolled": Mode("rolled", stock)}
-    right, wrong = quality.measure(model, modes, Setting(64, 64, 20), todo, 8, Store(tmp_path, {}))
+    modes = {"stock": MODES["stock"], "rolled": Mode("rolled", stock), "same": Mode("same", stock, reference="rolled")}
+    right, wrong, same = quality.measure(model, modes, Setting(64, 64, 20), todo, 8, Store(tmp_path, {}))
     assert right.scope(todo, (1, 2))["everything"] == 1 and right.scope(todo, (2,))["count"] == 1
     figures = wrong.scope(todo, (1, 2))
     assert figures["everything"] == figures["same_verdict"] == 0 and figures["psnr_p50"] < 20 and figures["ssim_mean"] < 0.9
+    assert same.scope(todo, (1, 2))["same_picture"] == same.scope(todo, (1, 2))["same_verdict"] == 1
 
 
 # Bad input
@@ -286,7 +296,7 @@ def test_true_pictures_are_judged_right_and_wrong_ones_wrong(model, tmp_path, mo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--modes", "ours", "fast"], "--modes fast: no such mode; there are stock, ours"),
+        (["--modes", "ours", "fast"], "--modes fast: no such mode; there are stock, stock-alone, ours"),
         (["--modes", "steps-8", "--check"], "nothing to check: name one of ours, ours-bf16"),
         (["--sheet", "a.jpg"], "--sheet a.jpg: a name ending in .png"),
         (["--model", "nowhere/at/all"], "nowhere"),

@@ -17,6 +17,7 @@ from qwen_fast.demo.judge import Verdict
 
 GOOD = Verdict(count=True, background=True, colour=True, shape=True, both=True, size=None, place=True)
 BAD = dataclasses.replace(GOOD, shape=False, both=False)
+MISPLACED = dataclasses.replace(GOOD, place=False)
 LOST = Verdict(count=False, background=True, colour=False, shape=False, both=False, size=None, place=False)
 
 
@@ -104,7 +105,7 @@ def test_a_summary_fills_its_columns_and_hides_no_nan():
 
 def test_the_sheet_shows_verdicts_where_they_belong():
     pictures = np.stack([flat(0, 0, 255), flat(0, 0, 255)])
-    sheet = contact_sheet("t", ["a", "b"], [Line("m", "n", pictures, [GOOD, BAD]), Line("k", "n", pictures, [BAD, GOOD])])
+    sheet = contact_sheet("t", ["a", "b"], [Line("m", "n", pictures, [GOOD, BAD]), Line("k", "n", pictures, [MISPLACED, GOOD])])
     pitch = 128 + 2 * FRAME + GAP
     top = GAP + 24 + HEADER
     rows = [top, top + (sheet.height - top) // 2]
