@@ -123,7 +123,9 @@ def candidates(op: str, capability: int, default: dict, dims: dict) -> list[dict
 
 def _row_space(capability, default, channels: int, itemsize: int) -> Iterator[dict]:
     vector = 16 // itemsize
-    for block_rows, channels_log2, warps in itertools.product((1, 2, 4), range(8, 13), (1, 2, 4, 8, 16)):
+    # The VAE's rows are narrow and a million; the transformer's are wide and thousands.
+    rows = (1, 2, 4) if channels >= 1024 else (4, 8, 16, 32, 64)
+    for block_rows, channels_log2, warps in itertools.product(rows, range(5, 13), (1, 2, 4, 8, 16)):
         block_channels = 1 << channels_log2
         whole = -(-channels // block_channels) * block_channels * block_rows
         full_loads = block_channels * block_rows >= 32 * warps * vector  # 16 bytes for every thread
@@ -182,4 +184,5 @@ SPACES: dict[str, Callable[..., Iterator[dict]]] = {
     "joint_attention": _attention_space,
     "linear_gelu": _linear_space,
     "linear_gated_residual": _linear_space,
+    "rms_norm_silu": _row_space,
 }

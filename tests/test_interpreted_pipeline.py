@@ -68,7 +68,7 @@ def test_whole_pipeline_through_the_launchers(checkpoint, launches, dtype, argum
     exact = None if dtype == torch.float32 else in_fp32(pipe, 7, dtype, **arguments)
     assert not launches
     actual = draw(qwen_fast.enable(pipe), **arguments)
-    assert launches == {"flow_match_schedule": 2, step_op: 2} | {name: 2 * count for name, count in FORWARD.items()}
+    assert launches == {"flow_match_schedule": 1, step_op: 2} | {name: 2 * count for name, count in FORWARD.items()}
     assert not qwen_fast.report(pipe).fallbacks
     assert_same_latents(actual, expected, exact)
 

@@ -27,6 +27,7 @@ ASKED = {
     "linear_gated_residual": (4096, 3072, 12288, 2, True),
     "linear_gelu": (4096, 12288, 3072, 2, True),
     "qk_norm_rope": (24, 128, 2),
+    "rms_norm_silu": (96, 2),
 }
 
 
