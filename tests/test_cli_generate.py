@@ -37,7 +37,7 @@ def test_generate_writes_a_picture_with_its_settings(draw, tmp_path, checkpoint,
     assert path.name in out and "96x64, 2 steps, cfg 3.7, float32 on cpu" in out
     assert str(tmp_path) in out and " s after " in out
     last = out.splitlines()[-1]
-    assert last == "qwen_fast: QwenImagePipeline is accelerated; 6 fast calls, 0 on stock diffusers"
+    assert last == "qwen_fast: QwenImagePipeline is accelerated; 8 fast calls, 0 on stock diffusers"
     image = Image.open(path)
     assert image.size == (96, 64)
     expected = {
