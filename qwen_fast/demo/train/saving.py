@@ -50,6 +50,7 @@ background) that training never showed.
 `python -m qwen_fast.demo.train --out FOLDER`, seed {seed}: a VAE ({vae_steps} steps of {vae_batch} fresh renders), a random and
 frozen text encoder whose tokenizer knows the world's words, and a transformer by flow matching ({steps} steps of {batch}
 latents out of {scenes}, one caption in ten dropped), with the schedule that it is sampled with. Weights are saved in bf16.
+
 {timing}
 
 Licence: Apache-2.0, as qwen_fast itself.
