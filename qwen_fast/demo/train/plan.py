@@ -15,7 +15,7 @@ class VAEPlan:
     """
 
     base_dim: int = 8
-    steps: int = 2600
+    steps: int = 2_600
     batch: int = 16
     learning_rate: float = 2.5e-3
     kl: float = 5e-4
@@ -30,7 +30,7 @@ class DecoderPlan:
         noise (float): largest standard deviation of the noise, in that of the whitened latents; each picture draws its own.
     """
 
-    steps: int = 3000
+    steps: int = 4_400
     batch: int = 16
     learning_rate: float = 2e-3
     noise: float = 0.3
@@ -53,7 +53,7 @@ class DenoiserPlan:
     heads: int = 4
     head_dim: int = 64
     scenes: int = 16_000
-    steps: int = 3_700
+    steps: int = 5_000
     batch: int = 64
     learning_rate: float = 1e-3
     dropped: float = 0.1
