@@ -159,7 +159,7 @@ def test_an_interrupted_run_goes_on(model, tmp_path, monkeypatch, capsys):
     halves = sorted((tmp_path / "cut").rglob("*.safetensors"))
     assert len(halves) == 4
     halves[1].write_bytes(halves[1].read_bytes()[:-9])  # as a full disk would leave it
-    halves[2].with_suffix(".part").write_bytes(b"half")
+    halves[1].with_suffix(".part").write_bytes(b"half")
     assert run(*arguments, "--out", tmp_path / "cut", "--append", tmp_path / "rows.csv") == 0
     assert f"{halves[1]} is damaged" in capsys.readouterr().out and len(calls) == 5 + 3
     for path in sorted((tmp_path / "whole").rglob("*.safetensors")):
