@@ -73,6 +73,24 @@ def vae_lines() -> list[str]:
     return lines
 
 
+def text_lines() -> list[str]:
+    """Prompt and negative prompt through a text encoder with the real vocabulary, and prompts that are in the cache."""
+    lines = []
+    for row in newest(rows_of("text"), "dtype", "layers", "width", "tokens", "negative_tokens", "what"):
+        if row["tokens"] != row["negative_tokens"]:
+            continue  # a first screen is short
+        if row["what"] == "encode":
+            near = "equal to the bit" if float(row["max_difference"]) == 0 else f"within {row['max_difference']}"
+            what = (
+                f"text encoder, {row['layers']} layers {row['width']} wide, {row['tokens']} + {row['negative_tokens']} tokens"
+            )
+            lines.append(cells(f"{what}, {row['dtype']}", *_pair(row), f"1 CPU thread; {near}"))
+        elif row["what"] == "hit":
+            what = f"a prompt of {row['tokens']} tokens in the cache, {row['dtype']}"
+            lines.append(cells(what, "", f"{float(row['fast_p50']) * 1e3:.2f} ms", "1 CPU thread"))
+    return lines
+
+
 CASE = ("width", "height", "steps", "cfg", "batch", "text_tokens")
 ENABLED = "qwen_fast as enabled"
 
@@ -98,7 +116,7 @@ def gpu_lines() -> list[str]:
     return lines or [cells("on a GPU", "not measured yet", "not measured yet", "no GPU result is committed; none is claimed")]
 
 
-MEASURED: tuple[Callable[[], list[str]], ...] = (pipeline_lines, vae_lines, gpu_lines)
+MEASURED: tuple[Callable[[], list[str]], ...] = (pipeline_lines, vae_lines, text_lines, gpu_lines)
 
 
 def measured() -> list[str]:
@@ -136,7 +154,60 @@ def ladder() -> list[str]:
     return lines
 
 
-TABLES: dict[str, Callable[[], list[str]]] = {"measured": measured, "ladder": ladder}
+QUALITY = ("width", "height", "steps")
+
+
+def quality_rows() -> list[Row]:
+    """Of all prompts: for each mode and setting the row of the most pictures, the last of them."""
+    best: dict[tuple[str, ...], Row] = {}
+    for row in rows_of("quality"):
+        key = (row["mode"], *(row[name] for name in QUALITY))
+        if row["things"] == "all" and int(row["pictures"]) >= int(best.get(key, {"pictures": 0})["pictures"]):
+            best[key] = row
+    return list(best.values())
+
+
+def _setting(row: Row) -> str:
+    return f"{row['width']}x{row['height']}, {row['steps']} steps"
+
+
+def quality() -> list[str]:
+    """What each mode does to the demo checkpoint's pictures."""
+    rows = [row for row in quality_rows() if not row["mode"].startswith(("error-", "stock-alone"))]
+    if not rows:
+        return ["No row is committed yet; `python -m benchmarks.quality` makes them."]
+    lines = [cells("mode", "setting", "pictures", "as the prompt says", "same verdict", "PSNR", "largest latent difference")]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for row in rows:
+        compared = row["mode"] != row["reference"]
+        names = {"stock": "stock diffusers", "stock-bf16": "stock in bf16"}
+        to = f", to {names.get(row['reference'], row['reference'])}" if compared else ""
+        figures = (f"{float(row['same_verdict']):.1%}", f"{float(row['psnr_p50']):.1f} dB", f"{float(row['latent_max']):.1e}")
+        figures = tuple(figure.replace("inf dB", "equal") for figure in figures) if compared else ("", "", "")
+        lines.append(cells(f"{row['about']}{to}", _setting(row), row["pictures"], f"{float(row['everything']):.1%}", *figures))
+    return lines
+
+
+def schedule_errors() -> list[str]:
+    """What the historical schedules do to the demo checkpoint's pictures: distance to the right ones and verdicts."""
+    rows = [row for row in quality_rows() if row["mode"].startswith("error-")]
+    settings = list(dict.fromkeys(_setting(row) for row in sorted(rows, key=lambda row: [int(row[name]) for name in QUALITY])))
+    if not rows:
+        return ["No row is committed yet; `python -m benchmarks.quality` makes them."]
+    lines = [cells("PSNR to the right schedule's picture, same verdict", *settings), "|---" * (len(settings) + 1) + "|"]
+    for mode in dict.fromkeys(row["about"] for row in rows):
+        found = {_setting(row): row for row in rows if row["about"] == mode}
+        shown = (f"{float(row['psnr_p50']):.1f} dB, {float(row['same_verdict']):.1%}" for row in map(found.get, settings))
+        lines.append(cells(mode, *shown))
+    return lines
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "measured": measured,
+    "ladder": ladder,
+    "quality": quality,
+    "schedule-errors": schedule_errors,
+}
 
 
 def filled(text: str) -> str:
