@@ -101,3 +101,18 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert readme.main() == 0
     text = readme.README.read_text()
     assert text.startswith("before\n<!-- table") and text.endswith("<!-- /table -->\nafter\n") and "old" not in text
+
+
+def test_quality_of_the_row_with_the_most_pictures_the_last_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert "No row is committed yet" in readme.quality()[0] and "No row" in readme.schedule_errors()[0]
+    common = {"about": "ours", "reference": "stock", "width": "64", "height": "64", "steps": "8", "psnr_p50": "inf"}
+    common |= {"things": "all", "everything": "0.9", "latent_max": "1e-6"}
+    rows = Rows(tmp_path / "quality.csv", [*common, "mode", "pictures", "same_verdict"])
+    for mode, pictures, verdict in (("ours", 128, 0.5), ("ours", 128, 0.25), ("ours", 64, 1), ("error-mu", 64, 0.75)):
+        rows.add(common | {"mode": mode, "pictures": pictures, "same_verdict": verdict})
+    rows.add(common | {"mode": "ours", "pictures": 999, "same_verdict": 1, "things": "one"})
+    (line,) = readme.quality()[2:]
+    assert line == "| ours, to stock diffusers | 64x64, 8 steps | 128 | 90.0% | 25.0% | equal | 1.0e-06 |"
+    heading, _, line = readme.schedule_errors()
+    assert heading.endswith("| 64x64, 8 steps |") and line == "| ours | inf dB, 75.0% |"
