@@ -252,13 +252,13 @@ def _memory(trace: Trace) -> list[str]:
     ]
 
 
-def write(trace: Trace, files: Files, ceilings: Ceilings | None, waits: Counter[str] | None = None) -> str:
-    """All tables into their files; the report as text."""
+def write(trace: Trace, files: Files, ceilings: Ceilings | None, waits: Counter[str] | None = None, stages: str = "") -> str:
+    """All tables into their files, the stage table first in the report; the rest of the report as text."""
     rows = kernel_table(trace.in_loop())
     write_kernels(files.kernels, rows, ceilings)
     memory = memory_timeline(trace)
     write_memory(files.memory, memory)
     plot_memory(files.plot, memory)
     text = report(trace, rows, ceilings, waits)
-    files.report.write_text(text + "\n", encoding="utf-8")
+    files.report.write_text(f"{stages}\n\n{text}\n" if stages else f"{text}\n", encoding="utf-8")
     return text

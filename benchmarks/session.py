@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from qwen_fast.stages import record, stage_table, staged
+
 from .ceilings import Ceilings
 from .grid import STEPS_MEASURED, Case
-from .ladder import STOCK, NotMeasured, Rung, weights_stay
+from .ladder import OURS, STOCK, NotMeasured, Rung, weights_stay
 from .machine import PROVENANCE, Sampler, provenance
 from .measure import Difference, Spread, Stopwatch, clocked, exact_latents, ratio
 from .models import call_arguments, prompts_of
@@ -73,15 +75,21 @@ class Session:
     def run(self) -> list[dict[str, str]]:
         """Measure the plan; a rung that fails has its error in its row, and the next one goes on."""
         total, number = sum(len(rungs) for _, rungs in self.plan), 0
-        for case, rungs in self.plan:
+        for index, (case, rungs) in enumerate(self.plan):
             self.say(f"{case}")
-            bench = CaseBench(self, case)
+            bench, right = CaseBench(self, case), set()
             for rung in rungs:
                 number += 1
                 row = bench.row(rung)
                 self.rows.add(row)
                 self.results.append(row)
                 self.say(f"  [{number}/{total}] {rung.name}: {outcome(row)}")
+                if row["status"] == "ok":
+                    right.add(rung)
+            if index == 0:
+                for rung in (STOCK, OURS[-1]):
+                    if rung in right:
+                        self.say(bench.stages(rung))
         return self.results
 
 
@@ -202,6 +210,20 @@ class CaseBench:
             raise RuntimeError(f"{len(each)} steps were seen where {steps} were asked for")
         later = Spread.of(each[1:] or each).p50
         return Timed(watch.seconds + later * (self.case.steps - steps), later, watch.seconds - sum(each))
+
+    @torch.no_grad()
+    def stages(self, rung: Rung) -> str:
+        """Where the wall seconds of a picture go, of a call of its own: recording waits for the device after each stage."""
+        steps = self.case.steps if self.session.whole else min(self.case.steps, STEPS_MEASURED)
+        arguments = dict(self.arguments)
+        if self.pipe.text_encoder is not None:
+            arguments = {name: value for name, value in arguments.items() if "prompt" not in name}
+            arguments |= zip(("prompt", "negative_prompt"), prompts_of(self.pipe, self.case), strict=False)
+        with weights_stay(), rung.enter(self.pipe, self.case):
+            self._call(1)
+            with clocked(self.pipe, steps), staged(self.pipe) if rung is STOCK else nullcontext(), record() as recorder:
+                self.pipe(**arguments, output_type="pt")
+        return f"{rung.name}, stages of a call of {steps} steps:\n{stage_table(recorder, recorder.wall)}"
 
     @torch.no_grad()
     def _text_seconds(self, rung: Rung) -> tuple[float, float]:

@@ -162,8 +162,10 @@ def staged(pipe: Any) -> Iterator[None]:
 
         return call
 
+    own_bar = pipe.progress_bar  # which the instance may have from elsewhere
+
     def progress_bar(*args: Any, **kwargs: Any) -> Any:
-        return _DenoisingBar(type(pipe).progress_bar(pipe, *args, **kwargs))
+        return _DenoisingBar(own_bar(*args, **kwargs))
 
     with contextlib.ExitStack() as stack:
 

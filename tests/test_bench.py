@@ -82,8 +82,10 @@ def test_every_rung_is_reached_and_leaves_the_pipeline_as_it_was(session, monkey
     assert {row["what"] for row in read(folder / "ceilings.csv")} == {"copy", "matrix product", "attention"}
     assert all(row["torch"] == torch.__version__ and row["commit"] for row in rows)
 
-    # A rung is entered twice, for the first image and for the pairs.
-    assert len(reports) == 2 * (len(OURS) - 1)
+    # A rung is entered twice, for the first image and for the pairs; the last one once more, for the stage table.
+    assert len(reports) == 2 * (len(OURS) - 1) + 1
+    told = reports.pop()
+    assert told.calls["packed transformer"] and not told.fallbacks
     sampler, fused, table, packed, pictures, enabled = reports[::2]
     assert "cfg_euler_step" in sampler.calls and "transformer" not in sampler.calls and "vae decode" not in sampler.calls
     for report in (fused, table):
@@ -175,6 +177,19 @@ def test_a_checkpoint_is_measured_with_its_prompts(session, checkpoint):
     arguments = models.call_arguments(models.load_pipeline(checkpoint, CPU, torch.float32), dataclasses.replace(CASE, batch=2))
     lengths = arguments["prompt_embeds_mask"].sum(1).tolist()
     assert lengths[0] > lengths[1] > 0, "prompts of different lengths"
+
+
+def test_stages_of_stock_and_ours_are_told_once_each(session, checkpoint):
+    _, said, _ = session([STOCK, OURS[-1]], dataclasses.replace(CASE, steps=6), model=str(checkpoint))
+    for rung, own in ((STOCK, {"text", "schedule", "denoise", "vae"}), (OURS[-1], {"text", "schedule", "modulation", "vae"})):
+        table = said.split(f"{rung.name}, stages of a call of 4 steps:\n")[1].split("total")[0]
+        seconds = {line.split()[0]: float(line.split()[1]) for line in table.splitlines()[1:]}
+        assert own | {"denoise", "other"} <= set(seconds) and seconds["denoise"] > 0
+
+
+def test_stages_are_not_told_of_a_wrong_result(session):
+    _, said, _ = session([STOCK, dataclasses.replace(OURS[-1], enter=failing(ValueError("no")).enter)])
+    assert said.count("stages of a call") == 1
 
 
 def test_memory_is_checked_before_anything_is_allocated(tmp_path, monkeypatch):

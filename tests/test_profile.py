@@ -240,6 +240,9 @@ def test_a_picture_is_profiled(checkpoint, tmp_path, capsys, monkeypatch, stock)
     out = capsys.readouterr().out
     with gzip.open(tmp_path / "p" / "trace.json.gz") as file:
         events = json.load(file)["traceEvents"]
+    table, report = out.split("stage         seconds    share\n")[1], (tmp_path / "p" / "report.txt").read_text()
+    assert {line.split()[0] for line in table.split("total")[0].splitlines()} >= {"text", "schedule", "denoise", "vae", "other"}
+    assert report.startswith("stage         seconds    share\n"), "one stage table: generate's, bench's and this one"
     names = {event["name"] for event in events}
     assert {"qwen_fast::text", "qwen_fast::schedule", "qwen_fast::denoise", "qwen_fast::vae"} <= names
     assert ("qwen_fast::joint_attention" in names) is not stock

@@ -199,3 +199,14 @@ def test_the_table_adds_up():
     assert several[3] == "denoise         5.000    50.0%        2.500"
     assert several[-1] == "png             0.500                 0.250"
     assert stage_table(recorded(), 0.0).splitlines()[-1].split() == ["total", "0.000", "100.0%"]
+
+
+def test_a_bar_of_the_instance_is_kept(checkpoint):
+    """Such as a benchmark's clock, which ends a call after some steps."""
+    from benchmarks.measure import clocked
+
+    pipe = stock(checkpoint)
+    with clocked(pipe, 2) as clock, staged(pipe), record() as recorder:
+        draw(pipe, prompt="a red circle", **(SMALL | {"num_inference_steps": 5}))
+    assert len(clock.steps) == 2 and recorder.seconds()["denoise"] > 0
+    assert "progress_bar" not in vars(pipe)

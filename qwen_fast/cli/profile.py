@@ -74,11 +74,11 @@ def run(args: argparse.Namespace) -> int:
         pipe, prompts = _pipeline(args, device, dtype, (width, height))
     pipe.set_progress_bar_config(disable=True)
 
+    import torch
+
+    from qwen_fast.stages import record, stage_table, staged
+
     def draw() -> None:
-        import torch
-
-        from qwen_fast.stages import staged
-
         with staged(pipe) if args.stock else contextlib.nullcontext():
             pipe(
                 **prompts,
@@ -99,10 +99,15 @@ def run(args: argparse.Namespace) -> int:
         with profiling.nvtx_ranges(device):
             draw()
         return 0
+    # Of a picture of its own: the profiler makes the host slow, and recording waits for the device after each stage.
+    with record() as recorder:
+        draw()
+    table = stage_table(recorder, recorder.wall)
+    print(f"{table}\n", flush=True)
     waits = profiling.host_waits(draw) if device.type == "cuda" else None
     trace = profiling.profile_call(draw, files, device)
     ceilings = _ceilings(device, dtype)
-    print(profiling.write(trace, files, ceilings, waits))
+    print(profiling.write(trace, files, ceilings, waits, table))
     print(f"\nwritten to {args.out.resolve()}; {files.trace.name} opens in ui.perfetto.dev")
     print("the same run under Nsight Systems and Nsight Compute, on a CUDA device:")
     for command in profiling.nsight_commands(_arguments(args), args.out):
