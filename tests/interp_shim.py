@@ -2,7 +2,7 @@
 
 The interpreter of Triton 3.6 and 3.9 truncates fp32 -> bf16, computes on bf16 bit patterns and is off by up to a factor
 of two in casts to fp8; with numpy >= 2.4 Triton 3.6 cannot loop to a runtime bound. `install()` routes those through
-torch's own conversions. It patches private names: test_interp_shim.py compares every repaired piece with torch, so that
+torch's own conversions. Lanes that a masked load leaves undefined on a GPU are zeros in the interpreter; here they are NaN. It patches private names: test_interp_shim.py compares every repaired piece with torch, so that
 a Triton that moves them fails loudly. Not covered: bf16 atomics and scans, contraction of bf16 x + y * x.
 """
 
@@ -118,6 +118,27 @@ def _repair_loop_bounds() -> None:
     interpreter._patch_lang_tensor = repaired
 
 
+def _spoil_undefined_lanes() -> None:
+    """What a masked load leaves undefined is NaN here, or an integer's largest value, instead of a zero that hides a fault."""
+    builder = interpreter.InterpreterBuilder
+    original = builder.create_masked_load
+
+    def spoiled(self, ptrs, mask, other, *args, **kwargs):
+        if other is None and not mask.data.all():
+            kind = ptrs.get_element_ty()
+            if kind == BF16:
+                filled = np.full(ptrs.data.shape, 0x7FC0, np.uint16)
+            elif kind.is_floating() and kind.primitive_bitwidth >= 16:
+                filled = np.full(ptrs.data.shape, np.nan, f"f{kind.primitive_bitwidth // 8}")
+            else:
+                number = interpreter._get_np_dtype(kind)
+                filled = np.full(ptrs.data.shape, np.iinfo(number).max if number.kind in "iu" else True, number)
+            other = interpreter.TensorHandle(filled, kind)
+        return original(self, ptrs, mask, other, *args, **kwargs)
+
+    builder.create_masked_load = spoiled
+
+
 def install() -> None:
     """Repair the interpreter of this process, once. TRITON_INTERPRET=1 has to be set before Triton is imported."""
     if getattr(interpreter.InterpreterBuilder, "_qwen_fast_shim", False):
@@ -136,3 +157,4 @@ def install() -> None:
     _repair_arithmetic(upcast, to_bf16)
     _repair_reductions(upcast, to_bf16)
     _repair_loop_bounds()
+    _spoil_undefined_lanes()

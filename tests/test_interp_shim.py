@@ -151,3 +151,25 @@ def test_a_loop_may_run_to_a_bound_read_from_memory():
     out = torch.zeros(1)
     _loop_kernel[(1,)](out, torch.tensor([5], dtype=torch.int32))
     assert out.item() == 5.0
+
+
+@triton.jit
+def _tail_kernel(out_ptr, x_ptr, numel, FILLED: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    if FILLED:
+        value = tl.load(x_ptr + offsets, mask=offsets < numel, other=0)
+    else:
+        value = tl.load(x_ptr + offsets, mask=offsets < numel)
+    tl.store(out_ptr + offsets, value)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int32, torch.bool], ids=str
+)
+def test_lanes_that_a_load_leaves_undefined_are_no_zeros(dtype):
+    """On a GPU they are whatever a register held; with `other` they are that."""
+    x, out = torch.zeros(8, dtype=dtype), torch.zeros(8, dtype=dtype)
+    _tail_kernel[(1,)](out, x, 5, FILLED=False, BLOCK=8)
+    assert not out[:5].any() and (out[5:].isnan().all() if dtype.is_floating_point else out[5:].all())
+    _tail_kernel[(1,)](out, x, 5, FILLED=True, BLOCK=8)
+    assert not out.any()

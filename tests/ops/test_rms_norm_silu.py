@@ -97,6 +97,15 @@ def test_no_farther_from_float64_than_stocks_norm_and_activation(implementation,
 
 
 @both
+def test_the_norm_is_that_of_the_sum_as_stored(implementation, device):
+    """bf16 stores 256 + 1 as 256. Behind a weight of -20 the SiLU of an unrounded sum would be 4 % smaller."""
+    x, residual = torch.tensor([[1.0, 0.0]]), torch.full((1, 2), 256.0)
+    x, residual, gamma = (value.to(device, torch.bfloat16) for value in (x, residual, torch.full((2,), -20.0)))
+    first, second = RUNS[implementation](x, gamma, residual=residual)[0].tolist()
+    assert first == second != 0 and residual.tolist() == [[256, 256]]
+
+
+@both
 @pytest.mark.parametrize("layout", ["offset", "strided", "odd stride"])
 def test_layouts(implementation, layout, device):
     for dtype, added in ((torch.bfloat16, "both"), (torch.float32, "alone")):
