@@ -321,13 +321,19 @@ def _resample(name: str, block: nn.Module) -> Layer:
 # Blocks of AutoencoderKLQwenImage21, with a shortcut around all their layers ------------------------------------------
 
 
+def _around(layers: list[Layer], stream: Stream) -> tuple[torch.Tensor, Stream]:
+    """The stream's value, kept for the shortcut, and what the layers make of it."""
+    before = stream.total()
+    inner = Stream(before, own=False)
+    stream.value = None
+    for layer in layers:
+        inner = layer.run(inner)
+    return before, inner
+
+
 def _residual_up(name: str, block: nn.Module, layers: list[Layer]) -> Layer:
     def run(stream: Stream) -> Stream:
-        before = stream.total()
-        inner = Stream(before, own=False)
-        stream.value = None
-        for layer in layers:
-            inner = layer.run(inner)
+        before, inner = _around(layers, stream)
         return Stream(inner.total(), duplicated(before, block.avg_shortcut))
 
     into, out, size = block.in_dim, layers[-1].channels, block.avg_shortcut.factor_s
@@ -340,11 +346,7 @@ def _residual_down(name: str, block: nn.Module) -> Layer:
     layers = list(_in_sequence(name, [*block.resnets, *([] if block.downsampler is None else [block.downsampler])]))
 
     def run(stream: Stream) -> Stream:
-        before = stream.total()
-        inner = Stream(before, own=False)
-        stream.value = None
-        for layer in layers:
-            inner = layer.run(inner)
+        before, inner = _around(layers, stream)
         shortcut = block.avg_shortcut(before[:, :, None])[:, :, 0]
         return Stream(inner.total(), channels_last(shortcut))
 

@@ -2,8 +2,9 @@
 
 The interpreter of Triton 3.6 and 3.9 truncates fp32 -> bf16, computes on bf16 bit patterns and is off by up to a factor
 of two in casts to fp8; with numpy >= 2.4 Triton 3.6 cannot loop to a runtime bound. `install()` routes those through
-torch's own conversions. Lanes that a masked load leaves undefined on a GPU are zeros in the interpreter; here they are NaN. It patches private names: test_interp_shim.py compares every repaired piece with torch, so that
-a Triton that moves them fails loudly. Not covered: bf16 atomics and scans, contraction of bf16 x + y * x.
+torch's own conversions. Lanes that a masked load leaves undefined on a GPU are zeros in the interpreter; here they are NaN.
+It patches private names: test_interp_shim.py compares every repaired piece with torch, so that a Triton that moves them fails
+loudly. Not covered: bf16 atomics and scans, contraction of bf16 x + y * x.
 """
 
 import numpy as np

@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,16 @@ from .plan import Plan
 from .progress import Progress, load_state, save_state
 
 STD_FLOOR = 0.5  # of the largest channel's: dividing a collapsed channel by its own std would blow its noise up
+
+
+def _resumed(file: Path, vae: AutoencoderKLQwenImage, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What an interrupted training left in `file`, its weights and moments where they belong; step 0 where it left nothing."""
+    state = load_state(file)
+    if state is None:
+        return {"step": 0}
+    vae.load_state_dict(state["vae"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state
 
 
 def train_vae(plan: Plan, file: Path, device: torch.device, *, keep_every: int = 500) -> AutoencoderKLQwenImage:
@@ -36,15 +47,11 @@ def train_vae(plan: Plan, file: Path, device: torch.device, *, keep_every: int =
     vae = AutoencoderKLQwenImage(base_dim=recipe.base_dim, num_res_blocks=1).to(device)
     _clear_unreachable_taps(vae)
     optimizer = torch.optim.Adam(vae.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99))
-    step = 0
-    state = load_state(file)
-    if state is not None:
-        vae.load_state_dict(state["vae"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-        if "latents" in state:
-            vae.register_to_config(**state["latents"])
-            return vae.eval()
+    state = _resumed(file, vae, optimizer)
+    if "latents" in state:
+        vae.register_to_config(**state["latents"])
+        return vae.eval()
+    step = state["step"]
     progress = Progress("vae", recipe.steps, step)
     with as_images(vae):
         while step < recipe.steps:
@@ -99,12 +106,7 @@ def sharpen_decoder(
     recipe = plan.decoder
     parameters = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=recipe.learning_rate, betas=(0.9, 0.99))
-    step = 0
-    state = load_state(file)
-    if state is not None:
-        vae.load_state_dict(state["vae"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
+    step = _resumed(file, vae, optimizer)["step"]
     progress = Progress("decoder", recipe.steps, step)
     std = torch.tensor(vae.config.latents_std, device=device)[:, None, None, None]
     with as_images(vae):
