@@ -21,8 +21,9 @@ Qwen-Image through diffusers: the same picture, faster."""
 
 EPILOG = """\
 examples:
-  qwen-fast generate --prompt "a red fox in the snow"
+  qwen-fast generate --prompt "a red circle on a white background"
   qwen-fast schedule --steps 20 --width 512 --height 512
+  qwen-fast bench
   qwen-fast doctor
 
 `qwen-fast COMMAND --help` describes a command. Exit codes: 0 done, 1 a check failed,

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", metavar="MODEL", help="a checkpoint's folder or hub id (default: the demo)")
     model.add_argument("--shape", choices=SHAPES, help="seeded random weights instead, made on the device (qwen-image: 41 GB)")
-    parser.add_argument("--prompt", default="a red fox in the snow", help="(default: %(default)s)")
+    parser.add_argument("--prompt", default="a red circle on a white background", help="(default: %(default)s)")
     parser.add_argument("--steps", type=positive_int, default=4, metavar="N", help="denoising steps (default: %(default)s)")
     parser.add_argument("--size", type=_size, metavar="WxH", help="default: 1024x1024 on cuda with a model, else 256x256")
     parser.add_argument("--cfg", type=_cfg, default=4.0, metavar="SCALE", help="1: no guidance (default: %(default)s)")
