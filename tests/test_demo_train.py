@@ -14,13 +14,13 @@ from qwen_fast.demo import accuracy
 from qwen_fast.demo.scenes import COLOURS, SHAPES, Request
 from qwen_fast.demo.train import __main__ as training
 from qwen_fast.demo.train import denoiser, progress, text, vae
-from qwen_fast.demo.train.plan import DecoderPlan, DenoiserPlan, Plan, VAEPlan
-from qwen_fast.testing import QWEN_IMAGE_SCHEDULER_CONFIG
+from qwen_fast.demo.train.plan import SCHEDULER_CONFIG, DecoderPlan, DenoiserPlan, FewStepsPlan, Plan, VAEPlan
 
 TINY = Plan(
     vae=VAEPlan(base_dim=2, steps=4, batch=2),
     decoder=DecoderPlan(steps=4, batch=2),
     denoiser=DenoiserPlan(layers=1, heads=1, head_dim=32, scenes=128, steps=4, batch=4),
+    few_steps=FewStepsPlan(rank=2, trajectories=64, steps=4, batch=4),
 )
 CPU = torch.device("cpu")
 
@@ -150,7 +150,7 @@ def test_the_denoiser_learns_to_go_where_the_schedule_goes(one_latent, tmp_path)
     recipe = dataclasses.replace(TINY.denoiser, heads=3, steps=150, batch=16, learning_rate=3e-3)
     plan = dataclasses.replace(TINY, denoiser=recipe)
     model = denoiser.train_denoiser(plan, data, features, tmp_path / "state.pt", CPU, keep_every=1000)
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(QWEN_IMAGE_SCHEDULER_CONFIG)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER_CONFIG)
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 10, 10), mu=0.49)
     latents = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(3))
     for step in scheduler.timesteps:

@@ -11,8 +11,8 @@ import numpy as np
 
 from .scenes import ARRANGEMENTS, COLOURS, CROSS_ARM, PLACES, SHAPES, SIZES, Request
 
-CONTRAST = 40.0  # RGB distance from the background at which a pixel belongs to a thing; the palette is 82 apart at least
-COLOUR_TOLERANCE = 60.0  # RGB distance from a palette colour beyond which a colour has no name
+CONTRAST = 40.0  # RGB distance from the background at which a pixel belongs to a thing; the palette is 107 apart at least
+COLOUR_TOLERANCE = 53.0  # RGB distance from a palette colour beyond which a colour has no name: half of that
 SMALLEST = 0.01  # regions below this share of the shorter side squared are specks
 OVERLAP = 0.8  # intersection over union below which a region has no shape's name; true ones have more than 0.9
 

@@ -16,12 +16,12 @@ from itertools import product
 import torch
 
 COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (220, 40, 40),
-    "green": (40, 160, 60),
-    "blue": (40, 80, 220),
-    "yellow": (250, 220, 40),
-    "purple": (140, 50, 170),
-    "orange": (250, 130, 20),
+    "red": (205, 25, 45),
+    "green": (30, 150, 60),
+    "blue": (25, 75, 215),
+    "yellow": (255, 235, 60),
+    "purple": (150, 40, 180),
+    "orange": (250, 135, 20),
     "white": (250, 250, 250),
     "black": (15, 15, 15),
 }

@@ -1,10 +1,11 @@
-"""Train the demo checkpoint: VAE, text encoder, denoiser, and the judge's table of the result.
+"""Train the demo checkpoint: VAE, text encoder, denoiser, few-step LoRA, and the judge's table of the result.
 
 python -m qwen_fast.demo.train --out FOLDER
 """
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import sys
 import time
@@ -13,17 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 
 from ...cli.loading import device_and_dtype
-from .. import accuracy
+from ...testing import LIGHTNING_SCHEDULER_CONFIG
+from .. import LIGHTNING, accuracy
 from .denoiser import encode_scenes, train_denoiser
+from .few_steps import STEPS, distil, draw_trajectories
 from .plan import Plan
 from .saving import CARD, finish, save_checkpoint
-from .text import NEGATIVE, build_text, encode_prompts
+from .text import NEGATIVE, Features, build_text, encode_prompts
 from .vae import sharpen_decoder, train_vae
 
 
-def train(plan: Plan, out: Path, device: torch.device, *, pictures: int = 200, keep_every: int = 250) -> Path:
+def train(plan: Plan, out: Path, device: torch.device, *, pictures: int = 200, keep_every: int = 500) -> Path:
     """Run every stage that `out` does not hold yet; an interrupted run goes on where its last state was written.
 
     Args:
@@ -38,7 +42,10 @@ def train(plan: Plan, out: Path, device: torch.device, *, pictures: int = 200, k
 
     Raises:
         ValueError: `out` holds the states of another plan.
+        ImportError: peft is missing.
     """
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError("the few-step LoRA is trained with peft, which is not installed; pip install peft")
     out.mkdir(parents=True, exist_ok=True)
     _claim(out, plan)
     stage = _Stages(out / "seconds.json")
@@ -48,21 +55,34 @@ def train(plan: Plan, out: Path, device: torch.device, *, pictures: int = 200, k
         return {"vae": vae, "text_encoder": encoder, "tokenizer": out / "tokenizer", "transformer": transformer}
 
     def keep(step: int, average: torch.nn.Module) -> None:
-        if step % (4 * keep_every) == 0 and step < plan.denoiser.steps:
+        if step % (10 * keep_every) == 0 and step < plan.denoiser.steps:
             save_checkpoint(out / f"checkpoint-{step}", **parts(average))
 
     vae = stage("vae", lambda: train_vae(plan, out / "vae.pt", device, keep_every=keep_every))
     data = stage("latents", lambda: encode_scenes(plan, vae, out / "latents.pt"))
     tokenizer, encoder = stage("text", lambda: build_text(plan, out))
     encoder.to(device)
-    prompts = [NEGATIVE, *sorted({prompt for part in data for prompt in part.prompts})]
-    features = stage("text", lambda: encode_prompts(tokenizer, encoder, prompts))
+
+    def encoded(parts: Sequence[Any]) -> Features:
+        prompts = [NEGATIVE, *sorted({prompt for part in parts for prompt in part.prompts})]
+        return stage("text", lambda: encode_prompts(tokenizer, encoder, prompts))
+
+    features = encoded(data)
     transformer = stage(
         "denoiser",
         lambda: train_denoiser(plan, data, features, out / "denoiser.pt", device, keep_every=keep_every, look=keep),
     )
     stage("decoder", lambda: sharpen_decoder(plan, vae, out / "decoder.pt", device, keep_every=keep_every))
     save_checkpoint(checkpoint, **parts(transformer))
+    # From here on with the weights as saved: rounded to bf16.
+    teacher = accuracy.load_stock(checkpoint, device)
+    paths = stage("few steps", lambda: draw_trajectories(plan, teacher, out / "trajectories.pt", device))
+    features = encoded(paths)
+    lora = stage(
+        "few steps",
+        lambda: distil(plan, paths, features, teacher.transformer, out / "few_steps.pt", device, keep_every=keep_every),
+    )
+    QwenImagePipeline.save_lora_weights(checkpoint / LIGHTNING, transformer_lora_layers=lora)
     table = stage("judge", lambda: _judge(checkpoint, plan, device, pictures))
     finish(checkpoint, _card(plan, table, stage.seconds, parts(transformer)))
     print(table)
@@ -104,6 +124,12 @@ def _judge(checkpoint: Path, plan: Plan, device: torch.device, pictures: int) ->
         for kind in accuracy.KINDS:
             wanted = accuracy.held_out_requests(pictures if kind == "one" else max(1, pictures // 2), kind)
             rows[f"{kind}, {width}x{height}"] = accuracy.draw(pipe, wanted, width=width, height=height)[1]
+    pipe.load_lora_weights(checkpoint / LIGHTNING)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(LIGHTNING_SCHEDULER_CONFIG)
+    call = {"num_inference_steps": STEPS, "true_cfg_scale": 1.0, "negative_prompt": None}
+    for width, height in plan.sizes:
+        wanted = accuracy.held_out_requests(pictures, "one")
+        rows[f"one, {width}x{height}, {STEPS} steps"] = accuracy.draw(pipe, wanted, width=width, height=height, **call)[1]
     return accuracy.table(rows)
 
 
@@ -122,6 +148,8 @@ def _card(plan: Plan, table: str, seconds: dict[str, float], parts: dict[str, An
         steps=plan.denoiser.steps,
         batch=plan.denoiser.batch,
         scenes=plan.denoiser.scenes,
+        decoder_steps=plan.decoder.steps,
+        few_steps=plan.few_steps,
         timing=f"Wall seconds by stage: {', '.join(f'{name} {value:.0f}' for name, value in seconds.items())}.",
     )
 
@@ -139,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on from the last state in {args.out}.", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ImportError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

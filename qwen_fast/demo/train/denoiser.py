@@ -13,9 +13,8 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ...testing import QWEN_IMAGE_SCHEDULER_CONFIG
 from ..scenes import lay_out, render, sample_request
-from .plan import Plan
+from .plan import SCHEDULER_CONFIG, Plan
 from .progress import Progress, load_state, save_state
 from .text import NEGATIVE, Features
 from .vae import as_images, encode, warmup_cosine
@@ -160,10 +159,8 @@ def sample_sigmas(count: int, image_seq_len: int, generator: torch.Generator) ->
 
     They are rounded to bf16: that is how bf16 shows a timestep to the model, and noise and timestep then agree.
     """
-    config = QWEN_IMAGE_SCHEDULER_CONFIG
-    mu = calculate_shift(
-        image_seq_len, *(config[key] for key in ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift"))
-    )
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    mu = calculate_shift(image_seq_len, *(SCHEDULER_CONFIG[name] for name in names))
     order = torch.randperm(count, generator=generator)
     uniform = ((order + torch.rand(count, generator=generator)) / count).clamp(1e-3, 1.0)
     return (math.exp(mu) / (math.exp(mu) + 1 / uniform - 1)).bfloat16().float()
