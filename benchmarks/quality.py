@@ -197,7 +197,7 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="python -m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    found.add_argument("--modes", nargs="+", default=list(MODES), metavar="MODE", help=f"default: all of {', '.join(MODES)}")
+    found.add_argument("--modes", nargs="+", metavar="MODE", help=f"default: all that the checkpoint has of {', '.join(MODES)}")
     found.add_argument("--seeds", type=positive_int, default=200, metavar="N", help="pictures a mode (default: 200)")
     found.add_argument("--sizes", type=_size, nargs="+", default=[(64, 64)], metavar="WxH", help="default: 64x64")
     found.add_argument("--steps", type=positive_int, nargs="+", default=[20], metavar="N", help="default: 20")
@@ -212,6 +212,10 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+def _fits(mode: Mode, folder: Path) -> bool:
+    return mode.needs is None or (folder / mode.needs).is_dir()
+
+
 def _size(text: str) -> tuple[int, int]:
     width, _, height = text.partition("x")
     return pixels(width), pixels(height)
@@ -223,13 +227,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     try:
-        modes = with_references(options.modes)
+        folder = Path(options.model or checkpoint())
+        modes = with_references(options.modes or [name for name, mode in MODES.items() if _fits(mode, folder)])
+        for name, mode in modes.items():
+            if not _fits(mode, folder):
+                raise ValueError(f"--modes {name} needs {folder / mode.needs}, which this checkpoint does not have")
         if options.check and not any(mode.lossless for mode in modes.values()):
             lossless = [name for name, mode in MODES.items() if mode.lossless]
             raise ValueError(f"--check has nothing to check: name one of {', '.join(lossless)} in --modes")
         if options.sheet is not None and options.sheet.suffix.lower() != ".png":
             raise ValueError(f"--sheet {options.sheet}: a name ending in .png is needed")
-        model = Model(options.model or checkpoint(), check_device(options.device))
+        model = Model(folder, check_device(options.device))
         store = Store(options.out, identity(model, options.batch))
         table_of_rows = Rows(options.append, FIELDS) if options.append else None
     except (ValueError, OSError) as error:

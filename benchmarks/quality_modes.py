@@ -13,6 +13,8 @@ import torch
 
 import qwen_fast
 from qwen_fast.cli.schedule import historical_errors, image_tokens
+from qwen_fast.demo import LIGHTNING
+from qwen_fast.testing import LIGHTNING_SCHEDULER_CONFIG
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Mode:
         lossless (bool): whether it claims to keep the numerical contract towards its reference; `--check` holds it to that.
         call (dict): arguments of the pipeline in place of the setting's.
         batch (int): most pictures in a call, where that is what the mode is about.
+        needs (str): a folder that the checkpoint must have.
     """
 
     about: str
@@ -51,6 +54,7 @@ class Mode:
     lossless: bool = False
     call: dict[str, Any] = field(default_factory=dict)
     batch: int | None = None
+    needs: str | None = None
 
 
 @contextlib.contextmanager
@@ -71,6 +75,24 @@ def enabled(**options: Any) -> Callable[[Any, Setting], AbstractContextManager]:
             qwen_fast.disable(pipe)
 
     return prepare
+
+
+def few_steps(prepare: Callable[[Any, Setting], AbstractContextManager]) -> Callable[[Any, Setting], AbstractContextManager]:
+    """`prepare` of a mode with the checkpoint's own few-step LoRA, on the schedule that it was distilled for."""
+
+    @contextlib.contextmanager
+    def prepared(pipe: diffusers.QwenImagePipeline, setting: Setting):
+        right = pipe.scheduler
+        pipe.load_lora_weights(f"{pipe.name_or_path}/{LIGHTNING}")
+        pipe.scheduler = type(right).from_config(LIGHTNING_SCHEDULER_CONFIG)
+        try:
+            with prepare(pipe, setting):
+                yield
+        finally:
+            pipe.scheduler = right
+            pipe.unload_lora_weights()
+
+    return prepared
 
 
 ALL_ERRORS = "all three"
@@ -133,6 +155,7 @@ class FixedSchedule(diffusers.FlowMatchEulerDiscreteScheduler):
 
 
 BF16 = torch.bfloat16
+_FOUR_STEPS = {"needs": LIGHTNING, "call": {"num_inference_steps": 4, "true_cfg_scale": 1.0, "negative_prompt": None}}
 MODES: dict[str, Mode] = {
     "stock": Mode("stock diffusers, fp32", stock),
     # The same arithmetic in tensors of other shapes: how far stock in fp32 is from itself.
@@ -143,6 +166,14 @@ MODES: dict[str, Mode] = {
     "precise-bf16": Mode("qwen_fast, bf16, precise_sampler", enabled(precise_sampler=True), BF16),
     "steps-8": Mode("8 steps", stock, call={"num_inference_steps": 8}),
     "steps-4": Mode("4 steps", stock, call={"num_inference_steps": 4}),
+    "lightning-4": Mode("few-step LoRA, 4 steps, CFG off", few_steps(stock), **_FOUR_STEPS),
+    "ours-lightning-4": Mode(
+        "qwen_fast, few-step LoRA, 4 steps, CFG off",
+        few_steps(enabled()),
+        reference="lightning-4",
+        lossless=True,
+        **_FOUR_STEPS,
+    ),
     "no-cfg": Mode("CFG off", stock, call={"true_cfg_scale": 1.0, "negative_prompt": None}),
     "error-mu": Mode("mu through ln/exp", wrong_schedule("mu through ln/exp")),
     "error-linspace": Mode("linspace to shift_terminal", wrong_schedule("linspace to shift_terminal")),

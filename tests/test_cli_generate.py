@@ -187,6 +187,11 @@ def test_generate_with_loras_and_another_schedule(draw, checkpoint, tmp_path, ca
     difference = np.abs(pixels["one"].astype(int) - pixels["two"].astype(int))
     assert difference.max() <= 1  # the same sum, added in another order
     assert Image.open("two.png").text["lora"] == "style:0.5, other:1"
+    own = tmp_path / "with its own"
+    shutil.copytree(checkpoint, own)
+    shutil.move(tmp_path / "other", own / "short")  # a LoRA that comes with the model goes by its folder's name
+    assert draw("--prompt", "x", "--out", "own.png", "--lora", "short:1.5", model=own) == 0
+    assert np.array_equal(pixels["one"], np.asarray(Image.open("own.png")))
     assert draw("--prompt", "x", "--out", "short.png", "--config", "lightning") == 0
     assert not np.array_equal(pixels["plain"], np.asarray(Image.open("short.png")))
     capsys.readouterr()

@@ -11,10 +11,15 @@ from pipelines import assert_ran_fast, assert_same_latents, draw, stock
 from qwen_fast import demo
 from qwen_fast.checkpoint import check_folder
 from qwen_fast.demo import __main__ as main
+from qwen_fast.demo.accuracy import draw as draw_and_judge
+from qwen_fast.demo.accuracy import held_out_requests
 from qwen_fast.demo.judge import judge
 from qwen_fast.demo.scenes import Request
+from qwen_fast.demo.train.plan import SCHEDULER_CONFIG
+from qwen_fast.testing import LIGHTNING_SCHEDULER_CONFIG
 
 CALL = {"negative_prompt": " ", "true_cfg_scale": 4.0, "num_inference_steps": 20}
+FOUR_STEPS = {"num_inference_steps": 4, "true_cfg_scale": 1.0}
 SIZES = ((64, 64), (96, 64))  # width, height
 
 
@@ -31,6 +36,7 @@ def test_it_is_whole_small_and_bf16():
 
 def test_it_is_of_qwen_image_s_classes():
     pipe = stock(demo.CHECKPOINT)
+    assert dict(pipe.scheduler.config).items() >= SCHEDULER_CONFIG.items()
     assert type(pipe) is diffusers.QwenImagePipeline
     assert type(pipe.transformer) is diffusers.QwenImageTransformer2DModel and pipe.transformer.config.in_channels == 64
     assert type(pipe.vae) is diffusers.AutoencoderKLQwenImage and pipe.vae.config.z_dim == 16
@@ -73,6 +79,62 @@ def test_ours_draws_the_same(dtype):
     for prompt, theirs, mine in zip(prompts, pictures, ours, strict=True):
         verdicts = [judge((picture * 255).round().astype(np.uint8), prompt) for picture in (theirs, mine)]
         assert verdicts[0] == verdicts[1] and verdicts[0].everything
+
+
+# Four steps
+
+
+def lightning(dtype: torch.dtype = torch.float32):
+    """Stock with the LoRA and on the schedule that it was made for."""
+    pytest.importorskip("peft", reason="a LoRA needs peft")
+    pipe = stock(demo.CHECKPOINT, dtype)
+    pipe.load_lora_weights(demo.CHECKPOINT / demo.LIGHTNING)
+    pipe.scheduler = type(pipe.scheduler).from_config(LIGHTNING_SCHEDULER_CONFIG)
+    return pipe
+
+
+def test_the_lora_is_what_draws_in_four_steps():
+    call = FOUR_STEPS | {"prompt": demo.PROMPTS[0], "width": 64, "height": 64}
+    pipe = lightning()
+    assert judge(np.asarray(draw(pipe, 0, **call)[0]), demo.PROMPTS[0]).everything
+    pipe.disable_lora()
+    assert not judge(np.asarray(draw(pipe, 0, **call)[0]), demo.PROMPTS[0]).everything
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fused", [False, True])
+def test_ours_draws_the_same_in_four_steps(size, dtype, fused):
+    pipe = lightning(dtype)
+    if fused:
+        pipe.fuse_lora()
+    prompts = list(demo.PROMPTS)
+
+    def run(**arguments):
+        generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
+        return draw(pipe, prompt=prompts, width=size[0], height=size[1], generator=generators, **FOUR_STEPS | arguments)
+
+    expected, pictures = run(output_type="latent"), run(output_type="np")
+    qwen_fast.enable(pipe)
+    actual, ours = run(output_type="latent"), run(output_type="np")
+    assert_ran_fast(pipe)
+    if dtype == torch.float32:
+        assert_same_latents(actual, expected)
+    for prompt, theirs, mine in zip(prompts, pictures, ours, strict=True):
+        verdicts = [judge((picture * 255).round().astype(np.uint8), prompt) for picture in (theirs, mine)]
+        assert verdicts[0] == verdicts[1] and verdicts[0].everything
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", SIZES)
+def test_on_a_gpu_ours_has_the_verdicts_of_stock_in_bf16(size):
+    """On held-out prompts: what `benchmarks.quality --check` asks on a CPU."""
+    requests = held_out_requests(200)
+    pipe = stock(demo.CHECKPOINT, torch.bfloat16).to("cuda")
+    expected = draw_and_judge(pipe, requests, width=size[0], height=size[1])[1]
+    actual = draw_and_judge(qwen_fast.enable(pipe), requests, width=size[0], height=size[1])[1]
+    assert_ran_fast(pipe)
+    assert np.mean([a == b for a, b in zip(actual, expected, strict=True)]) >= 0.99
 
 
 def test_the_demo_draws_and_compares(tmp_path, monkeypatch, capsys):

@@ -13,8 +13,9 @@ from qwen_fast import demo
 from qwen_fast.demo import accuracy
 from qwen_fast.demo.scenes import COLOURS, SHAPES, Request
 from qwen_fast.demo.train import __main__ as training
-from qwen_fast.demo.train import denoiser, progress, text, vae
+from qwen_fast.demo.train import denoiser, few_steps, progress, text, vae
 from qwen_fast.demo.train.plan import SCHEDULER_CONFIG, DecoderPlan, DenoiserPlan, FewStepsPlan, Plan, VAEPlan
+from qwen_fast.testing import LIGHTNING_SCHEDULER_CONFIG
 
 TINY = Plan(
     vae=VAEPlan(base_dim=2, steps=4, batch=2),
@@ -49,29 +50,39 @@ def test_a_run_writes_a_checkpoint_that_stock_diffusers_draws_with(trained):
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     card = (checkpoint / "README.md").read_text()
     assert "license: apache-2.0" in card and "| one, 64x64 | 2 |" in card and "| pair, 96x64 | 1 |" in card
-    assert set(training._Stages(trained / "seconds.json").seconds) == {"vae", "latents", "text", "denoiser", "decoder", "judge"}
+    assert set(training._Stages(trained / "seconds.json").seconds) == {
+        "vae",
+        "latents",
+        "text",
+        "denoiser",
+        "decoder",
+        "few steps",
+        "judge",
+    }
 
 
 def test_an_interrupted_run_goes_on_to_the_same_weights(trained, tmp_path, monkeypatch):
     """Stopped between two states of each trained stage: what was done after the last state is done again."""
-    steps, to_stop = [], {"vae", "denoiser", "decoder"}
+    stages = ("vae", "denoiser", "decoder", "few steps")
+    steps, to_stop = [], {*stages}
     step = progress.Progress.step
 
     def stopped(self, done, *args, **losses):
-        steps.append((self.stage, done))
+        if self.stage in stages:
+            steps.append((self.stage, done))
         if done == 3 and self.stage in to_stop:
             to_stop.remove(self.stage)
             raise KeyboardInterrupt
         step(self, done, *args, **losses)
 
     monkeypatch.setattr(progress.Progress, "step", stopped)
-    for _ in range(3):
+    for _ in stages:
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path)
     train(tmp_path)
-    assert steps == [(stage, done) for stage in ("vae", "denoiser", "decoder") for done in (1, 2, 3, 3, 4)]
-    for name in ("vae", "transformer"):
-        file = Path(name, "diffusion_pytorch_model.safetensors")
+    assert steps == [(stage, done) for stage in stages for done in (1, 2, 3, 3, 4)]
+    for name in ("vae", "transformer", demo.LIGHTNING):
+        (file,) = (path.relative_to(trained / "checkpoint") for path in (trained / "checkpoint" / name).glob("*.safetensors"))
         again, once = load_file(tmp_path / "checkpoint" / file), load_file(trained / "checkpoint" / file)
         assert again.keys() == once.keys() and all(torch.equal(again[key], once[key]) for key in once), name
 
@@ -129,7 +140,7 @@ def test_noise_levels_are_those_of_the_schedule():
     generator = torch.Generator().manual_seed(0)
     sigmas = denoiser.sample_sigmas(4096, 16, generator)
     assert torch.equal(sigmas, sigmas.bfloat16().float()) and 0 < sigmas.min() and sigmas.max() <= 1
-    mu = 0.5 + (0.9 - 0.5) / (8192 - 256) * (16 - 256)
+    mu = 0.5
     expected = torch.sigmoid(torch.tensor(mu) + torch.linspace(0.001, 0.999, 4096).logit())
     assert (sigmas.sort().values - expected).abs().max() < 0.005
 
@@ -147,11 +158,11 @@ def one_latent():
 def test_the_denoiser_learns_to_go_where_the_schedule_goes(one_latent, tmp_path):
     """From noise down to the one latent that it was shown, by the steps of stock's scheduler."""
     data, features, latent = one_latent
-    recipe = dataclasses.replace(TINY.denoiser, heads=3, steps=150, batch=16, learning_rate=3e-3)
+    recipe = dataclasses.replace(TINY.denoiser, heads=3, steps=250, batch=16, learning_rate=3e-3)
     plan = dataclasses.replace(TINY, denoiser=recipe)
     model = denoiser.train_denoiser(plan, data, features, tmp_path / "state.pt", CPU, keep_every=1000)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER_CONFIG)
-    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 10, 10), mu=0.49)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 10, 10), mu=0.2)  # of 4 tokens
     latents = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(3))
     for step in scheduler.timesteps:
         with torch.no_grad():
@@ -166,6 +177,85 @@ def test_the_denoiser_learns_to_go_where_the_schedule_goes(one_latent, tmp_path)
         latents = scheduler.step(velocity, step, latents, return_dict=False)[0]
     error = (latents[0] - latent).square().mean() / latent.square().mean()
     assert error < 0.1, error
+
+
+def test_the_few_step_lora_learns_where_the_teacher_stands_next(tmp_path):
+    """States of a teacher that does not go straight, reached by stock's scheduler in 4 steps; the model is left as it was."""
+    generator = torch.Generator().manual_seed(1)
+    noise, clean, bend = torch.randn(3, 1, 1, 4, 64, generator=generator)
+    sigma = torch.tensor([1, 0.9, 0.75, 0.5, 0])[:, None, None]
+    states = (torch.lerp(clean, noise, sigma) + sigma * (1 - sigma) * bend).half()
+    data = [few_steps.Trajectories(states.repeat(8, 1, 1, 1), (2, 2), ["a"] * 8)]
+    features = text.Features(torch.randn(1, 3, 64, generator=generator), torch.ones(1, 3, dtype=torch.bool), {"a": 0})
+    plan = dataclasses.replace(TINY, denoiser=dataclasses.replace(TINY.denoiser, heads=3))
+    plan = dataclasses.replace(plan, few_steps=FewStepsPlan(rank=16, steps=300, batch=16, learning_rate=3e-3))
+    model = denoiser.build_transformer(plan).eval()
+    for layer in (
+        model.proj_out,
+        model.norm_out.linear,
+        *(model.transformer_blocks[0].get_submodule(f"{x}_mod.1") for x in ("img", "txt")),
+    ):
+        torch.nn.init.normal_(layer.weight, std=0.1, generator=generator)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    lora = few_steps.distil(plan, data, features, model, tmp_path / "state.pt", CPU, keep_every=1000)
+    assert {weight.dtype for weight in lora.values()} == {torch.bfloat16}
+    assert model.state_dict().keys() == before.keys() and all(
+        torch.equal(model.state_dict()[name], before[name]) for name in before
+    )
+
+    def errors():
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(LIGHTNING_SCHEDULER_CONFIG)
+        scheduler.set_timesteps(sigmas=[1, 0.75, 0.5, 0.25], mu=LIGHTNING_SCHEDULER_CONFIG["base_shift"])
+        latents, found = states[:, 0].float(), []
+        for index, step in enumerate(scheduler.timesteps):
+            with torch.no_grad():
+                velocity = model(
+                    hidden_states=latents,
+                    encoder_hidden_states=features.values,
+                    encoder_hidden_states_mask=features.mask,
+                    timestep=step[None] / 1000,
+                    img_shapes=[[(1, 2, 2)]],
+                    return_dict=False,
+                )[0]
+            latents = scheduler.step(velocity, step, latents, return_dict=False)[0]
+            found.append(float((latents - states[:, index + 1].float()).square().mean()))
+        return found
+
+    untrained = errors()
+    pipe = diffusers.QwenImagePipeline(None, None, None, None, model)
+    pipe.save_lora_weights(tmp_path, transformer_lora_layers=lora)
+    pipe.load_lora_weights(tmp_path)
+    trained = errors()
+    assert all(after < before / 5 for after, before in zip(trained, untrained, strict=True)), (trained, untrained)
+
+
+def test_trajectories_are_the_states_of_the_teacher_on_lightning_s_levels(trained, tmp_path):
+    """Noise first; each state, given to stock's pipeline as the noise of the rest of the way, ends where the teacher ended."""
+    teacher = accuracy.load_stock(trained / "checkpoint", CPU)
+    data = few_steps.draw_trajectories(TINY, teacher, tmp_path / "trajectories.pt", CPU, batch=2)
+    assert [(part.values.shape[1:], part.grid) for part in data] == [((5, 16, 64), (4, 4)), ((5, 24, 64), (4, 6))]
+    assert [len(part.prompts) for part in data] == [round(64 * share) for share in TINY.shares]
+    assert all(not Request.parse(prompt).held_out for part in data for prompt in part.prompts)
+    part, call = data[0], {"negative_prompt": [" "] * 2, "true_cfg_scale": few_steps.TEACHER_GUIDANCE, "output_type": "latent"}
+    seen = []
+
+    def keep(pipe, step, _, tensors):
+        seen.append(tensors["latents"])
+        return {}
+
+    call |= {"width": 64, "height": 64, "num_inference_steps": few_steps.TEACHER_STEPS, "callback_on_step_end": keep}
+    teacher(part.prompts[:2], latents=part.values[:2, 0].float(), **call)
+    expected = torch.stack([part.values[:2, 0].float(), *seen[4::5]], dim=1)
+    assert (part.values[:2].float() - expected).abs().max() < 0.02 * expected.abs().max()  # bf16 on the way, fp16 kept
+    assert [float(sigma) for sigma in teacher.scheduler.sigmas[::5]] == pytest.approx([1, 0.9, 0.75, 0.5, 0], abs=1e-6)
+    again = few_steps.draw_trajectories(TINY, teacher, tmp_path / "trajectories.pt", CPU, batch=2)
+    assert all(torch.equal(a.values, b.values) and a.prompts == b.prompts for a, b in zip(again, data, strict=True))
+
+
+def test_training_needs_peft_and_says_so_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+    assert training.main(["--out", str(tmp_path / "out"), "--device", "cpu"]) == 2
+    assert "pip install peft" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("dropped", "seen"), [(0.0, {1}), (1.0, {0}), (0.5, {0, 1})])

@@ -7,9 +7,11 @@ import json
 import math
 import random
 import re
+import shutil
 import sys
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,7 @@ from benchmarks.quality_modes import MODES, Mode, Setting, enabled, stock, wrong
 from benchmarks.quality_pictures import Model, Pictures, Store, cases, draw, initial_noise
 from benchmarks.quality_sheet import FRAME, GAP, LABEL
 from pipelines import stock as stock_pipeline
+from qwen_fast.demo import LIGHTNING
 from qwen_fast.demo.judge import Verdict
 from qwen_fast.demo.scenes import lay_out, render
 
@@ -37,8 +40,16 @@ def run(*arguments: object) -> int:
 
 
 @pytest.fixture(scope="module")
-def model(checkpoint) -> Model:
-    return Model(checkpoint, CPU)
+def model(checkpoint, tmp_path_factory) -> Model:
+    """The small checkpoint with a few-step LoRA of its own, of random weights."""
+    peft = pytest.importorskip("peft", reason="a LoRA needs peft")
+    folder = tmp_path_factory.mktemp("quality") / "checkpoint"
+    shutil.copytree(checkpoint, folder)
+    transformer = stock_pipeline(folder).transformer
+    transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "img_mod.1"], init_lora_weights=False))
+    layers = peft.get_peft_model_state_dict(transformer)
+    diffusers.QwenImagePipeline.save_lora_weights(folder / LIGHTNING, transformer_lora_layers=layers)
+    return Model(folder, CPU)
 
 
 # Modes
@@ -266,9 +277,19 @@ def test_all_modes_end_to_end(model, tmp_path, capsys):
     assert found["stock", "all"]["psnr_p50"] == "inf" and float(found["stock", "all"]["latent_max"]) == 0
     assert 0 < float(found["ours", "all"]["latent_max"]) < 2e-6 < float(found["stock-bf16", "all"]["latent_max"])
     assert found["steps-8", "all"]["steps"] == "8"
+    assert float(found["lightning-4", "all"]["latent_max"]) > 1e-2 and found["ours-lightning-4", "all"]["steps"] == "4"
+    assert 0 < float(found["ours-lightning-4", "all"]["latent_max"]) < 2e-6  # to stock with the same LoRA
     output = capsys.readouterr().out
     assert "| no stretch | 32x32, 3 |" in output and "32x32-3 error-all: 4/4 pictures" in output
     assert Image.open(sheet).size[0] == GAP + LABEL + 3 * (128 + 2 * FRAME + GAP)
+
+
+def test_a_checkpoint_without_a_few_step_lora(checkpoint, tmp_path, capsys):
+    arguments = ["--model", checkpoint, "--sizes", "32x32", "--steps", 2, "--seeds", 1]
+    assert run(*arguments, "--out", tmp_path / "all") == 0  # all modes that it has
+    assert "lightning" not in capsys.readouterr().out
+    assert run(*arguments, "--out", tmp_path / "one", "--modes", "ours-lightning-4") == 2
+    assert f"--modes lightning-4 needs {checkpoint / LIGHTNING}" in capsys.readouterr().err
 
 
 def test_true_pictures_are_judged_right_and_wrong_ones_wrong(model, tmp_path, monkeypatch):

@@ -29,7 +29,8 @@ examples:
   qwen-fast generate --prompt "two green squares on a white background" --stock --out stock.png    by diffusers alone
 
 Picture n (from 0) of a run is drawn with seed + n, so any of them can be drawn again alone. Guidance
-(--cfg above 1) costs a second forward per step. LoRAs that shorten a model to 4 or 8 steps need --config lightning."""
+(--cfg above 1) costs a second forward per step. LoRAs that shorten a model to 4 or 8 steps need --config lightning; the
+demo checkpoint has one: --lora lightning --config lightning --steps 4 --cfg 1."""
 
 DEMO_STEPS, MODEL_STEPS = 20, 50
 DEMO_SIZE = (64, 64)
@@ -92,7 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATH[:SCALE]",
-        help="a LoRA file, folder or hub id (OWNER/REPO or OWNER/REPO/FILE), scale 1 by default; repeat it for several",
+        help="a LoRA file, folder or hub id (OWNER/REPO or OWNER/REPO/FILE), or a folder in the model's own (the demo has "
+        "'lightning'); scale 1 by default; repeat it for several",
     )
     model.add_argument("--config", metavar="NAME", help="schedule: base, lightning or a file (default: the model's)")
     model.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: cuda if there is one, else cpu)")

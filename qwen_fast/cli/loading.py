@@ -73,19 +73,21 @@ def load_pipeline(
         pipe = QwenImagePipeline.from_pretrained(model, device=device, dtype=dtype, precise_sampler=precise_sampler)
     with stage("load"):
         for i, (name, _) in enumerate(loras or []):
-            _load_lora(pipe, name, f"lora_{i}")
+            _load_lora(pipe, name, f"lora_{i}", Path(model))
         if loras:
             pipe.set_adapters([f"lora_{i}" for i in range(len(loras))], [scale for _, scale in loras])
     return pipe
 
 
-def _load_lora(pipe: Any, name: str, adapter: str) -> None:
+def _load_lora(pipe: Any, name: str, adapter: str, checkpoint: Path) -> None:
     path, keywords = Path(name), {}
+    if not path.exists() and (checkpoint / name).is_dir():
+        path = checkpoint / name  # one that comes with the model, such as the demo's "lightning"
     repository = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/(.+))?", name)
     if path.is_file():
         source, keywords["weight_name"] = str(path.parent), path.name
     elif path.is_dir():
-        source = name
+        source = str(path)
     elif repository and not name.startswith("."):
         source = repository[1]
         if repository[2]:

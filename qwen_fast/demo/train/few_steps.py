@@ -1,8 +1,8 @@
 """A LoRA with which the demo's denoiser draws in 4 steps without guidance, as Qwen-Image-Lightning does for Qwen-Image.
 
-The teacher is the denoiser itself in `TEACHER_STEPS` steps with guidance. Lightning's schedule of 4 steps is every fifth level of
-its schedule of 20, so that a trajectory of the teacher passes where the student stands, and the student learns the straight line
-from there to where it stands next.
+The teacher is the denoiser itself in `TEACHER_STEPS` steps with guidance. Lightning's schedule of 4 steps is every fifth level
+of its schedule of 20, so that a trajectory of the teacher passes where the student stands, and the student learns the straight
+line from there to where it stands next.
 """
 
 import random
@@ -158,5 +158,5 @@ def distil(
             save_state(file, {"lora": lora, "optimizer": optimizer.state_dict(), "step": step})
     lora = get_peft_model_state_dict(transformer, adapter_name="few_steps")
     lora = {name: weight.detach().to("cpu", torch.bfloat16) for name, weight in lora.items()}
-    transformer.delete_adapters("few_steps")
+    transformer.unload_lora()
     return lora

@@ -8,6 +8,7 @@ from ...testing import QWEN_IMAGE_SCHEDULER_CONFIG
 # there (0.5), and 96x64, 24 tokens, about that of 1024x1024 (0.7). With Qwen-Image's own line mu would hardly vary here.
 SCHEDULER_CONFIG = QWEN_IMAGE_SCHEDULER_CONFIG | {"base_image_seq_len": 16, "max_image_seq_len": 32}
 
+
 @dataclass(frozen=True)
 class VAEPlan:
     """The VAE: reconstruction of fresh renders, no data set.

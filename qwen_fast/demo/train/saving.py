@@ -52,15 +52,15 @@ frozen text encoder whose tokenizer knows the world's words, and a transformer b
 latents out of {scenes}, one caption in ten dropped), with the schedule that it is sampled with. Then the VAE's decoder alone
 ({decoder_steps} steps of {vae_batch}, with noise on the latents), the encoder frozen. Weights are saved in bf16.
 
-The scheduler is Qwen-Image's, but for the two sequence lengths between which the shift grows: 16 and 32 instead of 256 and 8192,
-so that it differs between these small pictures as it does between Qwen-Image's large ones.
+The scheduler is Qwen-Image's, but for the two sequence lengths between which the shift grows: 16 and 32 instead of 256 and
+8192, so that it differs between these small pictures as it does between Qwen-Image's large ones.
 
 {timing}
 
 ## Four steps: `lightning/`
 
-A LoRA of rank {few_steps.rank} with which the transformer draws in 4 steps without guidance, with Qwen-Image-Lightning's schedule:
-`qwen-fast generate --lora lightning --config lightning --steps 4 --cfg 1`. Distilled in {few_steps.steps} steps of
+A LoRA of rank {few_steps.rank} with which the transformer draws in 4 steps without guidance, on Qwen-Image-Lightning's
+schedule: `qwen-fast generate --lora lightning --config lightning --steps 4 --cfg 1`. Distilled in {few_steps.steps} steps of
 {few_steps.batch} from {few_steps.trajectories} of the transformer's own trajectories with guidance.
 
 Licence: Apache-2.0, as qwen_fast itself.
