@@ -17,14 +17,14 @@ class VAEPlan:
         base_dim (int): channels at full resolution.
         steps, batch (int): optimiser steps, pictures in each.
         learning_rate (float): of Adam, after a warm-up, before the cosine to 0.
-        kl (float): weight of the KL divergence per latent element, against L1 + MSE + edges per pixel.
+        kl (float): weight of the KL divergence per latent element, against L1 + MSE + edges per pixel, by contrast.
     """
 
     base_dim: int = 8
     steps: int = 4_000
     batch: int = 16
     learning_rate: float = 2.5e-3
-    kl: float = 5e-4
+    kl: float = 3e-4
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class DenoiserPlan:
     heads: int = 4
     head_dim: int = 64
     scenes: int = 64_000
-    steps: int = 30_000
+    steps: int = 12_000
     batch: int = 16
     learning_rate: float = 1e-3
     dropped: float = 0.1
@@ -78,8 +78,8 @@ class FewStepsPlan:
     """
 
     rank: int = 16
-    trajectories: int = 6_000
-    steps: int = 6_000
+    trajectories: int = 4_000
+    steps: int = 4_000
     batch: int = 16
     learning_rate: float = 1e-3
 

@@ -13,7 +13,7 @@ from ..scenes import ARRANGEMENTS, COLOURS, PLACES, SHAPES, SIZES
 from .plan import Plan
 
 NEGATIVE = " "  # what classifier-free guidance compares with, and what a dropped caption becomes
-_CONTEXT = 0.25  # scale of what a layer adds to a word: with 1 the words before a word hide it
+_CONTEXT = 0.1  # scale of what a layer adds to a word: with 1 the words before a word hide it
 
 
 def build_text(plan: Plan, folder: Path) -> tuple[Qwen2Tokenizer, Qwen2_5_VLForConditionalGeneration]:

@@ -122,9 +122,7 @@ def sharpen_decoder(
                 level = recipe.noise * torch.rand(recipe.batch, 1, 1, 1, 1, generator=generator)
                 noise = (level * torch.randn(latents.shape, generator=generator)).to(device)
                 decoded = _decode(vae, latents + std * noise).float()
-            # By each picture's contrast: orange on yellow has edges as sharp as black on white.
-            contrast = (pictures - pictures[:, :, :1, :1]).abs().amax((1, 2, 3), keepdim=True)
-            pixels, edges = reconstruction_losses(decoded / contrast, pictures / contrast)
+            pixels, edges = reconstruction_losses(decoded, pictures)
             optimizer.zero_grad(set_to_none=True)
             (pixels + edges).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -137,7 +135,12 @@ def sharpen_decoder(
 
 
 def reconstruction_losses(decoded: torch.Tensor, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """L1 + MSE of the pixels, and L1 of the differences between neighbours, which keeps edges sharp."""
+    """L1 + MSE of the pixels, and L1 of the differences between neighbours, which keeps edges sharp.
+
+    Both by each picture's contrast: orange on yellow should have edges as sharp as black on white.
+    """
+    contrast = (pictures - pictures[:, :, :1, :1]).abs().amax((1, 2, 3), keepdim=True)
+    decoded, pictures = decoded / contrast, pictures / contrast
     pixels = F.l1_loss(decoded, pictures) + F.mse_loss(decoded, pictures)
     return pixels, sum(F.l1_loss(decoded.diff(dim=axis), pictures.diff(dim=axis)) for axis in (2, 3))
 
