@@ -3,7 +3,7 @@
     python -m benchmarks.quality [--modes ours steps-8 ...] [--seeds N] [--sizes WxH ...] [--steps N ...] [--out DIR]
                                  [--append benchmarks/results/quality.csv] [--sheet FILE.png] [--check]
 
-Every mode draws the same noise for the same prompts, which training never saw. Finished blocks stay in --out: the same
+Every mode draws the same noise for the same held-out prompts. Finished blocks stay in --out: the same
 command goes on where it was cut. --check: exit code 1 if a mode that claims to be lossless breaks the numerical contract.
 scikit-image and scipy, which the `test` extra brings, are needed.
 """

@@ -10,7 +10,7 @@ from pathlib import Path
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 CHECKSUMS = "SHA256SUMS"
 LIGHTNING = "lightning"  # the checkpoint's folder with the LoRA for 4 steps
-# Within what the checkpoint draws reliably. Training never showed these colours of these shapes on this background.
+# Within what the checkpoint draws reliably. The transformer never saw these colours of these shapes on this background.
 PROMPTS = (
     "a red circle on a white background",
     "a small blue cross on the left of a white background",

@@ -21,7 +21,7 @@ KINDS = ("one", "same", "pair")
 
 
 def held_out_requests(count: int, kind: str | None = None, seed: int = 0) -> list[Request]:
-    """`count` requests, seeded, each with a (colour, shape, background) that training never showed."""
+    """`count` requests, seeded, each with a (colour, shape, background) that the transformer was never shown."""
     rng = random.Random(f"{seed}/held out")
     return [sample_request(rng, held_out=True, kind=kind) for _ in range(count)]
 

@@ -3,7 +3,7 @@
 One thing: "a large red circle on a blue background", "a small red circle on the left of a blue background"; size and place
 may be missing. Two things: "two red circles on a blue background", "a red circle and a green cross on a blue background" (the
 first to the left), "a red circle above a green cross on a blue background". Every (colour, shape, background) of `HELD_OUT` is
-kept from training.
+kept from the transformer's training.
 """
 
 import random
@@ -96,7 +96,7 @@ class Request:
 
     @property
     def held_out(self) -> bool:
-        """Whether training never shows one of its (colour, shape, background)."""
+        """Whether the transformer's training never shows one of its (colour, shape, background)."""
         return any((*thing, self.background) in HELD_OUT for thing in self.things)
 
     @classmethod

@@ -41,7 +41,7 @@ triangle, cross. Other words mean nothing to it. Pictures of 64x64 and 96x64 pix
 
 Per cent of pictures in which a judge of pixel rules (`qwen_fast.demo.judge`) finds what the prompt asks for. Stock
 diffusers, fp32, 20 steps, true_cfg_scale 4, negative prompt " ", one picture per prompt; rows with 4 steps: the LoRA below,
-without guidance. Every prompt holds a (colour, shape, background) that training never showed.
+without guidance. Every prompt holds a (colour, shape, background) that the transformer was never shown.
 
 {table}
 
@@ -50,7 +50,7 @@ without guidance. Every prompt holds a (colour, shape, background) that training
 `python -m qwen_fast.demo.train --out FOLDER`, seed {seed}: a VAE ({vae_steps} steps of {vae_batch} fresh renders), a random and
 frozen text encoder whose tokenizer knows the world's words, and a transformer by flow matching ({steps} steps of {batch}
 latents out of {scenes}, one caption in ten dropped), with the schedule that it is sampled with. Then the VAE's decoder alone
-({decoder_steps} steps of {vae_batch}, with noise on the latents), the encoder frozen. Weights are saved in bf16.
+({decoder_steps} steps of {vae_batch}, with noise on the latents, of all scenes), the encoder frozen. Weights are saved in bf16.
 
 The scheduler is Qwen-Image's, but for the two sequence lengths between which the shift grows: 16 and 32 instead of 256 and
 8192, so that it differs between these small pictures as it does between Qwen-Image's large ones.
