@@ -77,20 +77,24 @@ def enabled(**options: Any) -> Callable[[Any, Setting], AbstractContextManager]:
     return prepare
 
 
-def few_steps(prepare: Callable[[Any, Setting], AbstractContextManager]) -> Callable[[Any, Setting], AbstractContextManager]:
-    """`prepare` of a mode with the checkpoint's own few-step LoRA, on the schedule that it was distilled for."""
+def few_steps(
+    prepare: Callable[[Any, Setting], AbstractContextManager], lora: bool = True
+) -> Callable[[Any, Setting], AbstractContextManager]:
+    """`prepare` of a mode on the schedule of the checkpoint's own few-step LoRA, with that LoRA or, to compare, without."""
 
     @contextlib.contextmanager
     def prepared(pipe: diffusers.QwenImagePipeline, setting: Setting):
         right = pipe.scheduler
-        pipe.load_lora_weights(f"{pipe.name_or_path}/{LIGHTNING}")
+        if lora:
+            pipe.load_lora_weights(f"{pipe.name_or_path}/{LIGHTNING}")
         pipe.scheduler = type(right).from_config(LIGHTNING_SCHEDULER_CONFIG)
         try:
             with prepare(pipe, setting):
                 yield
         finally:
             pipe.scheduler = right
-            pipe.unload_lora_weights()
+            if lora:
+                pipe.unload_lora_weights()
 
     return prepared
 
@@ -155,7 +159,7 @@ class FixedSchedule(diffusers.FlowMatchEulerDiscreteScheduler):
 
 
 BF16 = torch.bfloat16
-_FOUR_STEPS = {"needs": LIGHTNING, "call": {"num_inference_steps": 4, "true_cfg_scale": 1.0, "negative_prompt": None}}
+_FOUR_STEPS = {"num_inference_steps": 4, "true_cfg_scale": 1.0, "negative_prompt": None}
 MODES: dict[str, Mode] = {
     "stock": Mode("stock diffusers, fp32", stock),
     # The same arithmetic in tensors of other shapes: how far stock in fp32 is from itself.
@@ -166,14 +170,16 @@ MODES: dict[str, Mode] = {
     "precise-bf16": Mode("qwen_fast, bf16, precise_sampler", enabled(precise_sampler=True), BF16),
     "steps-8": Mode("8 steps", stock, call={"num_inference_steps": 8}),
     "steps-4": Mode("4 steps", stock, call={"num_inference_steps": 4}),
-    "lightning-4": Mode("few-step LoRA, 4 steps, CFG off", few_steps(stock), **_FOUR_STEPS),
+    "lightning-4": Mode("few-step LoRA, 4 steps", few_steps(stock), call=_FOUR_STEPS, needs=LIGHTNING),
     "ours-lightning-4": Mode(
-        "qwen_fast, few-step LoRA, 4 steps, CFG off",
+        "qwen_fast, few-step LoRA, 4 steps",
         few_steps(enabled()),
         reference="lightning-4",
         lossless=True,
-        **_FOUR_STEPS,
+        call=_FOUR_STEPS,
+        needs=LIGHTNING,
     ),
+    "bare-lightning-4": Mode("the same schedule and steps without the LoRA", few_steps(stock, lora=False), call=_FOUR_STEPS),
     "no-cfg": Mode("CFG off", stock, call={"true_cfg_scale": 1.0, "negative_prompt": None}),
     "error-mu": Mode("mu through ln/exp", wrong_schedule("mu through ln/exp")),
     "error-linspace": Mode("linspace to shift_terminal", wrong_schedule("linspace to shift_terminal")),

@@ -12,7 +12,7 @@ CHECKSUMS = "SHA256SUMS"
 LIGHTNING = "lightning"  # the checkpoint's folder with the LoRA for 4 steps
 # Within what the checkpoint draws reliably. The transformer never saw these colours of these shapes on this background.
 PROMPTS = (
-    "a red circle on a white background",
+    "a green circle on a white background",
     "a small blue cross on the left of a white background",
     "an orange triangle on a white background",
 )
