@@ -180,7 +180,8 @@ def quality() -> list[str]:
     lines += ["|---|---|---|---|---|---|---|"]
     for row in rows:
         compared = row["mode"] != row["reference"]
-        names = {"stock": "stock diffusers", "stock-bf16": "stock in bf16"}
+        names = {"stock": "stock diffusers", "stock-alone": "stock, one picture a call", "stock-bf16": "stock in bf16"}
+        names |= {"lightning-4": "stock with the same LoRA"}
         to = f", to {names.get(row['reference'], row['reference'])}" if compared else ""
         figures = (f"{float(row['same_verdict']):.1%}", f"{float(row['psnr_p50']):.1f} dB", f"{float(row['latent_max']):.1e}")
         figures = tuple(figure.replace("inf dB", "equal") for figure in figures) if compared else ("", "", "")
