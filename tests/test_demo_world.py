@@ -136,6 +136,24 @@ def test_the_judge_names_no_shape_of_a_blob_and_no_colour_of_its_own():
     assert judge(speck, "a red circle on a white background").everything
 
 
+@pytest.mark.parametrize(
+    ("prompt", "high"), [("a large red triangle on a white background", 44), ("a small red triangle on a white background", 27)]
+)
+def test_the_judge_forgives_a_blunt_tip_and_no_more(prompt, high):
+    for missing, shape in (
+        (0, "triangle"),
+        (high // 8, "triangle"),
+        (high // 5, "triangle"),
+        (high // 3, None),
+        (high // 2, None),
+    ):
+        seen = picture(scene(prompt))[0]
+        rows = np.flatnonzero((seen != seen[0, 0]).any(axis=(1, 2)))
+        seen[rows[0] : rows[0] + missing] = seen[0, 0]
+        (thing,) = read(seen).things
+        assert thing.shape == shape, (missing, thing)
+
+
 def test_the_judge_refuses_what_is_no_picture():
     for wrong in (np.zeros((64, 64, 3)), np.zeros((3, 64, 64), np.uint8), np.zeros((64, 64), np.uint8)):
         with pytest.raises(ValueError, match=r"uint8 \[H, W, 3\] is needed"):

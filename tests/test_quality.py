@@ -97,7 +97,7 @@ def test_an_error_that_the_scheduler_cannot_show(model):
 
 def test_references_come_first_and_once():
     assert list(quality.with_references(["precise-bf16", "ours-bf16", "ours"])) == [
-        *("stock", "precise-bf16", "stock-bf16", "ours-bf16", "ours")
+        *("stock", "precise-bf16", "stock-bf16", "ours-bf16", "stock-alone", "ours")
     ]
 
 
@@ -154,13 +154,13 @@ def test_fewer_steps_are_those_of_the_mode(model, tmp_path):
 
 def test_an_interrupted_run_goes_on(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality_pictures, "BLOCK", 2)
-    arguments = ["--model", model.folder, "--modes", "ours", "--sizes", "32x32", "--steps", 2, "--seeds", 5]
+    arguments = ["--model", model.folder, "--modes", "precise-bf16", "--sizes", "32x32", "--steps", 2, "--seeds", 5]
     assert run(*arguments, "--out", tmp_path / "whole") == 0
     block, calls = quality_pictures._draw_block, []
 
     def cut(*args: object) -> Pictures:
         calls.append(args)
-        if len(calls) == 5:  # three blocks of stock, one of ours
+        if len(calls) == 5:  # three blocks of stock, one of the mode
             raise KeyboardInterrupt
         return block(*args)
 
@@ -179,7 +179,7 @@ def test_an_interrupted_run_goes_on(model, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.rglob("*.part"))
     with (tmp_path / "rows.csv").open() as file:
         assert [(row["mode"], row["things"]) for row in csv.DictReader(file)] == [
-            (mode, things) for mode in ("stock", "ours") for things in ("one", "two", "all")
+            (mode, things) for mode in ("stock", "precise-bf16") for things in ("one", "two", "all")
         ]
 
 
@@ -207,10 +207,10 @@ def verdict_result(name: str, verdicts: list[Verdict], latent_max: list[float]) 
     ("name", "wrong", "latent_max", "device", "message"),
     [
         ("ours", 0, 2e-6, "cpu", None),
-        ("ours", 0, 2.1e-6, "cpu", r"latents of seed 0 \('an? .* background'\) differ from stock's by 2.1e-06"),
+        ("ours", 0, 2.1e-6, "cpu", r"latents of seed 0 \('an? .* background'\) differ from stock-alone's by 2.1e-06"),
         ("ours", 0, math.nan, "cpu", "latents of seed 0 .* by nan"),
         ("ours", 2, 1e-3, "cuda", None),
-        ("ours", 3, 1e-3, "cuda", "98.5% of 200 verdicts are those of stock; 99% are needed"),
+        ("ours", 3, 1e-3, "cuda", "98.5% of 200 verdicts are those of stock-alone; 99% are needed"),
         ("ours-bf16", 2, 0.1, "cpu", None),
         ("ours-bf16", 3, 0.1, "cpu", "98.5% of 200 verdicts are those of stock-bf16"),
         ("ours-bf16", 0, math.nan, "cpu", "not finite"),

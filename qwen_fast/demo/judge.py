@@ -1,7 +1,8 @@
 """Does a picture show what its prompt asks for? Pixel rules alone, no model: colours, shapes, number, sizes and places.
 
 Background: the nearest palette colour of the border's median. Things: connected regions off the background. Colour: the
-nearest palette colour of a region's median. Shape: the one of four masks that covers the region in its box best.
+nearest palette colour of a region's median. Shape: the one of four masks that covers the region in its box best; a triangle's
+tip may be missing.
 """
 
 from collections.abc import Sequence
@@ -9,11 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .scenes import ARRANGEMENTS, COLOURS, CROSS_ARM, PLACES, SHAPES, SIZES, Request
+from .scenes import ARRANGEMENTS, COLOURS, CROSS_ARM, PLACES, SIZES, Request
 
 CONTRAST = 40.0  # RGB distance from the background at which a pixel belongs to a thing; the palette is 107 apart at least
 COLOUR_TOLERANCE = 53.0  # RGB distance from a palette colour beyond which a colour has no name: half of that
 SMALLEST = 0.01  # regions below this share of the shorter side squared are specks
+TIP = 1 / 8  # of a box: how far a triangle's tip may be missing above it; a pixel wide, it is the first that a blur takes
 OVERLAP = 0.8  # intersection over union below which a region has no shape's name; true ones have more than 0.9
 
 
@@ -150,9 +152,11 @@ def _thing(region: np.ndarray, ink: np.ndarray) -> Thing:
         "circle": u**2 + v**2 < 0.25,
         "square": np.ones_like(box),
         "triangle": abs(u) < (v + 0.5) / 2,
+        "blunt triangle": abs(u) < (v + 0.5 + TIP) / (1 + TIP) / 2,
         "cross": (abs(u) < CROSS_ARM / 2) | (abs(v) < CROSS_ARM / 2),
     }
-    overlaps = {shape: (box & masks[shape]).sum() / (box | masks[shape]).sum() for shape in SHAPES}
+    overlaps = {shape: (box & mask).sum() / (box | mask).sum() for shape, mask in masks.items()}
+    overlaps["triangle"] = max(overlaps["triangle"], overlaps.pop("blunt triangle"))
     best = max(overlaps, key=overlaps.get)
     named = overlaps[best] >= OVERLAP and 0.75 < wide / high < 4 / 3
     return Thing(

@@ -128,16 +128,9 @@ def train_denoiser(
         sigma = sample_sigmas(recipe.batch, part.grid[0] * part.grid[1], generator).to(device)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * warmup_cosine(step, recipe.steps, 200)
-        with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(ATTENTION[device.type]):
-            velocity = transformer(
-                hidden_states=torch.lerp(clean, noise, sigma[:, None, None]),
-                encoder_hidden_states=values[prompts],
-                encoder_hidden_states_mask=mask[prompts],
-                timestep=sigma,
-                img_shapes=[[(1, *part.grid)]] * recipe.batch,
-                return_dict=False,
-            )[0]
-        loss = (velocity.float() - (noise - clean)).square().mean()
+        noisy = torch.lerp(clean, noise, sigma[:, None, None])
+        velocity = predict(transformer, noisy, sigma, values[prompts], mask[prompts], part.grid)
+        loss = (velocity - (noise - clean)).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
@@ -152,6 +145,27 @@ def train_denoiser(
             save_state(file, {name: part.state_dict() for name, part in parts.items()} | {"step": step})
             look(step, average)
     return average
+
+
+def predict(
+    transformer: QwenImageTransformer2DModel,
+    latents: torch.Tensor,
+    sigma: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    grid: tuple[int, int],
+) -> torch.Tensor:
+    """The velocity of latents `[B, S_img, C]` at `sigma`, `[B]`, given features of prompts; in bf16 autocast, back in fp32."""
+    kind = latents.device.type
+    with torch.autocast(kind, torch.bfloat16), sdpa_kernel(ATTENTION[kind]):
+        return transformer(
+            hidden_states=latents,
+            encoder_hidden_states=values,
+            encoder_hidden_states_mask=mask,
+            timestep=sigma,
+            img_shapes=[[(1, *grid)]] * len(latents),
+            return_dict=False,
+        )[0].float()
 
 
 def sample_sigmas(count: int, image_seq_len: int, generator: torch.Generator) -> torch.Tensor:

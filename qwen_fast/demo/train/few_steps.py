@@ -15,7 +15,7 @@ from torch.nn.attention import sdpa_kernel
 
 from ...testing import LIGHTNING_SCHEDULER_CONFIG
 from ..scenes import sample_request
-from .denoiser import ATTENTION
+from .denoiser import ATTENTION, predict
 from .plan import Plan
 from .progress import Progress, load_state, save_state
 from .text import NEGATIVE, Features
@@ -137,16 +137,8 @@ def distil(
         prompts = indices[size][chosen].to(device)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * warmup_cosine(step, recipe.steps, 200)
-        with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(ATTENTION[device.type]):
-            velocity = transformer(
-                hidden_states=here,
-                encoder_hidden_states=values[prompts],
-                encoder_hidden_states_mask=mask[prompts],
-                timestep=sigma,
-                img_shapes=[[(1, *part.grid)]] * recipe.batch,
-                return_dict=False,
-            )[0]
-        loss = (velocity.float() - (there - here) / (following - sigma)[:, None, None]).square().mean()
+        velocity = predict(transformer, here, sigma, values[prompts], mask[prompts], part.grid)
+        loss = (velocity - (there - here) / (following - sigma)[:, None, None]).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
