@@ -199,7 +199,7 @@ def schedule_errors() -> list[str]:
     for mode in dict.fromkeys(row["about"] for row in rows):
         found = {_setting(row): row for row in rows if row["about"] == mode}
         shown = (f"{float(row['psnr_p50']):.1f} dB, {float(row['same_verdict']):.1%}" for row in map(found.get, settings))
-        lines.append(cells(mode, *shown))
+        lines.append(cells(mode, *(text.replace("inf dB", "equal") for text in shown)))
     return lines
 
 
