@@ -60,25 +60,28 @@ def test_the_default_prompts_were_never_shown():
     assert all(Request.parse(prompt).held_out for prompt in demo.PROMPTS)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ours_draws_the_same(dtype):
-    pipe = stock(demo.CHECKPOINT, dtype)
+def assert_ours_draws_the_same(pipe, size=(64, 64), **call) -> None:
+    """Stock and ours: in fp32 latents within the contract, and every picture as asked from both."""
     prompts = list(demo.PROMPTS)
 
     def run(**arguments):
         generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
-        call = CALL | {"negative_prompt": [" "] * len(prompts)} | arguments
-        return draw(pipe, prompt=prompts, width=64, height=64, generator=generators, **call)
+        return draw(pipe, prompt=prompts, width=size[0], height=size[1], generator=generators, **call | arguments)
 
     expected, pictures = run(output_type="latent"), run(output_type="np")
     qwen_fast.enable(pipe)
     actual, ours = run(output_type="latent"), run(output_type="np")
     assert_ran_fast(pipe)
-    if dtype == torch.float32:
+    if actual.dtype == torch.float32:
         assert_same_latents(actual, expected)
     for prompt, theirs, mine in zip(prompts, pictures, ours, strict=True):
         verdicts = [judge((picture * 255).round().astype(np.uint8), prompt) for picture in (theirs, mine)]
         assert verdicts[0] == verdicts[1] and verdicts[0].everything
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ours_draws_the_same(dtype):
+    assert_ours_draws_the_same(stock(demo.CHECKPOINT, dtype), **CALL | {"negative_prompt": [" "] * len(demo.PROMPTS)})
 
 
 # Four steps
@@ -114,21 +117,7 @@ def test_ours_draws_the_same_in_four_steps(size, dtype, fused):
     pipe = lightning(dtype)
     if fused:
         pipe.fuse_lora()
-    prompts = list(demo.PROMPTS)
-
-    def run(**arguments):
-        generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
-        return draw(pipe, prompt=prompts, width=size[0], height=size[1], generator=generators, **FOUR_STEPS | arguments)
-
-    expected, pictures = run(output_type="latent"), run(output_type="np")
-    qwen_fast.enable(pipe)
-    actual, ours = run(output_type="latent"), run(output_type="np")
-    assert_ran_fast(pipe)
-    if dtype == torch.float32:
-        assert_same_latents(actual, expected)
-    for prompt, theirs, mine in zip(prompts, pictures, ours, strict=True):
-        verdicts = [judge((picture * 255).round().astype(np.uint8), prompt) for picture in (theirs, mine)]
-        assert verdicts[0] == verdicts[1] and verdicts[0].everything
+    assert_ours_draws_the_same(pipe, size, **FOUR_STEPS)
 
 
 @pytest.mark.gpu

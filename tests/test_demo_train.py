@@ -136,13 +136,42 @@ def test_every_word_is_one_token_and_words_differ(tmp_path):
         assert (cosines - torch.eye(len(words))).abs().max() < 0.6
 
 
-def test_noise_levels_are_those_of_the_schedule():
+@pytest.mark.parametrize(("tokens", "mu"), [(16, 0.5), (24, 0.7)])
+def test_noise_levels_are_those_of_the_schedule(tokens, mu):
     generator = torch.Generator().manual_seed(0)
-    sigmas = denoiser.sample_sigmas(4096, 16, generator)
+    sigmas = denoiser.sample_sigmas(4096, tokens, generator)
     assert torch.equal(sigmas, sigmas.bfloat16().float()) and 0 < sigmas.min() and sigmas.max() <= 1
-    mu = 0.5
     expected = torch.sigmoid(torch.tensor(mu) + torch.linspace(0.001, 0.999, 4096).logit())
     assert (sigmas.sort().values - expected).abs().max() < 0.005
+
+
+def test_only_the_decoder_alone_is_shown_held_out_scenes(tmp_path, monkeypatch):
+    """The transformer's latents are the other place where scenes are drawn."""
+    shown, sample = {}, vae.sample_request
+
+    def spied(rng, **arguments):
+        request = sample(rng, **arguments)
+        shown.setdefault(stage, set()).add(request.held_out)
+        return request
+
+    monkeypatch.setattr(vae, "sample_request", spied)
+    monkeypatch.setattr(denoiser, "sample_request", spied)
+    plan = dataclasses.replace(TINY, vae=dataclasses.replace(TINY.vae, batch=16), decoder=DecoderPlan(steps=4, batch=16))
+    stage = "vae"
+    model = vae.train_vae(plan, tmp_path / "vae.pt", CPU)
+    stage = "latents"
+    denoiser.encode_scenes(plan, model, tmp_path / "latents.pt")
+    stage = "decoder"
+    vae.sharpen_decoder(plan, model, tmp_path / "decoder.pt", CPU)
+    assert shown == {"vae": {False}, "latents": {False}, "decoder": {True, False}}
+
+
+def test_losses_do_not_depend_on_contrast():
+    generator = torch.Generator().manual_seed(0)
+    picture, error = torch.rand(2, 1, 3, 8, 8, generator=generator)
+    faint = 0.1 * picture + 0.4
+    losses, fainter = (vae.reconstruction_losses(x + scale * error, x) for x, scale in ((picture, 1.0), (faint, 0.1)))
+    assert torch.allclose(torch.stack(losses), torch.stack(fainter), rtol=1e-4)
 
 
 @pytest.fixture

@@ -3,9 +3,10 @@
 import copy
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
@@ -112,24 +113,20 @@ def train_denoiser(
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
-    indices = [torch.tensor([features.index[prompt] for prompt in part.prompts]) for part in data]
-    shares = torch.tensor([len(part.prompts) for part in data], dtype=torch.float32)
-    values, mask = features.values.to(device), features.mask.to(device)
+    batches = Batches(data, features, device)
     progress = Progress("denoiser", recipe.steps, step)
     while step < recipe.steps:
         generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
-        size = int(torch.multinomial(shares, 1, generator=generator))
-        part = data[size]
-        chosen = torch.randint(len(part.prompts), (recipe.batch,), generator=generator)
+        part, chosen, prompts = batches.draw(recipe.batch, generator)
         dropped = torch.rand(recipe.batch, generator=generator) < recipe.dropped
-        prompts = torch.where(dropped, features.index[NEGATIVE], indices[size][chosen]).to(device)
+        prompts = torch.where(dropped, features.index[NEGATIVE], prompts).to(device)
         clean = part.values[chosen.to(part.values.device)].to(device, torch.float32)
         noise = torch.randn(clean.shape, generator=generator).to(device)
         sigma = sample_sigmas(recipe.batch, part.grid[0] * part.grid[1], generator).to(device)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * warmup_cosine(step, recipe.steps, 200)
         noisy = torch.lerp(clean, noise, sigma[:, None, None])
-        velocity = predict(transformer, noisy, sigma, values[prompts], mask[prompts], part.grid)
+        velocity = predict(transformer, noisy, sigma, batches.values[prompts], batches.mask[prompts], part.grid)
         loss = (velocity - (noise - clean)).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -145,6 +142,28 @@ def train_denoiser(
             save_state(file, {name: part.state_dict() for name, part in parts.items()} | {"step": step})
             look(step, average)
     return average
+
+
+class Batches:
+    """What a training step draws from: parts of one size each, with `values` and `prompts`, and features on `device`.
+
+    Args:
+        data (list): the parts.
+        features (Features): of all their prompts.
+        device (torch.device): where `values`, `[P, L, D]`, and `mask`, `[P, L]`, of the features go.
+    """
+
+    def __init__(self, data: Sequence[Any], features: Features, device: torch.device) -> None:
+        self.data = data
+        self.indices = [torch.tensor([features.index[prompt] for prompt in part.prompts]) for part in data]
+        self.shares = torch.tensor([len(part.prompts) for part in data], dtype=torch.float32)
+        self.values, self.mask = features.values.to(device), features.mask.to(device)
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Any, torch.Tensor, torch.Tensor]:
+        """A part, by its share of the data, the places of `count` of its entries, and those of their prompts' features."""
+        size = int(torch.multinomial(self.shares, 1, generator=generator))
+        chosen = torch.randint(len(self.indices[size]), (count,), generator=generator)
+        return self.data[size], chosen, self.indices[size][chosen]
 
 
 def predict(

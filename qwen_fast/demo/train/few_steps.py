@@ -15,7 +15,7 @@ from torch.nn.attention import sdpa_kernel
 
 from ...testing import LIGHTNING_SCHEDULER_CONFIG
 from ..scenes import sample_request
-from .denoiser import ATTENTION, predict
+from .denoiser import ATTENTION, Batches, predict
 from .plan import Plan
 from .progress import Progress, load_state, save_state
 from .text import NEGATIVE, Features
@@ -122,22 +122,18 @@ def distil(
         set_peft_model_state_dict(transformer, state["lora"], adapter_name="few_steps")
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
-    indices = [torch.tensor([features.index[prompt] for prompt in part.prompts]) for part in data]
-    shares = torch.tensor([len(part.prompts) for part in data], dtype=torch.float32)
-    values, mask = features.values.to(device), features.mask.to(device)
+    batches = Batches(data, features, device)
     progress = Progress("few steps", recipe.steps, step)
     while step < recipe.steps:
         generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
-        size = int(torch.multinomial(shares, 1, generator=generator))
-        part = data[size]
-        chosen = torch.randint(len(part.prompts), (recipe.batch,), generator=generator)
+        part, chosen, prompts = batches.draw(recipe.batch, generator)
         place = torch.randint(STEPS, (recipe.batch,), generator=generator)
         here, there = (part.values[chosen, place + further].to(device, torch.float32) for further in (0, 1))
         sigma, following = sigmas[place].to(device), sigmas[place + 1].to(device)
-        prompts = indices[size][chosen].to(device)
+        prompts = prompts.to(device)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * warmup_cosine(step, recipe.steps, 200)
-        velocity = predict(transformer, here, sigma, values[prompts], mask[prompts], part.grid)
+        velocity = predict(transformer, here, sigma, batches.values[prompts], batches.mask[prompts], part.grid)
         loss = (velocity - (there - here) / (following - sigma)[:, None, None]).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
