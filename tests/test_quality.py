@@ -65,6 +65,7 @@ def test_a_mode_leaves_the_pipeline_as_it_was(name, model):
         assert changes == (before[:2] != (type(pipe), pipe.scheduler))
         raise KeyError
     assert before == (type(pipe), pipe.scheduler, type(pipe.transformer), set(pipe.__dict__), dict(pipe.scheduler.config))
+    assert not getattr(pipe.transformer, "peft_config", None)
 
 
 @pytest.mark.parametrize(
@@ -279,6 +280,7 @@ def test_all_modes_end_to_end(model, tmp_path, capsys):
     assert found["steps-8", "all"]["steps"] == "8"
     assert float(found["lightning-4", "all"]["latent_max"]) > 1e-2 and found["ours-lightning-4", "all"]["steps"] == "4"
     assert 0 < float(found["ours-lightning-4", "all"]["latent_max"]) < 2e-6  # to stock with the same LoRA
+    assert found["lightning-4", "all"]["latent_max"] != found["bare-lightning-4", "all"]["latent_max"]
     output = capsys.readouterr().out
     assert "| no stretch | 32x32, 3 |" in output and "32x32-3 error-all: 4/4 pictures" in output
     assert Image.open(sheet).size[0] == GAP + LABEL + 3 * (128 + 2 * FRAME + GAP)
