@@ -14,6 +14,7 @@ What it cannot show: speed, what a compiled kernel really computes, and the orde
 """
 
 from .device import EmulatedCuda, emulated_cuda
+from .steps import StepsBar
 from .streams import IllegalInCapture
 
-__all__ = ["EmulatedCuda", "IllegalInCapture", "emulated_cuda"]
+__all__ = ["EmulatedCuda", "IllegalInCapture", "StepsBar", "emulated_cuda"]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import notes as kinds
-from .memory import Block, Memory, on_host, poison, redispatch, view_of
+from .memory import Block, Memory, on_host, redispatch, view_of
 from .streams import Graph, Timeline
 
 _aten = torch.ops.aten
@@ -94,7 +94,9 @@ class Backend:
         tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
         self._refuse_mixed(name, tensors)
         written = _written(schema, args, kwargs)
-        fresh = [tensor for tensor in written if tensor.is_cuda and tensor.numel() == 0]
+        # An empty `out=` takes the size of what is computed.
+        fresh = [] if kwargs.get("out") is None else [kwargs["out"]]
+        fresh = [tensor for tensor in fresh if tensor.is_cuda and tensor.shape == (0,)]
         kwargs = self._own_generator(schema, args, kwargs)
         blocks = {id(block): block for block in map(self.memory.block, filter(_on_device, tensors))}.values()
         changed = {id(block): block for block in map(self.memory.block, filter(_on_device, written))}.values()
