@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import notes as kinds
-from .memory import Block, Memory, on_host, redispatch, view_of
+from .memory import Block, Memory, on_host, poison, redispatch, view_of
 from .streams import Graph, Timeline
 
 _aten = torch.ops.aten
@@ -356,9 +356,25 @@ def _copy(backend: Backend, op, target, source, non_blocking: bool = False) -> t
         step = (lambda: again().copy_(source)) if target.is_cuda else (lambda: target.copy_(again()))
         graph.record("copy_", outside, step, blocks if target.is_cuda else ())
         return target
-    values = [on_host(tensor) if tensor.is_cuda else tensor for tensor in (target, source)]
-    values[0].copy_(values[1])
+    if target.is_cuda:
+        on_host(target).copy_(source)
+    elif pinned and not waits:
+        arriving = on_host(source).clone()
+        poison(target)  # until the host has waited
+        timeline.arrives_later(lambda: target.copy_(arriving))
+    else:
+        target.copy_(on_host(source))
     return target
+
+
+def _to_copy(backend: Backend, op, tensor, *, dtype=None, device=None, non_blocking=False, memory_format=None, **_ignored):
+    """A non-blocking copy to the host lands in pinned memory, and the host goes on before it has arrived."""
+    if device is None or device.type != "cpu" or not non_blocking:
+        return redispatch(
+            op, tensor, dtype=dtype, device=device, non_blocking=non_blocking, memory_format=memory_format, **_ignored
+        )
+    target = backend.pin(torch.empty_like(tensor, device="cpu", dtype=dtype, memory_format=memory_format))
+    return target.copy_(tensor, non_blocking=True)
 
 
 def _view_only(backend: Backend, op, *args, **kwargs) -> Any:
@@ -392,13 +408,14 @@ _SPECIAL = {
     "aten::empty_strided": _empty_strided,
     "aten::resize_": _resize,
     "aten::copy_": _copy,
+    "aten::_to_copy": _to_copy,
     "aten::scaled_dot_product_attention": _attention,
     "aten::set_.source_Storage_storage_offset": _view_only,
     "aten::set_.source_Tensor": _view_only,
     "aten::set_.source_Storage": _view_only,
 }
 # These have kernels for all devices, which go before a fallback.
-_BEFORE_COMPOSITES = ("copy_", "scaled_dot_product_attention")
+_BEFORE_COMPOSITES = ("copy_", "_to_copy", "scaled_dot_product_attention")
 
 
 @functools.cache

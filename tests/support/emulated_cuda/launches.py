@@ -3,7 +3,8 @@
 The operators' CUDA implementations run as they are: checks, choice of the configuration, launcher. Only the launch itself
 is replaced, in one of three ways:
 
-- "reference": the kernel is not run; the operator's results get the values of its CPU implementation. Fast.
+- "reference": the kernel is not run; the operator's results get the values of its CPU implementation. Fast. A launcher
+  that is called outside an operator is interpreted.
 - "interpret": Triton's interpreter runs the kernel (TRITON_INTERPRET=1 has to be set before Triton is imported).
 - "compile": Triton compiles the kernel for the device's architecture, without a driver, and the results get the values of
   the reference (TRITON_INTERPRET must not be set).
@@ -81,12 +82,10 @@ class Launches:
                 counts = grid(kwargs) if callable(grid) else grid
                 self._check(name, counts, (*args, *kwargs.values()))
                 self.backend.notes.add(kinds.LAUNCH, f"{name}{list(counts)}", capturing=self.backend.timeline.graph is not None)
-                if self.mode == "interpret":
+                if self.mode == "interpret" or (self.mode == "reference" and self._operator is None and _interprets(kernel)):
                     return self._interpret(name, original, kernel, grid, args, kwargs)
                 if self._operator is None:
-                    raise RuntimeError(
-                        f"{name} is launched outside an operator: nothing gives it values but launches='interpret'."
-                    )
+                    raise RuntimeError(f"{name} is launched outside an operator, and nothing gives it values.")
                 if self.mode == "compile":
                     return self._compile(name, kernel, counts, args, kwargs)
                 return None
@@ -183,6 +182,11 @@ class Launches:
             return
         again, outside = backend.keep(graph, (args, kwargs, outputs))
         graph.record(op.name(), outside, lambda: compute(*again()), changed)
+
+
+def _interprets(kernel: Any) -> bool:
+    """Whether Triton was imported with TRITON_INTERPRET=1."""
+    return type(kernel).__name__ == "InterpretedFunction"
 
 
 def _bases(values: Any) -> list[torch.Tensor]:

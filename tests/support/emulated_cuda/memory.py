@@ -7,6 +7,7 @@ whatever is read before it is written shows.
 """
 
 import ctypes
+import mmap
 import os
 import threading
 import weakref
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 _ALIGNMENT = 512  # as the CUDA allocator aligns
+_LARGE = 2**30  # bytes from which on memory is only reserved: it is there to be counted, and is not poisoned
 _DL_CUDA = 2
 _CPU_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -75,9 +77,7 @@ class Memory:
                 f"CUDA out of memory. Tried to allocate {nbytes} bytes; the emulated device has {self.total - self.allocated} "
                 f"of {self.total} left."
             )
-        room = np.empty(max(nbytes, 1) + _ALIGNMENT + 16, np.uint8)
-        start = -room.ctypes.data % _ALIGNMENT
-        room = room[start : start + max(-(-nbytes // 16) * 16, 16)]
+        room = _room(max(-(-nbytes // 16) * 16, 16))
         block = Block(room.ctypes.data, nbytes, stream, graph)
         with self._lock:
             self.blocks[block.address] = block
@@ -89,7 +89,8 @@ class Memory:
         head.kind, head.index = _DL_CUDA, index
         flat = torch.ops.aten.view.dtype.redispatch(_CPU_KEYS, torch._C._from_dlpack(capsule), dtype)
         tensor = torch.ops.aten.as_strided.default.redispatch(_CPU_KEYS, flat, size, stride, 0)
-        poison(on_host(tensor))
+        if nbytes < _LARGE:
+            poison(on_host(tensor))
         return tensor
 
     def block(self, tensor: torch.Tensor) -> Block:
@@ -102,6 +103,16 @@ class Memory:
             self.blocks.pop(block.address, None)
             self.allocated -= block.nbytes
         self._freed(block)
+
+
+def _room(nbytes: int) -> np.ndarray:
+    """Aligned host memory."""
+    if nbytes >= _LARGE:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+        return np.frombuffer(mmap.mmap(-1, nbytes, flags=flags), np.uint8)
+    room = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _ALIGNMENT
+    return room[start : start + nbytes]
 
 
 def poison(tensor: torch.Tensor) -> None:

@@ -119,6 +119,7 @@ class Timeline:
         self.default = Stream(timeline=self)
         self._threads = threading.local()
         self._host: dict[int, int] = {}
+        self._arriving: list[tuple[int, int, Callable[[], None]]] = []
         self._leaving: list[Block] = []  # freed while another stream than their own may still use them
 
     @property
@@ -179,6 +180,15 @@ class Timeline:
     def host_arrives(self, clock: dict[int, int] | None = None) -> None:
         """The host is behind the current stream's work now, or behind `clock`; so is whatever it launches next."""
         _join(self._host, self.stream.clock if clock is None else clock)
+        arrived = [copy for copy in self._arriving if self._host.get(copy[0], 0) >= copy[1]]
+        self._arriving = [copy for copy in self._arriving if copy not in arrived]
+        for _, _, copy in arrived:
+            copy()
+
+    def arrives_later(self, copy: Callable[[], None]) -> None:
+        """A copy to the host that the host has not waited for: it is made when it has."""
+        stream = self.stream
+        self._arriving.append((stream.id, stream.clock[stream.id], copy))
 
     def refuse(self, what: str, *, always: bool = False) -> None:
         """Raise what CUDA raises for something that a capture cannot hold, if this thread captures."""

@@ -1,0 +1,25 @@
+"""A pytest plugin: the whole run has an emulated CUDA device, and so the tests marked gpu run.
+
+PYTHONPATH=kernels:.:tests python -m pytest -p support.emulated_cuda.plugin -m gpu tests/test_graph.py
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before the first `import triton`
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import pytest
+
+import interp_shim
+
+from .device import emulated_cuda
+
+interp_shim.install()
+_device = emulated_cuda()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.add_cleanup(lambda: _device.__exit__(None, None, None))
+
+
+_device.__enter__()  # before tests/conftest.py asks whether there is a CUDA device
