@@ -381,9 +381,9 @@ def _view_only(backend: Backend, op, *args, **kwargs) -> Any:
     return redispatch(op, *args, **kwargs)
 
 
-def _attention(backend: Backend, op, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
-    """One kernel, whichever torch chooses; its values are those of the CPU's."""
-    return backend.run(op, (query, key, value, attn_mask, dropout_p, is_causal), kwargs)
+def _as_one(backend: Backend, op, *args, **kwargs) -> Any:
+    """One kernel, where torch would take it apart for a device that it does not know."""
+    return backend.run(op, args, kwargs)
 
 
 def _product(backend: Backend, op, *args, **kwargs) -> torch.Tensor:
@@ -409,13 +409,14 @@ _SPECIAL = {
     "aten::resize_": _resize,
     "aten::copy_": _copy,
     "aten::_to_copy": _to_copy,
-    "aten::scaled_dot_product_attention": _attention,
+    "aten::convolution": _as_one,
+    "aten::scaled_dot_product_attention": _as_one,
     "aten::set_.source_Storage_storage_offset": _view_only,
     "aten::set_.source_Tensor": _view_only,
     "aten::set_.source_Storage": _view_only,
 }
 # These have kernels for all devices, which go before a fallback.
-_BEFORE_COMPOSITES = ("copy_", "_to_copy", "scaled_dot_product_attention")
+_BEFORE_COMPOSITES = ("copy_", "_to_copy", "convolution", "scaled_dot_product_attention")
 
 
 @functools.cache
