@@ -33,6 +33,7 @@ _WAITING = {
     "aten::bincount": "bincount",
     "aten::nonzero_static": "nonzero_static",
 }
+_NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}
 _PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::_addmm_activation": 1, "aten::bmm": 0, "aten::baddbmm": 1}
 
 
@@ -90,6 +91,7 @@ class Backend:
             compute = functools.partial(_product, self, op)
         compute = compute or op
         kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
+        args = _numbers_as_tensors(schema, args)
         kwargs, device = self._device(kwargs, args)
         tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
         self._refuse_mixed(name, tensors)
@@ -281,6 +283,16 @@ def _written(schema, args: tuple, kwargs: dict, *, returned: bool = False) -> li
         value = args[place] if place < len(args) and not argument.kwarg_only else kwargs.get(argument.name)
         found += [value] if returned and value is not None else _tensors(value)
     return found
+
+
+def _numbers_as_tensors(schema, args: tuple) -> tuple:
+    """A number that torch wrapped into a tensor arrives here as a number again; the operator takes a tensor."""
+    return tuple(
+        torch.scalar_tensor(value, dtype=_NUMBERS[type(value)])
+        if type(value) in _NUMBERS and "Tensor" in str(described.type)
+        else value
+        for value, described in zip(args, schema.arguments, strict=False)
+    )
 
 
 def _on_host(args: tuple, kwargs: dict, fresh: list[torch.Tensor]) -> tuple[tuple, dict, dict[int, torch.Tensor]]:
