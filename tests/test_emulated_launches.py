@@ -76,7 +76,7 @@ with emulated_cuda(launches="compile", capability=int(sys.argv[2])) as device:
     pipe = qwen_fast.enable(stock(sys.argv[1], getattr(__import__("torch"), "bfloat16")).to("cuda"), cuda_graph=False)
     images = draw(pipe, **json.loads(sys.argv[3]))
     assert images.isfinite().all()
-    print(json.dumps([[one.name, one.kernel.metadata.num_warps, "cubin" in one.kernel.asm] for one in device.launches.compiled]))
+    print(json.dumps([[one.name, "cubin" in one.kernel.asm] for one in device.launches.compiled]))
 """
 
 
@@ -91,4 +91,4 @@ def test_a_picture_whose_launches_compile(checkpoint):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     compiled = json.loads(done.stdout.splitlines()[-1])
-    assert {name for name, _, _ in compiled} == KERNELS and all(cubin for _, _, cubin in compiled)
+    assert {name for name, _ in compiled} == KERNELS and all(cubin for _, cubin in compiled)

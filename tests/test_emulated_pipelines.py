@@ -22,6 +22,7 @@ MASK = PIL.Image.fromarray(np.random.default_rng(1).integers(0, 2, (64, 96), dty
 IMAGE = {"image": PICTURE, "strength": 0.9}
 TWO = {"prompt": ["a red circle", "two green squares on a hill"], "negative_prompt": ["x", "low quality"]}
 PACE = "qwen_fast/denoise.py"  # the host stays two steps ahead of the device, by events
+STOCK_INPAINT = ("pipeline_qwenimage_inpaint.py", "scheduling_flow_match_euler_discrete.py")
 SIGNATURE = "qwen_fast/modulation.py"  # of the weights, read where somebody may have changed them
 
 
@@ -98,8 +99,7 @@ CASES = {
     "image to image": Case({}, IMAGE, diffusers.QwenImageImg2ImgPipeline),
     "image to image, two": Case({}, IMAGE | {"num_images_per_prompt": 2}, diffusers.QwenImageImg2ImgPipeline),
     # diffusers' own loop looks each step's timestep up and adds noise to the picture anew.
-    "inpaint": Case({}, IMAGE | {"mask_image": MASK}, diffusers.QwenImageInpaintPipeline, waits=("pipeline_qwenimage_inpaint.py",
-                    "scheduling_flow_match_euler_discrete.py")),
+    "inpaint": Case({}, IMAGE | {"mask_image": MASK}, diffusers.QwenImageInpaintPipeline, waits=STOCK_INPAINT),
 }  # fmt: skip
 
 

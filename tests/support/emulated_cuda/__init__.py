@@ -13,8 +13,32 @@ crosses, mixes, races or is illegal in a capture is noted with its place (notes.
 What it cannot show: speed, what a compiled kernel really computes, and the order in which a GPU runs what nothing orders.
 """
 
+import json
+import os
+from pathlib import Path
+from typing import Any
+
 from .device import EmulatedCuda, emulated_cuda
 from .steps import StepsBar
 from .streams import IllegalInCapture
 
-__all__ = ["EmulatedCuda", "IllegalInCapture", "StepsBar", "emulated_cuda"]
+__all__ = ["EmulatedCuda", "IllegalInCapture", "StepsBar", "emulated_cuda", "environment_of_children"]
+
+
+def environment_of_children(**options: Any) -> dict[str, str]:
+    """The environment of a process that has an emulated device from its start, as its own children have.
+
+    Args:
+        options: of `emulated_cuda`.
+    """
+    here = Path(__file__).resolve()
+    root = here.parents[3]
+    paths = (here.parent / "children", root / "kernels", root, root / "tests")
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "EMULATED_CUDA": json.dumps(options),
+        "TRITON_INTERPRET": "1",
+    }
+    if options.get("launches") == "compile":
+        del environment["TRITON_INTERPRET"]
+    return environment

@@ -81,6 +81,7 @@ class Backend:
         if _is_view(op):
             return redispatch(op, *args, **kwargs)
         if name in _WAITING or ("_assert" in name and "async" not in name):
+            self.timeline.warn(name)
             self.timeline.host_waits(_WAITING.get(name, name))
         return self.run(op, args, kwargs)
 
@@ -362,6 +363,7 @@ def _copy(backend: Backend, op, target, source, non_blocking: bool = False) -> t
     blocks = [backend.memory.block(tensor) for tensor in (target, source) if tensor.is_cuda]
     graph = timeline.work("copy_", *((), blocks) if target.is_cuda else (blocks, ()))
     if waits:
+        timeline.warn(kind)
         timeline.host_arrives()
     if graph is not None:
         again, outside = backend.keep(graph, target if target.is_cuda else source)

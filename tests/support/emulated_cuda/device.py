@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -94,6 +95,9 @@ class EmulatedCuda:
         def seed(value: int) -> None:
             self.backend.generator.manual_seed(value)
 
+        def set_sync_debug_mode(mode: int | str) -> None:
+            timeline.sync_debug_mode = {"default": 0, "warn": 1, "error": 2}.get(mode, mode)
+
         return {
             "_lazy_init": lambda: None,
             "is_available": lambda: True,
@@ -126,8 +130,8 @@ class EmulatedCuda:
             "graph_pool_handle": lambda: (0, 1),
             "manual_seed": seed,
             "manual_seed_all": seed,
-            "get_sync_debug_mode": lambda: 0,
-            "set_sync_debug_mode": lambda mode: None,
+            "get_sync_debug_mode": lambda: timeline.sync_debug_mode,
+            "set_sync_debug_mode": set_sync_debug_mode,
             "_sleep": lambda cycles: None,
         }
 
@@ -157,7 +161,16 @@ class EmulatedCuda:
                 return original_clone(storage)
             return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).clone().untyped_storage()
 
+        profiler = torch.profiler._KinetoProfile
+        original_init = profiler.__init__
+
+        @functools.wraps(original_init)
+        def profile_of_the_host(own, *, activities=None, **kwargs) -> None:
+            host = None if activities is None else [kind for kind in activities if kind.name == "CPU"]
+            original_init(own, activities=host, **kwargs)
+
         others = [
+            (profiler, "__init__", profile_of_the_host),
             (torch.storage._StorageBase, "clone", clone),
             (torch, "Generator", Generator),
             (torch.Tensor, "pin_memory", pin),
@@ -170,6 +183,10 @@ class EmulatedCuda:
             (torch.backends.cuda, "can_use_efficient_attention", lambda *_: True),
             (torch.backends.cuda, "can_use_cudnn_attention", lambda *_: True),
             (torch.backends.cuda, "is_built", lambda: True),
+            (cuda.memory, "_record_memory_history", lambda *_, **__: None),
+            (cuda.memory, "_snapshot", lambda *_: {"segments": [], "device_traces": [[]]}),
+            (cuda.profiler, "start", lambda: None),
+            (cuda.profiler, "stop", lambda: None),
         ]
         before = Backend.current, Timeline.current
         with contextlib.ExitStack() as stack:
@@ -221,9 +238,11 @@ def emulated_cuda(
 
 def _forget() -> None:
     """What the project keeps for a process about the GPU at hand."""
-    from qwen_fast import attention
-    from qwen_fast_kernels import tuning
-
-    for kept in (tuning.get_config, tuning._measured, attention.kernel_is_right):
-        if isinstance(kept, functools._lru_cache_wrapper):
-            kept.cache_clear()
+    for module, names in {
+        "qwen_fast_kernels.tuning": ("get_config", "_measured"),
+        "qwen_fast.attention": ("kernel_is_right",),
+    }.items():
+        for name in names:
+            kept = getattr(sys.modules.get(module), name, None)
+            if isinstance(kept, functools._lru_cache_wrapper):
+                kept.cache_clear()

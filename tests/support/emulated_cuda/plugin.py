@@ -16,10 +16,8 @@ from .device import emulated_cuda
 
 interp_shim.install()
 _device = emulated_cuda()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.add_cleanup(lambda: _device.__exit__(None, None, None))
-
-
 _device.__enter__()  # before tests/conftest.py asks whether there is a CUDA device
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    _device.__exit__(None, None, None)

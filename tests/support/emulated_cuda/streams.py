@@ -10,8 +10,11 @@ replay that reads some that was freed since is an error here.
 """
 
 import itertools
+import os
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable
 
 import torch
@@ -21,6 +24,7 @@ from .memory import Block, Memory, on_host, poison
 from .notes import Notes
 
 _ids = itertools.count()
+_OWN = os.path.dirname(os.path.abspath(__file__))
 
 
 class IllegalInCapture(RuntimeError):
@@ -117,6 +121,7 @@ class Timeline:
     def __init__(self, notes: Notes, memory: Memory):
         self.notes, self.memory = notes, memory
         self.default = Stream(timeline=self)
+        self.sync_debug_mode = 0
         self._threads = threading.local()
         self._host: dict[int, int] = {}
         self._arriving: list[tuple[int, int, Callable[[], None]]] = []
@@ -176,6 +181,13 @@ class Timeline:
         self.refuse(what)
         self.notes.add(kind, what, waits=True)
         self.host_arrives(clock)
+
+    def warn(self, what: str) -> None:
+        """What torch.cuda.set_sync_debug_mode asked for: of work that makes the host wait, not of a wait by name."""
+        if self.sync_debug_mode == 2:
+            raise RuntimeError(f"called a synchronizing CUDA operation ({what})")
+        if self.sync_debug_mode == 1:
+            warnings.warn(f"called a synchronizing CUDA operation ({what})", stacklevel=_outside())
 
     def host_arrives(self, clock: dict[int, int] | None = None) -> None:
         """The host is behind the current stream's work now, or behind `clock`; so is whatever it launches next."""
@@ -298,6 +310,14 @@ class Graph:
 
     def enable_debug_mode(self) -> None:
         pass
+
+
+def _outside() -> int:
+    """How many frames up the code is that called torch."""
+    depth, frame = 2, sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.startswith(_OWN):
+        depth, frame = depth + 1, frame.f_back
+    return depth
 
 
 def _join(clock: dict[int, int], other: dict[int, int]) -> None:
