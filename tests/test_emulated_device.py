@@ -46,8 +46,7 @@ CALLS = {
     "index": lambda x: x[[2, 0]],
     "mask": lambda x: x[x > 0],
     "layer norm": lambda x: F.layer_norm(x, (8,)),
-    "attention": lambda x: F.scaled_dot_product_attention(*x.view(3, -1)[:, :8].reshape(3, 1, 1, 2, 4)) if x.numel() % 3 == 0
-    else F.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None]),
+    "attention": lambda x: F.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None]),
     "convolution": lambda x: F.conv2d(x.view(1, 2, 4, 4), x.view(-1)[:18].view(1, 2, 3, 3)),
     "channels last": lambda x: x.view(1, 2, 4, 4).contiguous(memory_format=torch.channels_last),
     "upsampling": lambda x: F.interpolate(x.view(1, 2, 4, 4), scale_factor=2.0, mode="nearest-exact"),
@@ -147,6 +146,17 @@ def test_a_copy_to_the_host_arrives_when_the_host_has_waited(emulated_cuda, x):
     assert arriving.isnan().all() and not emulated_cuda.notes.waits()
     torch.cuda.current_stream().synchronize()
     assert torch.equal(arriving, x.cpu())
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_pinned_memory_is_copied_when_its_turn_comes(emulated_cuda, x, early):
+    pinned = torch.zeros(4, 8).pin_memory()
+    x.copy_(pinned, non_blocking=True)
+    if not early:
+        torch.cuda.synchronize()
+    pinned.fill_(1.0)
+    torch.cuda.synchronize()
+    assert bool(emulated_cuda.notes.of(notes.RACE)) is early
 
 
 def test_devices_do_not_mix(emulated_cuda, x):

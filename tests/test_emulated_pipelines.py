@@ -12,9 +12,10 @@ import torch
 
 import qwen_fast
 from pipelines import GUIDED, assert_ran_fast, assert_same_latents, draw, in_fp32, stock
+from qwen_fast import denoise, forwards, graph
 from qwen_fast.vae_bands import choose
 from qwen_fast.vae_layers import decoder_layers
-from support.emulated_cuda import StepsBar, notes
+from support.emulated_cuda import IllegalInCapture, StepsBar, notes
 
 PROMPT = {"prompt": "a red circle"}
 PICTURE = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8))
@@ -289,3 +290,72 @@ def test_two_pipelines_of_one_model(checkpoint, emulated_cuda):
     for one in (pipe, other, pipe, other):
         assert_near(draw(one, **GUIDED, **PROMPT).cpu(), expected)
     assert_nothing_wrong(emulated_cuda.notes)
+
+
+# Seeded faults: each of them would be invisible on a CPU, and none of them is here. ------------------------------------
+
+
+def a_value_is_asked_for(monkeypatch):
+    step = forwards.Forwards.predict
+    monkeypatch.setattr(forwards.Forwards, "predict", lambda self, latents: (self.step_index.item(), step(self, latents))[1])
+
+
+def a_constant_is_made_in_the_loop(monkeypatch):
+    step = denoise.sampler_step
+
+    def scaled(state, latents, *others):
+        return step(state, latents * torch.tensor([1.0]).to(latents.device, latents.dtype), *others)
+
+    monkeypatch.setattr(denoise, "sampler_step", scaled)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("fault", [a_value_is_asked_for, a_constant_is_made_in_the_loop])
+def test_a_wait_in_the_loop_is_seen(checkpoint, emulated_cuda, monkeypatch, fault):
+    pipe = qwen_fast.enable(stock(checkpoint).to("cuda"), cuda_graph=False)
+    pipe.progress_bar = StepsBar(emulated_cuda.notes)
+    fault(monkeypatch)
+    draw(pipe, **GUIDED, **PROMPT)
+    with pytest.raises(AssertionError, match="qwen_fast/denoise.py|tests/test_emulated"):
+        assert_steps_go_on(emulated_cuda.notes)
+
+
+@pytest.mark.triton
+def test_a_value_asked_for_in_a_capture_is_seen(checkpoint, emulated_cuda, monkeypatch):
+    pipe = qwen_fast.enable(stock(checkpoint).to("cuda"), cuda_graph=True)
+    a_value_is_asked_for(monkeypatch)
+    with pytest.raises(IllegalInCapture, match="item"):
+        draw(pipe, **GUIDED, **PROMPT)
+
+
+@pytest.mark.triton
+def test_a_buffer_that_a_graph_reads_and_nobody_keeps_is_seen(checkpoint, emulated_cuda):
+    pipe = qwen_fast.enable(stock(checkpoint).to("cuda"), cuda_graph=True)
+    draw(pipe, **GUIDED, **PROMPT)
+    attachment = pipe.transformer.__dict__["_qwen_fast_attachment"]
+    for step in attachment.graphs.values():
+        del step._read  # the timesteps, and the modulation table
+    attachment.tables.clear()
+    with pytest.raises(RuntimeError, match="freed since the capture"):
+        draw(pipe, **GUIDED, **PROMPT)
+
+
+@pytest.mark.triton
+def test_a_buffer_that_is_not_loaded_again_is_seen(checkpoint, emulated_cuda, monkeypatch):
+    pipe = qwen_fast.enable(stock(checkpoint).to("cuda"), cuda_graph=True)
+    expected = draw(pipe, **GUIDED, **PROMPT).clone()
+    load = graph.CapturedStep.load
+
+    def without_latents(self, model, latents, task, pack):
+        load(self, model, self.latents, task, pack)
+
+    monkeypatch.setattr(graph.CapturedStep, "load", without_latents)
+    assert (draw(pipe, **GUIDED, **PROMPT) - expected).abs().max() > 0.1
+
+
+@pytest.mark.triton
+def test_a_stream_that_is_not_waited_for_is_seen(checkpoint, emulated_cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda.Stream, "wait_event", lambda *_: None)
+    pipe = qwen_fast.enable(stock(checkpoint).to("cuda"), cuda_graph=False)
+    list(qwen_fast.generate(pipe, ["a", "a red circle", "x"], **GUIDED | {"output_type": "pt"}))
+    assert emulated_cuda.notes.of(notes.RACE)

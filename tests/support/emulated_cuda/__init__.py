@@ -5,10 +5,12 @@
         pipe("a red circle")
         assert not device.notes.waits("step 1")
 
-Tensors say cuda:0 and are plain tensors over host memory (memory.py); every operator on them is the CPU's (backend.py);
-streams, events and graphs keep the order that a GPU would be held to (streams.py); a launch of a Triton kernel gives the
-reference's values, is interpreted, or is compiled (launches.py); whatever a GPU would make the host wait for, whatever
-crosses, mixes, races or is illegal in a capture is noted with its place (notes.py). device.py puts them together.
+Tensors say cuda:0 and are plain tensors over host memory (memory.py); every operator on them is the CPU's (backend.py,
+arguments.py), but for what a GPU does otherwise (operators.py); streams, events and graphs keep the order that a GPU would
+be held to (streams.py); a launch of a Triton kernel gives the reference's values, is interpreted, or is compiled
+(launches.py); whatever a GPU would make the host wait for, whatever crosses, mixes, races or is illegal in a capture is noted
+with its place (notes.py). device.py puts them together. plugin.py and children/ give a device to a whole run of pytest and to
+processes that a test starts.
 
 What it cannot show: speed, what a compiled kernel really computes, and the order in which a GPU runs what nothing orders.
 """
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .device import EmulatedCuda, emulated_cuda
-from .steps import StepsBar
+from .notes import StepsBar
 from .streams import IllegalInCapture
 
 __all__ = ["EmulatedCuda", "IllegalInCapture", "StepsBar", "emulated_cuda", "environment_of_children"]

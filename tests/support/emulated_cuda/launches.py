@@ -20,7 +20,8 @@ from unittest import mock
 import torch
 
 from . import notes as kinds
-from .backend import Backend, _on_device, _tensors, _written
+from .arguments import is_on_device, tensors_in, written_by
+from .backend import Backend
 from .memory import on_host
 
 MODES = ("reference", "interpret", "compile")
@@ -108,7 +109,7 @@ class Launches:
     def _interpret(self, name, original, kernel, grid, args, kwargs) -> None:
         backend = self.backend
         values = _bases((args, kwargs))
-        blocks = {id(block): block for block in map(backend.memory.block, filter(_on_device, values))}.values()
+        blocks = {id(block): block for block in map(backend.memory.block, filter(is_on_device, values))}.values()
         graph = backend.timeline.work(name, blocks, ())  # which of them it writes is not known here
         if graph is None:
             return original(kernel, grid)(*map(_as_host, args), **{key: _as_host(value) for key, value in kwargs.items()})
@@ -145,7 +146,7 @@ class Launches:
         implementation, keys = torch.library.get_kernel(op, "CUDA"), torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
         def run(*args, **kwargs):
-            self.backend._refuse_mixed(op.name(), _tensors((args, kwargs)))
+            self.backend.refuse_mixed(op.name(), tensors_in((args, kwargs)))
             before, self._operator = self._operator, op.name()
             launched = len(self.backend.notes.of(kinds.LAUNCH))
             try:
@@ -161,14 +162,14 @@ class Launches:
     def _fill(self, op: Any, args: tuple, kwargs: dict, found: Any) -> None:
         """The reference's values into what the launcher allocated, now or when the graph is replayed."""
         backend = self.backend
-        outputs = _tensors(found)
-        written = _written(op._schema, args, kwargs)
-        inputs = _tensors((args, kwargs))
+        outputs = tensors_in(found)
+        written = written_by(op._schema, args, kwargs)
+        inputs = tensors_in((args, kwargs))
         changed = list(map(backend.memory.block, (*written, *outputs)))
         graph = backend.timeline.work(op.name(), map(backend.memory.block, inputs), changed)
 
         def compute(own_args, own_kwargs, hosts) -> None:
-            values = _tensors(op(*own_args, **own_kwargs))
+            values = tensors_in(op(*own_args, **own_kwargs))
             for host, value in zip(hosts, values, strict=True):
                 if (host.shape, host.dtype, host.stride()) != (value.shape, value.dtype, value.stride()):
                     raise AssertionError(

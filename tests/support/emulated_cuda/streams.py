@@ -24,6 +24,7 @@ from .memory import Block, Memory, on_host, poison
 from .notes import Notes
 
 _ids = itertools.count()
+_WATCHED = 2**20  # bytes of pinned memory that are compared with what they were
 _OWN = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -197,10 +198,23 @@ class Timeline:
         for _, _, copy in arrived:
             copy()
 
+    def leaves_later(self, what: str, source: torch.Tensor) -> None:
+        """A copy from pinned memory that the host has not waited for: what it writes there meanwhile may be copied."""
+        if source.nbytes <= _WATCHED:
+            seen = source.clone()
+            self._arriving_add(lambda: self._unchanged(what, source, seen))
+
+    def _unchanged(self, what: str, source: torch.Tensor, seen: torch.Tensor) -> None:
+        if not torch.equal(source.view(torch.uint8), seen.view(torch.uint8)):
+            self.notes.add(kinds.RACE, f"the host wrote over pinned memory before it was copied: {what}")
+
     def arrives_later(self, copy: Callable[[], None]) -> None:
         """A copy to the host that the host has not waited for: it is made when it has."""
+        self._arriving_add(copy)
+
+    def _arriving_add(self, then: Callable[[], None]) -> None:
         stream = self.stream
-        self._arriving.append((stream.id, stream.clock[stream.id], copy))
+        self._arriving.append((stream.id, stream.clock[stream.id], then))
 
     def refuse(self, what: str, *, always: bool = False) -> None:
         """Raise what CUDA raises for something that a capture cannot hold, if this thread captures."""
