@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import qwen_fast_kernels as kernels
 from support.emulated_cuda import IllegalInCapture, notes
 from support.emulated_cuda import emulated_cuda as another_device
 
@@ -359,36 +358,6 @@ def test_another_threads_work_is_not_captured(emulated_cuda, x):
 
 
 # The device as a whole ------------------------------------------------------------------------------------------------
-
-
-def test_an_operator_enters_its_cuda_implementation(emulated_cuda, x):
-    sigmas, index = torch.tensor([1.0, 0.7, 0.1, 0.0]), torch.tensor([1], dtype=torch.int32)
-    expected = kernels.euler_step(x.cpu(), x.cpu(), sigmas, index)
-    actual = kernels.euler_step(x, x, sigmas.to("cuda"), index.to("cuda"))
-    (launch,) = emulated_cuda.notes.of(notes.LAUNCH)
-    assert launch.what == "_euler_step_kernel[1]" and launch.where.startswith("kernels/qwen_fast_kernels/euler_step.py:")
-    assert actual.is_cuda and torch.equal(actual.cpu(), expected)
-    with pytest.raises(ValueError, match="float64 is not supported on cuda"):
-        kernels.euler_step(x.double(), x, sigmas.to("cuda"), index.to("cuda"))
-
-
-def test_an_operator_in_a_capture(emulated_cuda, x):
-    sigmas, index = torch.tensor([1.0, 0.7, 0.1, 0.0]).to("cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
-    latents = x.clone()
-
-    def step():
-        latents.copy_(kernels.euler_step(latents, x, sigmas, index))
-        index.add_(1)
-
-    graph, _ = captured(step)
-    assert torch.equal(latents.cpu(), x.cpu()) and index.item() == 0
-    expected = x.cpu()
-    for i in range(3):
-        graph.replay()
-        expected = kernels.euler_step(expected, x.cpu(), sigmas.cpu(), torch.tensor([i]))
-        assert torch.equal(latents.cpu(), expected)
-    with pytest.raises(ValueError, match="outside the schedule"):
-        graph.replay()
 
 
 def test_it_goes_away_again(emulated_cuda):

@@ -11,7 +11,7 @@ import torch
 
 import qwen_fast
 import qwen_fast_kernels as kernels
-from pipelines import GUIDED, draw, stock
+from pipelines import GUIDED, SMALL, draw, stock
 from support import emulated_cuda as emulation
 from support.emulated_cuda import notes
 
@@ -33,17 +33,57 @@ def launched(seen: notes.Notes) -> set[str]:
     return {note.what.split("[")[0] for note in seen.of(notes.LAUNCH)}
 
 
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to("cuda")
+
+
+@pytest.mark.triton
+def test_an_operator_enters_its_cuda_implementation(emulated_cuda):
+    x = random(4, 8)
+    sigmas, index = torch.tensor([1.0, 0.7, 0.1, 0.0]), torch.tensor([1], dtype=torch.int32)
+    expected = kernels.euler_step(x.cpu(), x.cpu(), sigmas, index)
+    actual = kernels.euler_step(x, x, sigmas.to("cuda"), index.to("cuda"))
+    (launch,) = emulated_cuda.notes.of(notes.LAUNCH)
+    assert launch.what == "_euler_step_kernel[1]" and launch.where.startswith("kernels/qwen_fast_kernels/euler_step.py:")
+    assert actual.is_cuda and torch.equal(actual.cpu(), expected)
+    with pytest.raises(ValueError, match="float64 is not supported on cuda"):
+        kernels.euler_step(x.double(), x, sigmas.to("cuda"), index.to("cuda"))
+
+
+@pytest.mark.triton
+def test_an_operator_in_a_capture(emulated_cuda):
+    x = random(4, 8)
+    sigmas, index = torch.tensor([1.0, 0.7, 0.1, 0.0]).to("cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
+    latents = x.clone()
+
+    def step():
+        latents.copy_(kernels.euler_step(latents, x, sigmas, index))
+        index.add_(1)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    assert torch.equal(latents.cpu(), x.cpu()) and index.item() == 0
+    expected = x.cpu()
+    for i in range(3):
+        graph.replay()
+        expected = kernels.euler_step(expected, x.cpu(), sigmas.cpu(), torch.tensor([i]))
+        assert torch.equal(latents.cpu(), expected)
+    with pytest.raises(ValueError, match="outside the schedule"):
+        graph.replay()
+
+
 @pytest.mark.triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run natively here")
 def test_replays_through_the_interpreter(checkpoint, monkeypatch):
     """A capture keeps the launches, and each replay interprets the kernels again on the same memory."""
     monkeypatch.setattr("qwen_fast.attention.kernel_is_right", lambda *_: True)  # its own problem is a large one
-    arguments = ARGUMENTS | {"output_type": "latent", "width": 32, "height": 32}
+    arguments = SMALL | {"prompt": "a red circle", "width": 32, "height": 32, "num_inference_steps": 2, "sigmas": [1.0, 0.4]}
     expected = draw(qwen_fast.enable(stock(checkpoint)), **arguments)
     with emulation.emulated_cuda(launches="interpret") as device:
         actual = draw(qwen_fast.enable(stock(checkpoint).to("cuda"), cuda_graph=True), **arguments)
         assert (actual.cpu() - expected).abs().max() <= 1e-5 * expected.abs().max()
-        assert launched(device.notes) == KERNELS - {"_rms_norm_silu_kernel"}
+        assert launched(device.notes) == KERNELS - {"_rms_norm_silu_kernel", "_cfg_euler_step_kernel"} | {"_euler_step_kernel"}
         assert len(device.notes.of(notes.REPLAY)) == 2 and not device.notes.of(notes.MIXED, notes.ILLEGAL, notes.RACE)
 
 
@@ -51,7 +91,7 @@ def test_replays_through_the_interpreter(checkpoint, monkeypatch):
 def test_a_launcher_outside_an_operator_is_interpreted(emulated_cuda):
     from qwen_fast_kernels.euler_step import DEFAULT_CONFIG, launch_euler_step
 
-    x = torch.randn(3, 5, device="cuda")
+    x = random(3, 5)
     sigmas, index = torch.tensor([1.0, 0.4, 0.0]).to("cuda"), torch.ones(1, dtype=torch.int32, device="cuda")
     actual = launch_euler_step(x, x, sigmas, index, config=DEFAULT_CONFIG)
     assert torch.equal(actual.cpu(), kernels.euler_step(x.cpu(), x.cpu(), sigmas.cpu(), index.cpu()))
@@ -61,7 +101,7 @@ def test_a_launcher_outside_an_operator_is_interpreted(emulated_cuda):
 def test_a_launch_with_a_cpu_tensor_is_refused(emulated_cuda):
     from qwen_fast_kernels.euler_step import DEFAULT_CONFIG, launch_euler_step
 
-    x, index = torch.randn(3, 5, device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
+    x, index = random(3, 5), torch.zeros(1, dtype=torch.int32, device="cuda")
     with pytest.raises(ValueError, match="cannot be accessed from Triton"):
         launch_euler_step(x, x, torch.tensor([1.0, 0.0]), index, config=DEFAULT_CONFIG)
     assert emulated_cuda.notes.of(notes.MIXED)
