@@ -107,6 +107,18 @@ def test_a_launch_with_a_cpu_tensor_is_refused(emulated_cuda):
     assert emulated_cuda.notes.of(notes.MIXED)
 
 
+@pytest.mark.triton
+@pytest.mark.parametrize("warm", [False, True])
+def test_the_first_launch_of_a_kernel_in_a_capture(emulated_cuda, warm):
+    """Its code is loaded then. Another dtype is another kernel."""
+    x, index = random(16), torch.zeros(1, dtype=torch.int32, device="cuda")
+    sigmas = torch.tensor([1.0, 0.0]).to("cuda")
+    kernels.euler_step(x if warm else x.bfloat16(), x if warm else x.bfloat16(), sigmas, index)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        kernels.euler_step(x, x, sigmas, index)
+    assert bool(emulated_cuda.notes.of(notes.FIRST)) is not warm
+
+
 COMPILE = """
 import json, sys
 import qwen_fast

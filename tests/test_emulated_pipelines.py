@@ -116,7 +116,8 @@ def arguments_of(case: Case) -> dict:
 
 
 def assert_nothing_wrong(seen: notes.Notes) -> None:
-    assert not seen.of(notes.MIXED, notes.ILLEGAL, notes.RACE), seen.counted(notes.MIXED, notes.ILLEGAL, notes.RACE)
+    wrong = notes.MIXED, notes.ILLEGAL, notes.RACE, notes.FIRST
+    assert not seen.of(*wrong), seen.counted(*wrong)
 
 
 def assert_steps_go_on(seen: notes.Notes, allowed: tuple[str, ...] = ()) -> None:

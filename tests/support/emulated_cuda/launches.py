@@ -53,6 +53,7 @@ class Launches:
         self.backend, self.mode, self.capability = backend, mode, capability
         self.compiled: list[Compiled] = []
         self._known: set[int] = set()
+        self._loaded: set[tuple] = set()
         self._operator: str | None = None  # whose implementation runs now
 
     @contextlib.contextmanager
@@ -83,6 +84,7 @@ class Launches:
                 counts = grid(kwargs) if callable(grid) else grid
                 self._check(name, counts, (*args, *kwargs.values()))
                 self.backend.notes.add(kinds.LAUNCH, f"{name}{list(counts)}", capturing=self.backend.timeline.graph is not None)
+                self._load(name, args, kwargs)
                 if self.mode == "interpret" or (self.mode == "reference" and self._operator is None and _interprets(kernel)):
                     return self._interpret(name, original, kernel, grid, args, kwargs)
                 if self._operator is None:
@@ -105,6 +107,13 @@ class Launches:
             if isinstance(tensor, torch.Tensor) and not tensor.is_cuda:
                 self.backend.notes.add(kinds.MIXED, f"{name} gets a CPU tensor {tuple(tensor.shape)}")
                 raise ValueError("Pointer argument (at 0) cannot be accessed from Triton (cpu tensor?)")
+
+    def _load(self, name: str, args: tuple, kwargs: dict) -> None:
+        """Code is loaded at the first launch of each specialisation: by dtypes, numbers that are 1, multiples of 16."""
+        key = (name, *map(_specialisation, args), *((key, _specialisation(value, True)) for key, value in kwargs.items()))
+        if key not in self._loaded and self.backend.timeline.graph is not None:
+            self.backend.notes.add(kinds.FIRST, name, capturing=True)
+        self._loaded.add(key)
 
     def _interpret(self, name, original, kernel, grid, args, kwargs) -> None:
         backend = self.backend
@@ -183,6 +192,15 @@ class Launches:
             return
         again, outside = backend.keep(graph, (args, kwargs, outputs))
         graph.record(op.name(), outside, lambda: compute(*again()), changed)
+
+
+def _specialisation(value: Any, constant: bool = False) -> Any:
+    tensor = getattr(value, "base", value)  # of a descriptor
+    if isinstance(tensor, torch.Tensor):
+        return type(value), tensor.dtype, tensor.data_ptr() % 16 == 0
+    if isinstance(value, int) and not constant:
+        return value == 1, value % 16 == 0
+    return value if constant or value is None else type(value)
 
 
 def _interprets(kernel: Any) -> bool:

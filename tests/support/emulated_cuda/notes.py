@@ -21,6 +21,7 @@ TO_DEVICE = "copy to the device"
 TO_HOST = "copy to the host"
 MIXED = "tensors of different devices"
 LAUNCH = "launch"  # of a Triton kernel
+FIRST = "first launch, in a capture"  # it loads code, which a capture may not allow
 CAPTURE = "capture"
 REPLAY = "replay"
 ILLEGAL = "illegal in a capture"
