@@ -108,6 +108,7 @@ WAITS = {
     "nonzero": lambda x: x.nonzero(),
     "masked_select": lambda x: x.masked_select(x > 0),
     "mask": lambda x: x[x > 0],
+    "assigned mask": lambda x: x.__setitem__(x > 0, x[x > 0]),
     "list": lambda x: x[[0, 1]],
     "equal": lambda x: torch.equal(x, x),
     "unique": lambda x: x.unique(),
@@ -128,6 +129,7 @@ def test_a_wait_of_the_host_is_noted_with_its_place(emulated_cuda, x, name):
 QUIET = {
     "work": lambda x: (x @ x.t()).softmax(-1).index_select(0, torch.zeros(1, dtype=torch.int32, device="cuda")),
     "where": lambda x: torch.where(x > 0, x, 0.0).masked_fill_(x > 1, 2.0),
+    "filled mask": lambda x: x.__setitem__(x > 0, 3.0),
     "constants": lambda x: (torch.full((2,), 1.0, device="cuda"), torch.arange(3, device="cuda"), x.fill_(2.0)),
     "pinned": lambda x: x.copy_(torch.zeros(4, 8).pin_memory(), non_blocking=True),
     "within the device": lambda x: x.to(torch.float16).clone(),

@@ -7,6 +7,7 @@ two devices do not mix, and a product depends a little on how many rows it has.
 """
 
 import functools
+import warnings
 import weakref
 from typing import Any
 
@@ -27,7 +28,7 @@ from .arguments import (
     written_by,
 )
 from .memory import Block, Memory, on_host, redispatch, view_of
-from .operators import BEFORE_COMPOSITES, PRODUCTS, SPECIAL, WAITING, product
+from .operators import BEFORE_COMPOSITES, PRODUCTS, SPECIAL, WAITING, product, waits
 from .streams import Graph, Timeline
 
 
@@ -74,7 +75,7 @@ class Backend:
             return special(self, op, *args, **kwargs)
         if is_view(op):
             return redispatch(op, *args, **kwargs)
-        if name in WAITING or ("_assert" in name and "async" not in name):
+        if waits(name, args):
             self.timeline.warn(name)
             self.timeline.host_waits(WAITING.get(name, name))
         return self.run(op, args, kwargs)
@@ -248,12 +249,21 @@ class _Bytes:
 
 @functools.cache
 def install() -> None:
-    """Put the emulated operators under the dispatch key CUDA, once a process; without an emulated device they raise."""
+    """Put the emulated operators under the dispatch key CUDA, once a process; without an emulated device they raise.
+
+    A build for CUDA has kernels of its own there, which take the place of a fallback: each is replaced.
+    """
     libraries.append(torch.library.Library("_", "IMPL"))
     libraries[-1].fallback(_enter, "CUDA")
     libraries.append(torch.library.Library("aten", "IMPL"))
-    for name in BEFORE_COMPOSITES:
-        libraries[-1].impl(name, functools.partial(_enter, getattr(torch.ops.aten, name).default), "CUDA")
+    names = {f"aten::{name}" for name in BEFORE_COMPOSITES}
+    names.update(torch._C._dispatch_get_registrations_for_dispatch_key("CUDA"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is one already
+        for name in sorted(name for name in names if name.startswith("aten::")):
+            packet, _, overload = name.removeprefix("aten::").partition(".")
+            op = getattr(getattr(torch.ops.aten, packet), overload or "default")
+            libraries[-1].impl(name, functools.partial(_enter, op), "CUDA")
 
 
 libraries: list[torch.library.Library] = []

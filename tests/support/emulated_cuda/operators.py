@@ -28,6 +28,15 @@ PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::_addmm_activation": 1, "aten
 BEFORE_COMPOSITES = ("copy_", "_to_copy", "convolution", "scaled_dot_product_attention")
 
 
+def waits(name: str, args: tuple) -> bool:
+    """Whether the host waits for an operator's result."""
+    if name.startswith(("aten::index.Tensor", "aten::index_put", "aten::_index_put_impl_")):
+        masks = [index for index in args[1] if isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)]
+        filled = len(args) > 2 and args[2].numel() == 1  # what torch does by masked_fill
+        return bool(masks) and not filled
+    return name in WAITING or ("_assert" in name and "async" not in name)
+
+
 def _empty(backend: Any, op, size, *, dtype=None, device=None, memory_format=None, **_ignored) -> torch.Tensor:
     dtype = dtype or torch.get_default_dtype()
     stride = torch.empty(size, dtype=dtype, device="meta", memory_format=memory_format or torch.contiguous_format).stride()
