@@ -172,7 +172,7 @@ def test_halves_are_as_near_as_stock_on_the_cpu(checkpoint, emulated_cuda, dtype
     exact = in_fp32(pipe, 7, dtype, **arguments) if case.cls is diffusers.QwenImagePipeline else None
     actual = draw(qwen_fast.enable(pipe.to("cuda"), **case.options), **arguments).cpu()
     if exact is None:
-        assert (actual - expected).abs().max() <= 0.02 * expected.abs().max()
+        assert (actual - expected).abs().max() <= 0.04 * expected.abs().max()
     else:
         assert_same_latents(actual, expected, exact)
     assert_nothing_wrong(emulated_cuda.notes)

@@ -4,6 +4,7 @@ A place is `file:line` of the innermost frame of the project, and behind a `>` t
 event happened there. A phase is whatever the test says is under way, such as "step 1".
 """
 
+import re
 import sys
 import threading
 from collections import Counter
@@ -12,8 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 SYNC = "the host waits"  # for the device: its values, a stream, all of it
 EVENT = "the host waits for an event"  # which may lie far back: pacing
@@ -31,8 +30,7 @@ QUERY = "question about free memory"  # asks the driver; cheap, but not free
 _ROOT = Path(__file__).resolve().parents[3]
 _OWN = str(Path(__file__).resolve().parent)
 _PROJECT = tuple(str(_ROOT / name) + "/" for name in ("qwen_fast", "kernels", "benchmarks", "tests", "examples"))
-_LIBRARIES = str(Path(torch.__file__).resolve().parents[1]) + "/"
-_SKIPPED = tuple(_LIBRARIES + name for name in ("torch/", "triton/", "_pytest/", "pluggy/"))
+_LIBRARY = re.compile(r".*/(?:site|dist)-packages/(?!torch/|triton/|_pytest/|pluggy/)(.*)")
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,8 @@ def place() -> str:
         if file.startswith(_PROJECT) and not file.startswith(_OWN):
             own = f"{file.removeprefix(str(_ROOT) + '/')}:{frame.f_lineno}"
             return own if library is None else f"{own} > {library}"
-        if library is None and file.startswith(_LIBRARIES) and not file.startswith(_SKIPPED):
-            library = f"{file.removeprefix(_LIBRARIES)}:{frame.f_lineno}"
+        found = _LIBRARY.fullmatch(file) if library is None else None
+        if found is not None:
+            library = f"{found.group(1)}:{frame.f_lineno}"
         frame = frame.f_back
     return library or "outside the project"
