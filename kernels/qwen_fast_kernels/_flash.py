@@ -14,17 +14,24 @@ if HAS_TRITON:
 
 
 def fits_descriptors(*tensors: torch.Tensor) -> bool:
-    """Whether the tensor memory accelerator can address the tensors: base and strides in units of 16 bytes."""
+    """Whether a `rows_descriptor` can address the tensors: heads side by side, base and row stride in units of 16 bytes."""
     return all(
         tensor.data_ptr() % 16 == 0
-        and all(stride > 0 and stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1])
+        and tensor.stride(1) == tensor.shape[2]
+        and tensor.stride(0) > 0
+        and tensor.stride(0) * tensor.element_size() % 16 == 0
         for tensor in tensors
     )
 
 
 def rows_descriptor(tensor: torch.Tensor, block: int) -> "TensorDescriptor":
-    """Descriptor of `[R, H, D]` in tiles of `block` rows of one head; rows behind the last read as zeros."""
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [block, 1, tensor.shape[2]])
+    """Descriptor of `[R, H, D]` in tiles of `block` rows of one head; rows behind the last read as zeros.
+
+    Of rank 2, `[R, H * D]`: a tile of rank 3 would have to be reshaped, and the compiler takes the reshape for the tile's
+    last use. With warp specialisation it then frees the tile before the products have read it.
+    """
+    rows, heads, dim = tensor.shape
+    return TensorDescriptor(tensor, [rows, heads * dim], [tensor.stride(0), 1], [block, dim])
 
 
 def starts_of_spans(name: str, cu_seqlens: torch.Tensor, rows: int, max_seqlen: int) -> list[int]:
@@ -56,7 +63,7 @@ def load_tile(
     By a pointer, rows from `left` on are zeros. By a descriptor they are what the tensor holds there.
     """
     if DESCRIPTOR:
-        tile = source.load([row, head.to(tl.int32), 0]).reshape(BLOCK, DIM)
+        tile = source.load([row, head.to(tl.int32) * DIM])
     else:
         rows = tl.arange(0, BLOCK)
         offsets = rows.to(tl.int64)[:, None] * row_stride + tl.arange(0, DIM)[None, :]  # [BLOCK, DIM]
