@@ -67,7 +67,7 @@ class Maker:
 
     def values(self, values: list, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         if self.fake:
-            return torch.empty(len(values), dtype=dtype, device=self.device)
+            return torch.empty(torch.tensor(values).shape, dtype=dtype, device=self.device)
         return torch.tensor(values, dtype=dtype, device=self.device)
 
     def modulation(self, steps: int, streams: int, channels: int, dtype: torch.dtype, parts: int = 6) -> list[torch.Tensor]:
@@ -184,11 +184,11 @@ def _qk_norm_rope(make, dtype, size, layout="fused"):
     return *_heads(make, dtype, size, layout, 2), *weights, rope, size.txt_rows, 1e-6
 
 
-def _joint_attention(make, dtype, size, layout="fused", used=False, masked=False):
-    starts = [make.values([0, *itertools.accumulate(lengths)]) for lengths in (size.txt, size.img)]
-    seqused = make.values([max(1, length - 5) for length in size.txt]) if used else None
+def _joint_attention(make, dtype, size, layout="fused", masked=False):
+    lengths = [text + image for text, image in zip(size.txt, size.img, strict=True)]
+    spans = make.values([list(span) for span in itertools.pairwise([0, *itertools.accumulate(lengths)])])
     mask = make.values([row % 7 != 3 for row in range(size.rows)], torch.bool) if masked else None
-    return *_heads(make, dtype, size, layout, 3), *starts, size.txt_rows, max(size.txt), max(size.img), seqused, mask, None
+    return *_heads(make, dtype, size, layout, 3), spans, max(lengths), mask, None
 
 
 def _linear(make, dtype, size, n, k, bias=True, layout="rows"):
@@ -223,8 +223,8 @@ def _linear_dimensions(x, weight, *_):
 
 
 def _attention_dimensions(query, key, value, *rest):
-    fits = importlib.import_module("qwen_fast_kernels._flash").fits_descriptors(query, key, value)
-    return query.shape[2], query.element_size(), rest[6] is not None, fits
+    fits = importlib.import_module("qwen_fast_kernels.joint_attention").fits_descriptors(query, key, value)
+    return query.shape[2], query.element_size(), rest[2] is not None, fits
 
 
 # What an op's default_config takes after the capability, from the arguments of its launch.
@@ -254,8 +254,8 @@ def _rows_op(tokens: int, tables: int, flops: int) -> Callable[..., tuple[int, i
     return traffic
 
 
-def _attention(query, key, value, starts_txt, starts_img, txt_rows, *_):
-    lengths = torch.diff(starts_txt).add(torch.diff(starts_img)).tolist()
+def _attention(query, key, value, spans, *_):
+    lengths = torch.diff(spans)[:, 0].tolist()
     return 2 * _bytes(query) + _bytes(key, value), 4 * sum(length**2 for length in lengths) * query[0].numel()
 
 
@@ -375,12 +375,10 @@ CASES: list[Case] = [
     *_cases_of_token_rows("gated_residual_ada_layer_norm"),
     *_cases_of_heads("qk_norm_rope"),
     *_cases_of_heads("joint_attention"),
-    Case("joint_attention", "text lengths", BF16, PACKED, {"used": True}, default=True),
     Case("joint_attention", "key mask", BF16, PACKED, {"masked": True}, default=True),
     *(
-        Case("joint_attention", f"key mask and text lengths, {name}", dtype, size, {"masked": True, "used": True, **layout})
+        Case("joint_attention", f"key mask, {name}", dtype, size, {"masked": True, **layout})
         for name, dtype, size, layout in (
-            ("bf16", BF16, PACKED, {}),
             ("fp32", FP32, PACKED, {}),
             ("offset", BF16, PACKED, {"layout": "offset"}),
             ("head_dim 64", BF16, MIDDLE, {}),

@@ -14,7 +14,7 @@ except ImportError:
     HAS_TRITON = False
 
     # Decorated functions stay plain: `require_triton` stops every launch before they could be called.
-    triton = types.SimpleNamespace(jit=lambda function: function)
+    triton = types.SimpleNamespace(jit=lambda function=None, **_: function or (lambda function: function))
     tl = types.SimpleNamespace(constexpr=object)
 
 
