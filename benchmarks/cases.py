@@ -105,6 +105,11 @@ class Case:
     def launch(self, arguments: tuple, config: dict) -> object:
         return getattr(self.module(), f"launch_{self.op}")(*arguments, config=config)
 
+    def operator(self) -> Callable[..., object]:
+        """What takes `arguments`: the registry's overloads are by the residual, which one public function takes as an argument."""
+        module = self.module()  # registers it
+        return getattr(module if self.op == "rms_norm_silu" else torch.ops.qwen_fast, self.op)
+
     def reference(self, *arguments) -> object:
         return getattr(self.module(), f"{self.op}_reference")(*arguments)
 
