@@ -106,15 +106,13 @@ class Case:
         return getattr(self.module(), f"launch_{self.op}")(*arguments, config=config)
 
     def operator(self) -> Callable[..., object]:
-        """What takes `arguments`: the registry's overloads are by the residual, which one public function takes as an argument."""
-        module = self.module()  # registers it
+        module = self.module()  # registers it; one operator's overloads are an argument of its public function
         return getattr(module if self.op == "rms_norm_silu" else torch.ops.qwen_fast, self.op)
 
     def reference(self, *arguments) -> object:
         return getattr(self.module(), f"{self.op}_reference")(*arguments)
 
-    def traffic(self, arguments: tuple) -> tuple[int, int]:
-        """(bytes, FLOPs), as the operator's docstring declares them."""
+    def traffic(self, arguments: tuple) -> tuple[int, int]:  # bytes and FLOPs, as the operator's docstring declares them
         return TRAFFIC[self.op](*arguments)
 
     def small(self) -> "Case":

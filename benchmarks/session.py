@@ -81,13 +81,14 @@ class Session:
 
     def run(self) -> list[dict[str, str]]:
         """Measure the plan; a rung that fails has its error in its row, and the next one goes on."""
+        before = list(self.results)
         total, number = sum(len(rungs) for _, rungs in self.plan), 0
         for index, (case, rungs) in enumerate(self.plan):
             self.say(f"{case}")
             bench, right = CaseBench(self, case), set()
             for rung in rungs:
                 number += 1
-                if self._has(case, rung):
+                if measured_before(before, case, rung):
                     self.say(f"  [{number}/{total}] {rung.name}: measured before")
                     continue
                 with watched(self.limit, lambda bench=bench, rung=rung: self._add(bench.hung(rung, self.limit))):
@@ -106,9 +107,10 @@ class Session:
         self.rows.add(row)
         self.results.append(row)
 
-    def _has(self, case: Case, rung: Rung) -> bool:
-        wanted = {name: str(value) for name, value in CaseBench.named(case, rung).items()}
-        return any(wanted.items() <= row.items() for row in self.results)
+
+def measured_before(rows: list[dict[str, str]], case: Case, rung: Rung) -> bool:
+    wanted = {name: str(value) for name, value in CaseBench.named(case, rung).items()}
+    return any(wanted.items() <= row.items() for row in rows)
 
 
 def shortened(text: str) -> str:
