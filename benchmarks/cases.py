@@ -66,9 +66,8 @@ class Maker:
         return flat.narrow(0, offset, numel).view(shape)
 
     def values(self, values: list, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        if self.fake:
-            return torch.empty(len(values), dtype=dtype, device=self.device)
-        return torch.tensor(values, dtype=dtype, device=self.device)
+        where = {"dtype": dtype, "device": self.device}
+        return torch.empty(len(values), **where) if self.fake else torch.tensor(values, **where)
 
     def modulation(self, steps: int, streams: int, channels: int, dtype: torch.dtype, parts: int = 6) -> list[torch.Tensor]:
         """Tables `[T, streams, C]` that lie beside each other in one allocation, as a block's modulation does."""
@@ -106,7 +105,7 @@ class Case:
         return getattr(self.module(), f"launch_{self.op}")(*arguments, config=config)
 
     def operator(self) -> Callable[..., object]:
-        module = self.module()  # registers it; one operator's overloads are an argument of its public function
+        module = self.module()  # registers it; the overloads of rms_norm_silu are one public function
         return getattr(module if self.op == "rms_norm_silu" else torch.ops.qwen_fast, self.op)
 
     def reference(self, *arguments) -> object:

@@ -33,6 +33,7 @@ PACKAGES = (
 )
 TOOLS = ("nvidia-smi", "compute-sanitizer", "ncu", "nsys", "cuobjdump", "nvcc")
 
+
 def launch_all(device: torch.device) -> int:
     """Every kernel once, each way of calling it that the tests compile, at a small size; how many launches."""
     cases = [case.small() for case in CASES if case.default]

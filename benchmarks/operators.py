@@ -116,9 +116,7 @@ def judged(case: Case, arguments: tuple, actual: Sequence[torch.Tensor]) -> tupl
     if case.op == "joint_attention":  # every score of two heads is 1 GB in float64
         heads = torch.linspace(0, case.size.heads - 1, SAMPLED_HEADS).long().to(arguments[0].device)
         actual = [actual[0][:, heads]]
-        arguments, wide = (
-            (*(each[:, heads] for each in given[:3]), *given[3:]) for given in (arguments, wide)
-        )
+        arguments, wide = ((*(each[:, heads] for each in given[:3]), *given[3:]) for given in (arguments, wide))
     own = [a.clone() if n in CHANGED.get(case.op, ()) else a for n, a in enumerate(arguments)]
     exact = [one.double() for one in results(case.op, case.reference(*wide), tuple(wide))]
     same = results(case.op, case.reference(*own), tuple(own))
@@ -193,7 +191,9 @@ def told(row: dict) -> str:
     """A row on a line."""
     text = f"{row['op']:30s} {row['case']:34s} {row['way']:8s} {row['status']:12s}"
     if row.get("seconds_p50"):
-        text += f" {float(row['seconds_p50']) * 1e6:9.1f} us {float(row['gb_per_s']):7.0f} GB/s {float(row['tflop_per_s']):7.2f}"
+        text += (
+            f" {float(row['seconds_p50']) * 1e6:9.1f} us {float(row['gb_per_s']):7.0f} GB/s {float(row['tflop_per_s']):7.2f}"
+        )
         text += f" TFLOP/s {float(row['share_of_ceiling']):6.1%} of {row['ceiling']:9s} rms {row.get('rms_error', '')}"
     return f"{text} {row['reason']}".rstrip()
 

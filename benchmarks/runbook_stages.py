@@ -166,7 +166,13 @@ LATER = (
     ),
 )
 TUNING = (
-    Stage("tune", 130, (*_CLI, "tune", "--ops", "joint_attention,linear_gelu", "--minutes", "1.8", "--record", "{out}/tuning.jsonl"), grace=10, estimate=120),
+    Stage(
+        "tune",
+        130,
+        (*_CLI, "tune", "--ops", "joint_attention,linear_gelu", "--minutes", "1.8", "--record", "{out}/tuning.jsonl"),
+        grace=10,
+        estimate=120,
+    ),
     Stage(
         "ladder-tuned",
         100,

@@ -237,7 +237,9 @@ options = bench.Options(torch.device("cpu"), torch.float32, shape=SHAPES["tiny"]
 options.out, options.limit, options.resume = sys.argv[1], 4.0, True
 bench.run(options)
 """
-    codes = [subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=ENVIRONMENT).returncode for _ in range(2)]
+    codes = [
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=ENVIRONMENT).returncode for _ in range(2)
+    ]
     rows = read(tmp_path / "ladder.csv")
     assert codes == [GO_ON, 0] and [row["status"] for row in rows] == ["ok", "failed", "ok"]
     assert rows[1]["rung"] == "hanging" and rows[1]["reason"] == "no end within 4 s"
