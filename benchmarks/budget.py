@@ -24,6 +24,14 @@ def errors(actual: torch.Tensor, oracle: torch.Tensor) -> tuple[float, float]:
     return difference.abs().max().item(), difference.square().mean().sqrt().item()
 
 
+def relative_errors(actual: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
+    """Largest and RMS difference from a float64 tensor, as parts of its largest and RMS value."""
+    sizes = exact.abs().max().item(), exact.square().mean().sqrt().item()
+    return {
+        name: error / size for name, error, size in zip(("max_error", "rms_error"), errors(actual, exact), sizes, strict=True)
+    }
+
+
 def over_budget(actual: torch.Tensor, reference: torch.Tensor, oracle: torch.Tensor) -> str | None:
     """Why `actual` is more than twice as far from the float64 `oracle` as a same-dtype reference may be, or None.
 

@@ -66,9 +66,9 @@ class Maker:
         return flat.narrow(0, offset, numel).view(shape)
 
     def values(self, values: list, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        if self.fake:
-            return torch.empty(torch.tensor(values).shape, dtype=dtype, device=self.device)
-        return torch.tensor(values, dtype=dtype, device=self.device)
+        where = {"dtype": dtype, "device": self.device}
+        given = torch.tensor(values, dtype=dtype)
+        return torch.empty(given.shape, **where) if self.fake else given.to(self.device)
 
     def modulation(self, steps: int, streams: int, channels: int, dtype: torch.dtype, parts: int = 6) -> list[torch.Tensor]:
         """Tables `[T, streams, C]` that lie beside each other in one allocation, as a block's modulation does."""
@@ -105,11 +105,14 @@ class Case:
     def launch(self, arguments: tuple, config: dict) -> object:
         return getattr(self.module(), f"launch_{self.op}")(*arguments, config=config)
 
+    def operator(self) -> Callable[..., object]:
+        module = self.module()  # registers it; the overloads of rms_norm_silu are one public function
+        return getattr(module if self.op == "rms_norm_silu" else torch.ops.qwen_fast, self.op)
+
     def reference(self, *arguments) -> object:
         return getattr(self.module(), f"{self.op}_reference")(*arguments)
 
-    def traffic(self, arguments: tuple) -> tuple[int, int]:
-        """(bytes, FLOPs), as the operator's docstring declares them."""
+    def traffic(self, arguments: tuple) -> tuple[int, int]:  # bytes and FLOPs, as the operator's docstring declares them
         return TRAFFIC[self.op](*arguments)
 
     def small(self) -> "Case":

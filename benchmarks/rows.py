@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .machine import git
+from .sources import git
 
 __all__ = ["Rows", "append", "damage", "git", "read"]
 

@@ -234,7 +234,7 @@ def test_an_empty_trace_is_no_error(tmp_path):
 
 @pytest.mark.parametrize("stock", [False, True], ids=["fast", "stock"])
 def test_a_picture_is_profiled(checkpoint, tmp_path, capsys, monkeypatch, stock):
-    monkeypatch.setattr("qwen_fast.cli.profile._ceilings", lambda device, dtype: None)
+    monkeypatch.setattr("qwen_fast.cli.profile._ceilings", lambda path, device, dtype: None)
     arguments = ["--model", str(checkpoint), "--size", "64x64", "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "p")]
     assert main(["profile", *arguments, *["--stock"] * stock]) == 0
     out = capsys.readouterr().out
@@ -274,6 +274,7 @@ def test_bad_input_is_refused_before_anything_is_drawn(capsys, tmp_path, monkeyp
 @pytest.mark.gpu
 def test_a_picture_is_profiled_on_a_gpu(checkpoint, tmp_path, capsys):
     arguments = ["--model", str(checkpoint), "--size", "256x256", "--steps", "2", "--device", "cuda", "--out", str(tmp_path)]
+    arguments += ["--snapshot"]
     assert main(["profile", *arguments]) == 0
     out = capsys.readouterr().out
     assert "host synchronisations in the loop" in out and "device idle for" in out
