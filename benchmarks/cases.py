@@ -328,7 +328,6 @@ def _cases_of_token_rows(op: str, **variant) -> list[Case]:
         case("fp16", FP16, default=not op.startswith("linear"), **({"clip": True} if "gated" in op else {})),
         case("fp32", FP32, measured=True),
         case("few rows", size=FEW),
-        case("rows by 16", size=GUIDED),
         case("part of wider rows", layout="part"),
         case("offset", layout="offset"),
         *(

@@ -63,7 +63,7 @@ def _normed_and_rotated(x, weight, cos, sin, eps, BLOCK_H: tl.constexpr, D: tl.c
     return tl.reshape(rotated, [BLOCK_H, D])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["txt_rows"])
 def _qk_norm_rope_kernel(
     query_ptr,
     key_ptr,
