@@ -180,11 +180,26 @@ def _heads(make, dtype, size, layout, count):
     return [make.normal(size.rows, size.heads, size.head_dim, dtype=dtype, offset=offset) for _ in range(count)]
 
 
-def _qk_norm_rope(make, dtype, size, layout="fused"):
+def _qk_norm_rope(make, dtype, size, layout="fused", sequence_major=False):
+    """Joint rows, or with `sequence_major` the rows of each sequence together and the text rows moved there."""
     weights = [make.normal(size.head_dim, dtype=dtype) for _ in range(4)]
     angles = make.normal(size.rows, size.head_dim // 2)
     rope = torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(-2)
-    return *_heads(make, dtype, size, layout, 2), *weights, rope, size.txt_rows, 1e-6
+    query, key, value = _heads(make, dtype, size, layout, 3)
+    if not sequence_major:
+        return query, key, *weights, rope, size.txt_rows, 1e-6
+    text = make.normal(3, size.txt_rows, size.heads, size.head_dim, dtype=dtype)
+    return query, key, *weights, rope, size.txt_rows, 1e-6, value, text, make.values(_places(size))
+
+
+def _places(size: Size) -> list[int]:
+    """Where each joint row lies when the rows of a sequence lie together, its text rows first."""
+    text, image, start = [], [], 0
+    for txt, img in zip(size.txt, size.img, strict=True):
+        text += range(start, start + txt)
+        image += range(start + txt, start + txt + img)
+        start += txt + img
+    return text + image
 
 
 def _joint_attention(make, dtype, size, layout="fused", masked=False):
@@ -257,6 +272,11 @@ def _rows_op(tokens: int, tables: int, flops: int) -> Callable[..., tuple[int, i
     return traffic
 
 
+def _norm_and_rotation(query, key, *rest):
+    moved = 2 * _bytes(rest[8][2]) + _bytes(rest[9]) if len(rest) > 7 else 0  # the value's text rows, and the places
+    return 2 * _bytes(query, key) + _bytes(rest[4]) + moved, 14 * query.numel()
+
+
 def _attention(query, key, value, spans, *_):
     lengths = torch.diff(spans)[:, 0].tolist()
     return 2 * _bytes(query) + _bytes(key, value), 4 * sum(length**2 for length in lengths) * query[0].numel()
@@ -279,7 +299,7 @@ TRAFFIC: dict[str, Callable[..., tuple[int, int]]] = {
     "ada_layer_norm": _rows_op(2, 2, 9),
     "gated_residual": _rows_op(3, 1, 2),
     "gated_residual_ada_layer_norm": _rows_op(4, 3, 11),
-    "qk_norm_rope": lambda query, key, *rest: (2 * _bytes(query, key) + _bytes(rest[4]), 14 * query.numel()),
+    "qk_norm_rope": _norm_and_rotation,
     "joint_attention": _attention,
     "linear_gelu": _matmul,
     "linear_gated_residual": _matmul_gated,
@@ -331,7 +351,6 @@ def _cases_of_token_rows(op: str, **variant) -> list[Case]:
         case("fp16", FP16, default=not op.startswith("linear"), **({"clip": True} if "gated" in op else {})),
         case("fp32", FP32, measured=True),
         case("few rows", size=FEW),
-        case("rows by 16", size=GUIDED),
         case("part of wider rows", layout="part"),
         case("offset", layout="offset"),
         *(
@@ -377,6 +396,16 @@ CASES: list[Case] = [
     *_cases_of_token_rows("gated_residual"),
     *_cases_of_token_rows("gated_residual_ada_layer_norm"),
     *_cases_of_heads("qk_norm_rope"),
+    *(
+        Case("qk_norm_rope", f"sequence-major, {name}", dtype, size, {"sequence_major": True} | layout, default=size is PACKED)
+        for name, dtype, size, layout in (
+            ("bf16", BF16, PACKED, {"layout": "rows"}),
+            ("fp32", FP32, MODEL, {"layout": "rows"}),
+            ("fused", BF16, PACKED, {}),
+            ("offset", BF16, MODEL, {"layout": "offset"}),
+            *((f"head_dim {size.head_dim}", BF16, size, {"layout": "rows"}) for size in (MIDDLE, TINY, TINIEST)),
+        )
+    ),
     *_cases_of_heads("joint_attention"),
     Case("joint_attention", "key mask", BF16, PACKED, {"masked": True}, default=True),
     *(

@@ -81,7 +81,7 @@ def _normed_and_rotated(x, weight, cos, sin, eps, BLOCK_H: tl.constexpr, D: tl.c
     return tl.reshape(rotated, [BLOCK_H, D])
 
 
-@triton.jit(do_not_specialize=["rows", "txt_rows"])
+@triton.jit(do_not_specialize=["places_ptr", "rows", "txt_rows"])
 def _qk_norm_rope_kernel(
     query_ptr,
     key_ptr,
@@ -113,12 +113,13 @@ def _qk_norm_rope_kernel(
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]  # [BLOCK_H, 1]
     channel = tl.arange(0, D).to(tl.int64)[None, :]  # [1, D]
-    mask = head < heads
     is_text = row < txt_rows
     place = row
     if HAS_TEXT:
         place = tl.load(places_ptr + row).to(tl.int64)
-        mask = mask & (place >= 0) & (place < rows)  # a place outside the buffers must not be written
+        heads = tl.where((place >= 0) & (place < rows), heads, 0)  # a place outside the buffers must not be written
+        txt_heads = tl.where(is_text, heads, 0)
+    mask = head < heads
 
     query_ptrs = query_ptr + (place * query_row_stride + head * query_head_stride + channel)  # [BLOCK_H, D]
     key_ptrs = key_ptr + (place * key_row_stride + head * key_head_stride + channel)
@@ -130,7 +131,7 @@ def _qk_norm_rope_kernel(
         text_ptrs = text_ptr + (row * text_row_stride + head * text_head_stride + channel)
         query = tl.load(tl.where(is_text, text_ptrs, query_ptrs), mask=mask, other=0.0)
         key = tl.load(tl.where(is_text, text_ptrs + text_stride, key_ptrs), mask=mask, other=0.0)
-        value = tl.load(text_ptrs + 2 * text_stride, mask=mask & is_text, other=0.0)
+        value = tl.load(text_ptrs + 2 * text_stride, mask=head < txt_heads, other=0.0)
     else:
         query = tl.load(query_ptrs, mask=mask, other=0.0)
         key = tl.load(key_ptrs, mask=mask, other=0.0)
@@ -143,7 +144,7 @@ def _qk_norm_rope_kernel(
     dtype = query_ptr.dtype.element_ty
     if HAS_TEXT:
         value_ptrs = value_ptr + (place * value_row_stride + head * value_head_stride + channel)
-        tl.store(value_ptrs, value, mask=mask & is_text)
+        tl.store(value_ptrs, value, mask=head < txt_heads)
     query = _normed_and_rotated(query, weight_q, cos, sin, eps, BLOCK_H, D)
     tl.store(query_ptrs, query.to(dtype), mask=mask)
     key = _normed_and_rotated(key, weight_k, cos, sin, eps, BLOCK_H, D)

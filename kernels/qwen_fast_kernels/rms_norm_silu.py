@@ -47,7 +47,7 @@ def _plus(chunks, others):
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rms_norm_silu_kernel(
     out_ptr,
     x_ptr,
