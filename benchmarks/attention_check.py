@@ -31,7 +31,6 @@ FORMS: dict[str, tuple[Size, dict]] = {
     "dense": (Size((30,), (4096,)), {}),
     "packed": (_FULL, {}),
     "ragged": (_RAGGED, {}),
-    "seqused": (_RAGGED, {"used": True}),
     "masked": (_RAGGED, {"masked": True}),
 }
 _SMALL = Size((7, 5), (60, 40), 2, 32)

@@ -2,13 +2,13 @@
 
 import torch
 
-IN_PLACE = {"qk_norm_rope"}  # the first two arguments are the results
+IN_PLACE = {"qk_norm_rope": (0, 1, 9)}  # the arguments that are the results; the value may be left out
 
 
 def results(op: str, result: object, arguments: tuple) -> tuple[torch.Tensor, ...]:
     """The tensors that a call of an operator made, whether it returned them or wrote them into its arguments."""
     if result is None and op in IN_PLACE:
-        return tuple(arguments[:2])
+        return tuple(arguments[n] for n in IN_PLACE[op] if n < len(arguments))
     return result if isinstance(result, tuple) else (result,)
 
 

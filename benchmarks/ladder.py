@@ -95,10 +95,9 @@ def ours(
     packed: bool = True,
     cuda_only: bool = False,
     guided_only: bool = False,
-    backend: str | None = None,
     **options: Any,
 ):
-    """`enable` with `options`, where diffusers was told of an attention backend with `backend`.
+    """`enable` with `options`.
 
     `fused=False` leaves stock's transformer in, `packed=False` forwards one prompt at a time.
     """
@@ -110,8 +109,6 @@ def ours(
         if guided_only and not case.cfg:
             raise NotMeasured("there is one prediction a step")
         with ExitStack() as stack:
-            if backend is not None:
-                stack.enter_context(_backend(backend, pipe, case))
             if not packed:
                 stack.enter_context(mock.patch("qwen_fast.forwards.fits_in_memory", lambda *_: False))
             if not fused:
@@ -152,7 +149,8 @@ ENABLED = Rung("qwen_fast as enabled", ours())
 # Packing with each attention: what packing gains can be told from what the attention does.
 PACKED = (
     Rung("packed, diffusers' attention", ours(attention="diffusers", **_PACKED)),
-    Rung("packed, cuDNN attention", ours(backend="_native_cudnn", **_PACKED)),
+    Rung("packed, cuDNN attention", ours(attention="cudnn", cuda_only=True, **_PACKED)),
+    Rung("packed, flash attention", ours(attention="flash", **_PACKED)),
     Rung("packed, our attention", ours(attention="triton", **_PACKED)),
 )
 GRAPH = Rung("+ CUDA graph", ours(cuda_graph=True, cuda_only=True))

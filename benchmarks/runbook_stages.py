@@ -90,6 +90,13 @@ STAGES = (
         estimate=30,
     ),
     Stage(
+        "attention",
+        60,
+        ("-m", "benchmarks.attention_speed", "--out", "{out}", "--cases", "all", "--seconds", "0.05"),
+        ("-m", "benchmarks.attention_speed", "--out", "{out}", "--device", "cpu"),
+        estimate=35,
+    ),
+    Stage(
         "operators",
         70,
         ("-m", "benchmarks.operators", "--out", "{out}", "--seconds", "0.5", *_CEILINGS),
@@ -113,6 +120,7 @@ STAGES = (
         (*_SMALL_PROFILE, "--out", "{out}/profile"),
         estimate=45,
     ),
+    Stage("products", 40, ("-m", "benchmarks.products", "--out", "{out}"), estimate=20),
     Stage(
         "tests-ops",
         60,

@@ -52,8 +52,8 @@ def reason_against(pipe: Any, forwards: Forwards, callback: Any) -> str | None:
     if any(chosen_backend(block.attn.processor) is not None for block in pipe.transformer.transformer_blocks):
         return "an attention backend chosen in diffusers"
     attn = pipe.transformer.transformer_blocks[0].attn
-    if pipe.fast_state.attention == "diffusers":
-        return "attention='diffusers' cannot read true prompt lengths on the device"
+    if pipe.fast_state.attention not in ("auto", "triton"):
+        return f"attention={pipe.fast_state.attention!r} cannot read true prompt lengths on the device"
     if pipe.fast_state.attention == "auto" and forwards.step_index.is_cuda:
         if not kernel_is_right(forwards.step_index.device, forwards.timesteps.dtype, attn.inner_dim // attn.heads):
             return "the attention kernel is wrong on this GPU"
