@@ -247,11 +247,10 @@ def _fastest_attention(shape: Shape, tokens: int, normal, device, dtype, seconds
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(*(row[None].transpose(1, 2) for row in rows))[0].transpose(0, 1)
 
-    text = min(128, tokens // 2)
-    cu_txt, cu_img = (torch.tensor([0, length], dtype=torch.int32, device=device) for length in (text, tokens - text))
+    spans = torch.tensor([[0, tokens]], dtype=torch.int32, device=device)
 
     def ours(rows: list[torch.Tensor]) -> torch.Tensor:
-        return joint_attention(*rows, cu_txt, cu_img, text, text, tokens - text)
+        return joint_attention(*rows, spans, tokens)
 
     ways: dict[str, Callable[[list[torch.Tensor]], torch.Tensor]] = {
         name: (lambda rows, backend=backend: through(backend, rows)) for name, backend in _BACKENDS.items()

@@ -72,9 +72,7 @@ def problem(
     tensors[2] += 0.5  # attention without a mean would hide weights that do not add up to 1
     ends = list(itertools.accumulate(gap + length for gap, length in zip(gaps, lengths, strict=False)))
     spans = [[end - length, end] for end, length in zip(ends, lengths, strict=True)]
-    return Problem(
-        *in_layout(tensors, layout), torch.tensor(spans, dtype=torch.int32, device=device), max(lengths), **optional
-    )
+    return Problem(*in_layout(tensors, layout), torch.tensor(spans, dtype=torch.int32, device=device), max(lengths), **optional)
 
 
 def in_layout(tensors: torch.Tensor, layout: str) -> list[torch.Tensor]:

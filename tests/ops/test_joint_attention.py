@@ -77,7 +77,13 @@ def test_packed_sequences_are_what_each_is_alone(implementation, lengths, device
 
 
 # Rows in front of, between and behind the sequences: of a padded prompt, of whole tiles, of none at all.
-GAPS = [((31, 64, 72), (0, 11, 1, 2)), ((36, 65), (150, 37, 300)), ((0, 1, 0), (0, 31, 63, 2)), ((101,), (20, 0)), ((70,), (0, 9))]
+GAPS = [
+    ((31, 64, 72), (0, 11, 1, 2)),
+    ((36, 65), (150, 37, 300)),
+    ((0, 1, 0), (0, 31, 63, 2)),
+    ((101,), (20, 0)),
+    ((70,), (0, 9)),
+]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -195,7 +201,7 @@ def test_inputs_stay_and_the_output_is_new(implementation, device):
 FAR = 2**31 - 1
 WRONG_SPANS = [
     *([(-9, 10**9)], [(10**9, 5)], [(-FAR - 1, FAR)], [(40, -40)], [(20, 20)], [(FAR, FAR)], [(60, 10**6)]),
-    *([(30, 70), (10, 90)], [(50, 60), (-5, 20)], [(0, 100), (10**9, -10**9), (99, 101)], [(90, 95), (FAR, FAR), (3, 2)]),
+    *([(30, 70), (10, 90)], [(50, 60), (-5, 20)], [(0, 100), (10**9, -(10**9)), (99, 101)], [(90, 95), (FAR, FAR), (3, 2)]),
 ]
 
 
@@ -238,9 +244,11 @@ def test_offsets_beyond_32_bits(body, one_far_program, monkeypatch):
     far[3][own.start - 32 :] = float("nan")
     monkeypatch.setattr(torch, "empty", lambda *_, **__: far[3])
     # Of the gap in front only the last rows, or gigabytes of zeros would be written.
-    fill, maximum = attention._fill, attention.tl.maximum
+    fill = attention._fill
     monkeypatch.setattr(
-        attention, "_fill", lambda out, row, first, end, *rest: fill(out, row, maximum(first, end - 32), end, *rest)
+        attention,
+        "_fill",
+        lambda out, row, first, end, *rest: fill(out, row, attention.tl.maximum(first, end - 32), end, *rest),
     )
     far_problem = replace(given, query=far[0], key=far[1], value=far[2], spans=torch.tensor([[own.start, own.stop]]).int())
     out = launch_joint_attention(*far_problem, config=config_of(body, given))
