@@ -17,7 +17,7 @@ from .ceilings import kept_ceilings
 from .grid import QWEN_IMAGE, Case, Shape, default_cases, full_cases, small_cases
 from .ladder import COMPILED, ENABLED, LOSSY, STOCK, Rung, all_rungs, chosen_rungs
 from .machine import PROVENANCE, Sampler, provenance
-from .rows import Rows, read
+from .rows import Rows, of_this_state
 from .session import FIELDS, Session
 
 CEILING_FIELDS = [*PROVENANCE, *Sampler("cpu").summary(), "model", "what", "detail", "rate", "unit", "seconds", "clock"]
@@ -121,7 +121,7 @@ def run(options: Options, say: Callable[[str], None] = print) -> list[dict[str, 
         say(note)
     if options.device.type == "cuda":
         say(estimated(options))
-    results: list[dict[str, str]] = read(rows.path) if options.resume and rows.path.stat().st_size else []
+    results: list[dict[str, str]] = of_this_state(rows.path, options.device) if options.resume else []
     try:
         with silence():
             measure(options, planned, rows, ceiling_rows, results, say)

@@ -27,7 +27,7 @@ from .cases import BF16, FP32, Case, Maker, Size
 from .ceilings import Ceilings, kept_ceilings
 from .grid import NEGATIVE_TOKENS, SHAPES
 from .machine import PROVENANCE, Sampler, provenance
-from .rows import Rows, read
+from .rows import Rows, of_this_state
 from .suite import DEVICE_CLOCK, sets
 from .vae_cases import PIXELS
 from .watchdog import watched
@@ -214,7 +214,7 @@ def main() -> int:
         cases, dtype = list(small), FP32
         how |= {"shape": SHAPES["middle"], "tokens": 272}
     rows = Rows(options.out / "operators.csv", FIELDS)
-    before = read(rows.path) if rows.path.stat().st_size else []
+    before = of_this_state(rows.path, device)
     ceilings = kept_ceilings(options.ceilings, device, dtype, **how)
     for name, rate in ceilings.attention_tried.items():
         print(f"torch's attention, {name}: {rate if isinstance(rate, str) else f'{rate / 1e12:.1f} TFLOP/s'}", flush=True)
@@ -229,7 +229,7 @@ def main() -> int:
                     row = row_of(case, way, device, ceilings, rows, place, options.limit)
                     faults += row["status"] != "ok"
     print(" ".join(f"{name} {value}" for name, value in sampler.summary().items() if value))
-    print(f"{faults} of {len(read(rows.path))} rows are not right; they are in {rows.path}")
+    print(f"{faults} of {len(of_this_state(rows.path, device))} rows are not right; they are in {rows.path}")
     return int(faults > 0)
 
 

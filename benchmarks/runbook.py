@@ -132,8 +132,10 @@ def run(
             state.set(stage.name, status, seconds=round(seconds, 1), code=code)
         protected(pack)
         print(f"{stage.name}: {describe(state.stages[stage.name])}", flush=True)
-        if stage.needed and state.status(stage.name) == "failed":
-            print(tail(out / "logs" / f"{stage.name}.log"), flush=True)
+        status = state.status(stage.name)
+        if lines := max(stage.shown * (status == "done"), 12 if status in ("failed", "timed out") else 0):
+            print(tail(out / "logs" / f"{stage.name}.log", lines), flush=True)
+        if stage.needed and status == "failed":
             return False
     return True
 
@@ -160,8 +162,11 @@ def protected(pack: Callable[[], None]) -> None:
         print(f"not packed: {type(error).__name__}: {error}", flush=True)
 
 
-def tail(log: Path, lines: int = 15) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+def tail(log: Path, lines: int) -> str:
+    """The last lines of a log, or of its last attempt, cut to the width of a table."""
+    logs = [log, *sorted(log.parent.glob(f"{log.stem}-[0-9].log"))]
+    text = [each.read_text(errors="replace") for each in logs if each.exists()]
+    return "\n".join(f"    {line[:180]}" for line in (text or [""])[-1].splitlines()[-lines:])
 
 
 def describe(stage: dict) -> str:
@@ -182,7 +187,7 @@ def stage_environment(site: Path | None, small: bool) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join([*paths, *([before] if before else [])])}
     environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
-    environment |= {"TORCHINDUCTOR_COMPILE_THREADS": "4"}  # of each process that compiles; by default one a core
+    environment |= {"TORCHINDUCTOR_COMPILE_THREADS": "8"}  # of each process that compiles; by default one a core
     return environment | ({"OMP_NUM_THREADS": "1"} if small else {})
 
 

@@ -16,6 +16,7 @@ class Stage:
         estimate: seconds that it takes on an H100, by arithmetic; None: not known.
         grace: seconds between asking it to stop and killing it.
         needed: where it fails nothing else is run.
+        shown: last lines of its log that the run-book prints behind it.
         tries: how often it is begun where it ends with `GO_ON`, behind which it goes on by itself.
     """
 
@@ -27,6 +28,7 @@ class Stage:
     estimate: float | None = None
     grace: float = 5.0
     needed: bool = False
+    shown: int = 0
     tries: int = 1
 
 
@@ -45,7 +47,7 @@ _PYTEST = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "--continue-on-collec
 _CLI = ("-m", "qwen_fast.cli")
 _CEILINGS = ("--ceilings", "{out}/ceilings.json")
 _LADDER = (*_CLI, "bench", "--size", "1024x1024", "--steps", "50", "--repeats", "1", "--seconds", "0.5", "--weights-stay")
-_LADDER += ("--limit", "40", "--resume", *_CEILINGS)
+_LADDER += ("--limit", "45", "--resume", *_CEILINGS)
 _SMALL_LADDER = (*_CLI, "bench", "--shape", "tiny", "--size", "64x64", "--steps", "2", "--repeats", "1", "--seconds", "0.02")
 _SMALL_LADDER += ("--device", "cpu", "--resume", *_CEILINGS)
 _PROFILE = (*_CLI, "profile", "--shape", "qwen-image", "--size", "1024x1024", "--steps", "3")
@@ -87,6 +89,7 @@ STAGES = (
         50,
         ("-m", "benchmarks.environment", "--out", "{out}/environment.json", "--device", "cuda", "--ptxas", "{ptxas}"),
         ("-m", "benchmarks.environment", "--out", "{out}/environment.json", "--device", "cpu"),
+        shown=8,
         estimate=30,
     ),
     Stage(
@@ -101,6 +104,7 @@ STAGES = (
         70,
         ("-m", "benchmarks.operators", "--out", "{out}", "--seconds", "0.5", *_CEILINGS),
         ("-m", "benchmarks.operators", "--out", "{out}", "--seconds", "0.02", "--device", "cpu", *_CEILINGS),
+        shown=3,
         estimate=50,
         grace=2,
         tries=3,
@@ -110,6 +114,7 @@ STAGES = (
         170,
         (*_LADDER, *_each("--skip", _LATE), "--out", "{out}/ladder"),
         (*_SMALL_LADDER, *_each("--skip", _LATE), "--out", "{out}/ladder"),
+        shown=18,
         estimate=110,
         tries=3,
     ),
@@ -126,6 +131,7 @@ STAGES = (
         60,
         _operator_tests("tests-ops"),
         _tests("tests-ops", "tests/ops/test_flow_match_schedule.py", "-k", "timesteps_of_20_steps"),
+        shown=6,
         estimate=45,
         grace=_GRACE,
     ),
@@ -137,6 +143,7 @@ STAGES = (
             *(f"tests/{name}{'' if name == 'ops' else '.py'}" for name in _GPU_TESTS),
             *("-m", "gpu", "-n", "4", *_each("--deselect", HOGS)),
         ),
+        shown=10,
         estimate=45,
         grace=_GRACE,
     ),
@@ -144,6 +151,7 @@ STAGES = (
         "ladder-compile",
         110,
         (*_LADDER, *_each("--only", ("compile",)), "--limit", "90", "--out", "{out}/ladder"),
+        shown=5,
         estimate=85,
     ),
 )

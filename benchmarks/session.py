@@ -15,7 +15,7 @@ from qwen_fast.stages import record, stage_table, staged
 from .ceilings import Ceilings
 from .grid import STEPS_MEASURED, Case
 from .ladder import ENABLED, OURS, STOCK, NotMeasured, Rung, weights_stay
-from .machine import PROVENANCE, Sampler, provenance
+from .machine import PROVENANCE, Sampler, machine_name, provenance
 from .measure import Difference, Spread, Stopwatch, clocked, exact_latents, ratio
 from .models import call_arguments, prompts_of
 from .rows import Rows
@@ -135,7 +135,7 @@ class CaseBench:
     def __init__(self, session: Session, case: Case):
         self.session, self.case, self.pipe = session, case, session.pipe
         self.device, self.dtype = self.pipe.device, self.pipe.transformer.dtype
-        self.clock = Stopwatch(self.device).kind
+        self.clock, self.machine = Stopwatch(self.device).kind, machine_name(self.device)
         self.arguments: dict | None = None
         self.expected: torch.Tensor | None = None
         self.exact: torch.Tensor | None = None
@@ -177,7 +177,7 @@ class CaseBench:
     def hung(self, rung: Rung, seconds: float) -> dict[str, str]:
         """The row of a rung that did not end. It asks nothing of the device."""
         row = self._begun(rung) | {"status": "failed", "reason": f"no end within {seconds:g} s"}
-        return provenance("cpu") | {"machine": self.session.ceilings.device} | {name: str(value) for name, value in row.items()}
+        return provenance("cpu") | {"machine": self.machine} | {name: str(value) for name, value in row.items()}
 
     def _prepare(self) -> None:
         if self.expected is not None:
@@ -206,7 +206,7 @@ class CaseBench:
         begin = time.perf_counter()
         stay = self.session.stay
         with weights_stay() if stay else nullcontext(), rung.enter(self.pipe, case) as detail:
-            row["detail"] = detail
+            row["detail"] = f"{detail} idle weights stay".strip() if stay and rung in OURS else detail
             if cuda:  # what a rung takes off the device on entering is not in its peak
                 torch.cuda.reset_peak_memory_stats(self.device)
             first = self._call(steps)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import archives, attention_check, environment, processes, runbook
+from benchmarks import archives, environment, processes, runbook
 from benchmarks.runbook import State
 from benchmarks.runbook_stages import GO_ON, HOGS, LATER, STAGES, TUNING, Stage
 
@@ -297,9 +297,5 @@ def test_an_unpacked_archive_goes_on(book, tmp_path):
 
 
 @pytest.mark.gpu
-def test_every_kernel_is_launched(device, capsys):
+def test_every_kernel_is_launched(device):
     assert environment.launch_all(device) > 20
-    found = []
-    for way in attention_check.WAYS:
-        attention_check.check_way(way, device, found.append)
-    assert not [one for one in found if one.get("fault")]
