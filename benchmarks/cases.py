@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from . import vae_cases
+from . import head_cases, vae_cases
 
 
 @dataclass(frozen=True)
@@ -171,42 +171,11 @@ def _gated_residual_ada_layer_norm(make, dtype, size, layout="rows", streams=2, 
     return residual, branch, gate, shift, scale, *_conditions(make, size, packed, 1e-6), clip
 
 
-def _heads(make, dtype, size, layout, count):
-    """`[R, H, D]` each; "fused": the outputs of one projection, beside each other in a row."""
-    if layout == "fused":
-        fused = make.normal(size.rows, 3, size.heads, size.head_dim, dtype=dtype)
-        return [fused[:, index] for index in range(count)]
-    offset = 3 if layout == "offset" else 0
-    return [make.normal(size.rows, size.heads, size.head_dim, dtype=dtype, offset=offset) for _ in range(count)]
-
-
-def _qk_norm_rope(make, dtype, size, layout="fused", sequence_major=False):
-    """Joint rows, or with `sequence_major` the rows of each sequence together and the text rows moved there."""
-    weights = [make.normal(size.head_dim, dtype=dtype) for _ in range(4)]
-    angles = make.normal(size.rows, size.head_dim // 2)
-    rope = torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(-2)
-    query, key, value = _heads(make, dtype, size, layout, 3)
-    if not sequence_major:
-        return query, key, *weights, rope, size.txt_rows, 1e-6
-    text = make.normal(3, size.txt_rows, size.heads, size.head_dim, dtype=dtype)
-    return query, key, *weights, rope, size.txt_rows, 1e-6, value, text, make.values(_places(size))
-
-
-def _places(size: Size) -> list[int]:
-    """Where each joint row lies when the rows of a sequence lie together, its text rows first."""
-    text, image, start = [], [], 0
-    for txt, img in zip(size.txt, size.img, strict=True):
-        text += range(start, start + txt)
-        image += range(start + txt, start + txt + img)
-        start += txt + img
-    return text + image
-
-
 def _joint_attention(make, dtype, size, layout="fused", masked=False):
     lengths = [text + image for text, image in zip(size.txt, size.img, strict=True)]
     spans = make.values([list(span) for span in itertools.pairwise([0, *itertools.accumulate(lengths)])])
     mask = make.values([row % 7 != 3 for row in range(size.rows)], torch.bool) if masked else None
-    return *_heads(make, dtype, size, layout, 3), spans, max(lengths), mask, None
+    return *head_cases.heads(make, dtype, size, layout, 3), spans, max(lengths), mask, None
 
 
 def _linear(make, dtype, size, n, k, bias=True, layout="rows"):
@@ -228,7 +197,7 @@ ARGUMENTS: dict[str, Callable[..., tuple]] = {
     "ada_layer_norm": _ada_layer_norm,
     "gated_residual": _gated_residual,
     "gated_residual_ada_layer_norm": _gated_residual_ada_layer_norm,
-    "qk_norm_rope": _qk_norm_rope,
+    "qk_norm_rope": head_cases.qk_norm_rope,
     "joint_attention": _joint_attention,
     "linear_gelu": lambda make, dtype, size, **more: _linear(make, dtype, size, 4 * size.channels, size.channels, **more),
     "linear_gated_residual": _linear_gated_residual,
@@ -272,11 +241,6 @@ def _rows_op(tokens: int, tables: int, flops: int) -> Callable[..., tuple[int, i
     return traffic
 
 
-def _norm_and_rotation(query, key, *rest):
-    moved = 2 * _bytes(rest[8][2]) + _bytes(rest[9]) if len(rest) > 7 else 0  # the value's text rows, and the places
-    return 2 * _bytes(query, key) + _bytes(rest[4]) + moved, 14 * query.numel()
-
-
 def _attention(query, key, value, spans, *_):
     lengths = torch.diff(spans)[:, 0].tolist()
     return 2 * _bytes(query) + _bytes(key, value), 4 * sum(length**2 for length in lengths) * query[0].numel()
@@ -299,7 +263,7 @@ TRAFFIC: dict[str, Callable[..., tuple[int, int]]] = {
     "ada_layer_norm": _rows_op(2, 2, 9),
     "gated_residual": _rows_op(3, 1, 2),
     "gated_residual_ada_layer_norm": _rows_op(4, 3, 11),
-    "qk_norm_rope": _norm_and_rotation,
+    "qk_norm_rope": head_cases.qk_norm_rope_traffic,
     "joint_attention": _attention,
     "linear_gelu": _matmul,
     "linear_gated_residual": _matmul_gated,
@@ -397,13 +361,19 @@ CASES: list[Case] = [
     *_cases_of_token_rows("gated_residual_ada_layer_norm"),
     *_cases_of_heads("qk_norm_rope"),
     *(
-        Case("qk_norm_rope", f"sequence-major, {name}", dtype, size, {"sequence_major": True} | layout, default=size is PACKED)
+        Case(
+            "qk_norm_rope",
+            f"sequence-major, {name}",
+            dtype,
+            size,
+            {"sequence_major": True, "layout": layout},
+            default=name == "bf16",
+        )
         for name, dtype, size, layout in (
-            ("bf16", BF16, PACKED, {"layout": "rows"}),
-            ("fp32", FP32, MODEL, {"layout": "rows"}),
-            ("fused", BF16, PACKED, {}),
-            ("offset", BF16, MODEL, {"layout": "offset"}),
-            *((f"head_dim {size.head_dim}", BF16, size, {"layout": "rows"}) for size in (MIDDLE, TINY, TINIEST)),
+            ("bf16", BF16, PACKED, "rows"),
+            ("fp32", FP32, MODEL, "rows"),
+            ("offset", BF16, MODEL, "offset"),
+            *((f"head_dim {size.head_dim}", BF16, size, "rows") for size in (MIDDLE, TINY, TINIEST)),
         )
     ),
     *_cases_of_heads("joint_attention"),

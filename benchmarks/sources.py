@@ -54,16 +54,15 @@ def stamp(folder: Path = CARRIED, root: Path = ROOT) -> str:
 def commit_of(root: Path = ROOT, carried: Path = CARRIED) -> tuple[str, str]:
     """(commit, whether the sources differ from it: "True", "False" or "unknown"); ("", "unknown") where nothing tells.
 
-    Git's word where it is at hand, else the stamp's: a stamp of other sources than these says "True".
+    A stamp of just these sources before git's word: where they were carried to, git may know of an older state only.
     """
-    if commit := git("rev-parse", "--short", "HEAD", root=root):
-        return commit, str(bool(git("status", "--porcelain", root=root)))
     path = carried / _STAMP
     words = path.read_text().split() if path.exists() else []
-    if len(words) != 3:
-        return "", "unknown"
-    commit, state, stamped = words
-    return commit, str(state != "clean" or stamped != sources_hash(root))
+    if len(words) == 3 and words[1:] == ["clean", sources_hash(root)]:
+        return words[0], "False"
+    if commit := git("rev-parse", "--short", "HEAD", root=root):
+        return commit, str(bool(git("status", "--porcelain", root=root)))
+    return (words[0], "True") if len(words) == 3 else ("", "unknown")
 
 
 @functools.cache
