@@ -47,7 +47,7 @@ def default_config(capability: int, head_dim: int, itemsize: int, masked: bool =
             return descriptors
         # One warp group loads and two multiply, 64 queries each. The compiler wants to be told of 4 warps for that.
         return descriptors | {"WARP_SPECIALIZE": True, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
-    if capability >= 120 and head_dim == 128:  # 64 keys need more registers than there are
+    if capability > 80 and head_dim == 128:  # 64 keys need more registers than there are
         return pointers | {"BLOCK_N": 32, "num_stages": 2}
     return pointers
 
