@@ -35,9 +35,10 @@ def default_config(capability: int, head_dim: int, itemsize: int, masked: bool =
     `masked`: with a key_mask, whose loads by pointer the compiler cannot give to another warp. `aligned`: what
     `fits_descriptors` says of query, key and value; if not, their tiles are loaded element by element.
     """
-    pointers = {"DESCRIPTORS": False, "WARP_SPECIALIZE": False, "BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+    pointers = {"DESCRIPTORS": False, "WARP_SPECIALIZE": False, "BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8}
+    pointers["num_stages"] = 3 if head_dim >= 64 else 2
     if itemsize == 4:  # no tensor cores: "ieee" keeps fp32 products exact
-        return pointers | {"BLOCK_M": 32, "BLOCK_N": 32, "num_stages": 2}
+        return pointers | {"BLOCK_M": 64 if head_dim == 16 else 32, "BLOCK_N": 32}
     if not aligned:
         return pointers | {"BLOCK_M": 64, "BLOCK_N": 32, "num_stages": 2}
     if 90 <= capability < 120:
@@ -46,7 +47,9 @@ def default_config(capability: int, head_dim: int, itemsize: int, masked: bool =
             return descriptors
         # One warp group loads and two multiply, 64 queries each. The compiler wants to be told of 4 warps for that.
         return descriptors | {"WARP_SPECIALIZE": True, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
-    return pointers if head_dim >= 64 else pointers | {"BLOCK_M": 64, "num_warps": 4}
+    if capability > 80 and head_dim == 128:  # 64 keys need more registers than there are
+        return pointers | {"BLOCK_N": 32, "num_stages": 2}
+    return pointers
 
 
 def joint_attention_reference(
@@ -157,6 +160,7 @@ def _joint_attention_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)  # the sum of exp2(score - top)
     acc = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)  # that sum weighted with value
     keys = tl.arange(0, BLOCK_N)
+    behind = (keys.to(tl.float32) + 0.5) * 2.0e36
     # A program without queries runs the loop zero times and goes on: warp specialisation takes no early return.
     blocks = tl.where(first < length, tl.cdiv(length, BLOCK_N), 0)
     for block in tl.range(0, blocks, warp_specialize=WARP_SPECIALIZE):
@@ -167,16 +171,23 @@ def _joint_attention_kernel(
         else:
             key_tile = _load_tile(key_ptr, row, length, key_row, BLOCK_N, HEAD_DIM)
             value_tile = _load_tile(value_ptr, row, length, value_row, BLOCK_N, HEAD_DIM)
-        is_key = keys < length - row
-        if HAS_KEY_MASK:
-            is_key = is_key & (tl.load(key_mask_ptr + (start + row).to(tl.int64) + keys, mask=is_key, other=0) != 0)
-        scores = tl.dot(query, key_tile.T, input_precision="ieee", out_dtype=tl.float32)
-        scores = tl.where(is_key[None, :], scores, -float("inf"))  # [BLOCK_M, BLOCK_N]
+        scores = tl.dot(query, key_tile.T, input_precision="ieee", out_dtype=tl.float32)  # [BLOCK_M, BLOCK_N]
+        if HAS_KEY_MASK or (DESCRIPTORS and not WARP_SPECIALIZE):
+            is_key = keys < length - row
+            if HAS_KEY_MASK:
+                is_key = is_key & (tl.load(key_mask_ptr + (start + row).to(tl.int64) + keys, mask=is_key, other=0) != 0)
+            scores = tl.where(is_key[None, :], scores, -float("inf"))
+        else:
+            # Keys behind the end, which are zeros, start at -1e36 or less: up to a sixth fewer instructions of the loop than
+            # comparing takes. Not on sm_100, which would have to store them into its tensor memory first.
+            scores += tl.minimum((length - row).to(tl.float32) * 2.0e36 - behind, 0.0)[None, :]
         new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
         weights = tl.exp2(scores * scale_log2 - new_top[:, None])
         rescale = tl.exp2(top - new_top)
         total = total * rescale + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(value_tile.dtype), value_tile, acc * rescale[:, None], input_precision="ieee", out_dtype=tl.float32)
+        acc = tl.dot(
+            weights.to(value_tile.dtype), value_tile, acc * rescale[:, None], input_precision="ieee", out_dtype=tl.float32
+        )
         top = new_top
 
     out = (acc / tl.where(total == 0.0, 1.0, total)[:, None]).to(out_ptr.dtype.element_ty)

@@ -1,6 +1,7 @@
 """joint_attention against float64, against each sequence alone, and against the attention of stock diffusers."""
 
 import contextvars
+import itertools
 import os
 import subprocess
 import sys
@@ -26,8 +27,7 @@ from qwen_fast_kernels.joint_attention import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-# The package's attribute of this name is the operator.
-attention = sys.modules["qwen_fast_kernels.joint_attention"]
+attention = sys.modules["qwen_fast_kernels.joint_attention"]  # the package's attribute of this name is the operator
 pytestmark = pytest.mark.usefixtures("nan_filled_empties")
 
 launch = between_canaries(launch_joint_attention)
@@ -300,8 +300,7 @@ def test_prompts_of_200_lengths_share_one_compiled_kernel():
     assert done.stdout.split() == ["200", "1", "200", "1"]
 
 
-@pytest.mark.parametrize("capability", [75, 80, 86, 89, 90, 100, 120, 121])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("capability", "masked"), itertools.product([75, 80, 86, 89, 90, 100, 120, 121], [False, True]))
 def test_descriptors_are_for_architectures_that_have_them(capability, masked):
     for dim in HEAD_DIMS:
         config = default_config(capability, dim, 2, masked=masked)
