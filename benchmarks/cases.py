@@ -384,6 +384,7 @@ CASES: list[Case] = [
             ("fp32", FP32, PACKED, {}),
             ("offset", BF16, PACKED, {"layout": "offset"}),
             ("head_dim 64", BF16, MIDDLE, {}),
+            ("head_dim 32", BF16, TINY, {}),
         )
     ),
     *_cases_of_token_rows("linear_gelu"),
