@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import time
 from collections.abc import Callable
 
 import torch
@@ -58,24 +59,27 @@ def chosen(query: torch.Tensor, layout: Layout) -> str:
     """What "auto" takes: on the CPU the operator, which is torch's attention there; where lengths or keys are known on the
     device only, the kernel; otherwise the fastest on this GPU."""
     if query.is_cuda and not layout.padded and layout.key_mask is None:
-        return fastest(query.device, query.dtype, query.shape[1], query.shape[2], layout.sequences > 1)
+        tokens = min(max(2 ** round(math.log2(max(layout.lengths))), _SIZES[0]), _SIZES[1])
+        return fastest(query.device, query.dtype, query.shape[1], query.shape[2], layout.sequences > 1, tokens)
     return "triton"
 
 
 _TRIED = ("cudnn", "flash", "triton")  # of those within 3 % of the fastest the first is taken: no picture depends on noise
+_SIZES = 256, 8192  # tokens of a sequence: powers of two between these are measured
 
 
 @functools.cache
-def fastest(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, several: bool) -> str:
-    """The fastest right attention of one sequence, or of several in one forward, measured once at a size of its own.
+def fastest(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, several: bool, tokens: int) -> str:
+    """The fastest right attention of a sequence of about so many tokens, or of two in one forward: what a step pays, which
+    is the host's time where a call takes that longer than the device.
 
     Raises:
         RuntimeError: none runs, with each one's reason.
     """
-    lengths = (4096 + 30, 4096 + 7) if several else (4096 + 30,)
+    lengths = (tokens, tokens - 24) if several else (tokens,)
     generator = torch.Generator(device).manual_seed(0)
     size = (sum(lengths), heads, head_dim)
-    rows = [torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(dtype) for _ in range(3)]
+    rows = [torch.randn(size, generator=generator, device=device).to(dtype) for _ in range(3)]
     ends = list(itertools.accumulate(lengths))
     spans = [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
     on_device = torch.tensor(spans, dtype=torch.int32, device=device)
@@ -86,27 +90,30 @@ def fastest(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int,
         for start, end in spans * (name in SDPA):
             _scaled_dot_product(*(one[start:end][None] for one in rows), None, SDPA[name])
 
+    def seconds_of(name: str) -> float:
+        torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(_CALLS):
+            call(name)
+        torch.cuda.synchronize(device)
+        return (time.perf_counter() - begin) / _CALLS
+
     seconds, refused = {}, {}
     for name in _TRIED:
         if name == "triton" and not kernel_is_right(device, dtype, head_dim):
             refused[name] = "wrong on this GPU"
             continue
         try:
-            call(name)
-            times = []
-            for _ in range(3):
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record()
-                call(name)
-                end.record()
-                end.synchronize()
-                times.append(begin.elapsed_time(end))
-            seconds[name] = min(times)
+            call(name)  # plans and compiles
+            seconds[name] = min(seconds_of(name) for _ in range(3))
         except RuntimeError as error:  # torch's word for what it has no kernel for
             refused[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if not seconds:
         raise RuntimeError(f"no attention runs on {device} in {dtype}: {refused}")
     return next(name for name in _TRIED if seconds.get(name, math.inf) <= 1.03 * min(seconds.values()))
+
+
+_CALLS = 4
 
 
 def _each(attention: Callable, query, key, value, layout: Layout) -> list[torch.Tensor]:
@@ -118,10 +125,7 @@ def _each(attention: Callable, query, key, value, layout: Layout) -> list[torch.
         mask = None if layout.key_mask is None else layout.key_mask.view(batch)[:, None, None]
         out = attention(*(rows.unflatten(0, batch) for rows in (query, key, value)), mask)
         return [out.flatten(0, 1).flatten(1)]
-    return [
-        attention(*(rows[own][None] for rows in (query, key, value)), None)[0].flatten(1)
-        for own in layout.pieces
-    ]
+    return [attention(*(rows[own][None] for rows in (query, key, value)), None)[0].flatten(1) for own in layout.pieces]
 
 
 def _dispatched(query, key, value, mask, backend: AttentionBackendName | None) -> torch.Tensor:
