@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qwen_fast.attention import kernel_is_right
 from qwen_fast.hardware import unsupported_reason
+from qwen_fast.proofs import attention_is_right
 from qwen_fast_kernels import joint_attention
 
 from .grid import QWEN_IMAGE, SHAPES, Case, Shape
@@ -224,7 +224,7 @@ def _fastest_attention(shape: Shape, tokens: int, normal, device, dtype, seconds
     ways: dict[str, Callable[[list[torch.Tensor]], torch.Tensor]] = {
         name: (lambda rows, backend=backend: through(backend, rows)) for name, backend in _BACKENDS.items()
     }
-    if device.type == "cuda" and unsupported_reason(device) is None and kernel_is_right(device, dtype, shape.head_dim):
+    if device.type == "cuda" and unsupported_reason(device) is None and attention_is_right(device, dtype, shape.head_dim):
         ways["qwen_fast"] = ours
     tried: dict[str, float | str] = {}
     expected, candidates = None, {}

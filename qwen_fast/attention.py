@@ -9,7 +9,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from qwen_fast_kernels import joint_attention
 
 from .layout import Layout
-from .reporting import logger
+from .proofs import DEVICES, attention_is_right
 
 
 def chosen_backend(processor: object) -> AttentionBackendName | None:
@@ -50,10 +50,14 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: 
 
 def _kernel_serves(query: torch.Tensor, layout: Layout, option: str) -> bool:
     """On the CPU the operator is torch's own attention. On CUDA "auto" leaves plain attention to torch's, until a
-    measured row says that ours is faster, and takes ours where torch's would need padding or a mask."""
-    if not query.is_cuda or option == "triton":
+    measured row says that ours is faster, and takes ours where torch's would need padding or a mask. A kernel that did not
+    prove itself is taken by neither."""
+    if query.device.type not in DEVICES:
         return True
-    return not layout.contiguous and kernel_is_right(query.device, query.dtype, query.shape[-1])
+    if option != "triton" and layout.contiguous:
+        return False
+    flags = layout.seqused_txt is not None, layout.key_mask is not None
+    return attention_is_right(query.device, query.dtype, query.shape[-1], *flags)
 
 
 def _dispatch(query, key, value, layout: Layout, backend: AttentionBackendName | None) -> torch.Tensor:
@@ -84,31 +88,3 @@ def _dispatch(query, key, value, layout: Layout, backend: AttentionBackendName |
         out[spans[0]], out[spans[1]] = attended[:txt_length], attended[txt_length:]
         text, image = spans[0].stop, spans[1].stop
     return out
-
-
-@functools.cache
-def kernel_is_right(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the attention kernel computes rightly on this GPU, tried once per process.
-
-    Triton 3.6 assembles sm_90 code with ptxas 12.8, which is reported to miscompile matrix products with operands in
-    registers, and every flash attention has them. A wrong kernel is not used, and the log says so.
-    """
-    generator = torch.Generator().manual_seed(0)
-    lengths, image = (37, 300), 500
-    split, rows = sum(lengths), sum(lengths) + 2 * image
-    query, key, value = torch.randn(3, rows, 2, head_dim, generator=generator).to(device, dtype)
-    txt = torch.tensor([0, lengths[0], split], dtype=torch.int32, device=device)
-    img = torch.tensor([0, image, 2 * image], dtype=torch.int32, device=device)
-    actual = joint_attention(query, key, value, txt, img, split, max(lengths), image)
-    start = 0
-    for n, length in enumerate(lengths):
-        own = [*range(start, start + length), *range(split + n * image, split + (n + 1) * image)]
-        joint = [rows[own].float().transpose(0, 1) for rows in (query, key, value)]
-        scores = (joint[0] @ joint[1].mT) * head_dim**-0.5
-        expected = (scores.softmax(-1) @ joint[2]).transpose(0, 1)
-        # Ten roundings of the output's size; a wrong product is off by its size.
-        if not (actual[own].float() - expected).abs().max() <= 10 * torch.finfo(dtype).eps + 1e-3:  # NaN is wrong too
-            logger.warning("the attention kernel is wrong on %s in %s; torch's attention is used.", device, dtype)
-            return False
-        start += length
-    return True

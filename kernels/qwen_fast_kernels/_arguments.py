@@ -143,6 +143,10 @@ def _linear(make, dtype, size, n, k, bias=True, layout="rows"):
     return _tokens(make, dtype, size, layout, k), weight, make.normal(n, dtype=dtype) if bias else None
 
 
+def _linear_gelu(make, dtype, size, expansion=4, **variant):
+    return _linear(make, dtype, size, expansion * size.channels, size.channels, **variant)
+
+
 def _linear_gated_residual(make, dtype, size, expansion=4, streams=2, packed=False, clip=False, **variant):
     """The MLP's second layer, or with `expansion` 1 the projection behind the attention."""
     gate = make.modulation(STEPS, streams, size.channels, dtype)[2]
@@ -171,7 +175,7 @@ ARGUMENTS: dict[str, Callable[..., tuple]] = {
     "gated_residual_ada_layer_norm": _gated_residual_ada_layer_norm,
     "qk_norm_rope": _qk_norm_rope,
     "joint_attention": _joint_attention,
-    "linear_gelu": lambda make, dtype, size, **more: _linear(make, dtype, size, 4 * size.channels, size.channels, **more),
+    "linear_gelu": _linear_gelu,
     "linear_gated_residual": _linear_gated_residual,
     "rms_norm_silu": _rms_norm_silu,
 }

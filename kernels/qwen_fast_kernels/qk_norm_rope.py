@@ -252,6 +252,11 @@ def _qk_norm_rope_cpu(query, key, norm_q, norm_k, norm_added_q, norm_added_k, ro
         _normed_and_rotated_cpu(x[txt_rows:], image, rotation[txt_rows:], eps)
 
 
+def _qk_norm_rope_torch(query, key, *rest):
+    for x, result in zip((query, key), qk_norm_rope_reference(query, key, *rest), strict=True):
+        x.copy_(result)
+
+
 def _qk_norm_rope_fake(query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, txt_rows, eps=1e-6):
     _check(query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, txt_rows)
     # Under dynamic shapes Inductor takes the storage offset of a mutated view for 0 (pytorch/pytorch#198068): key would
@@ -266,4 +271,5 @@ register(
     cuda=_qk_norm_rope_cuda,
     cpu=_qk_norm_rope_cpu,
     fake=_qk_norm_rope_fake,
+    by_torch=_qk_norm_rope_torch,
 )
