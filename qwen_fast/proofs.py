@@ -110,7 +110,7 @@ def cache_folder() -> Path | None:
     """Where this user's verdicts are kept; None where there is no home."""
     base = os.environ.get("XDG_CACHE_HOME")
     try:
-        return (Path(base) if base else Path.home() / ".cache") / "qwen_fast"
+        return (Path(base) if base else Path.home() / ".cache") / "qwen_fast" / "cards"
     except RuntimeError:
         return None
 

@@ -21,7 +21,7 @@ import torch
 
 from ._arguments import ARGUMENTS, Maker, Size
 from ._budget import errors, in_float64, over_budget
-from ._child import Child, Ended, NoChild, answer, command
+from ._child import Child, Ended, NoChild, answer, command, end_with_parent
 from ._kept import Kept, environment
 
 logger = logging.getLogger("qwen_fast_kernels")
@@ -326,6 +326,7 @@ def _without_child(
 
 def serve() -> None:
     """Prove what is asked for on stdin, until it ends or the device is spoilt."""
+    end_with_parent()
     device = torch.device(sys.argv[1])
     _usable(device)
     answer({"card": environment(device)["card"]})
