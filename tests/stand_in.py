@@ -1,6 +1,6 @@
 """A stand-in for a GPU, for proofs: the operators' CUDA entry points on CPU tensors, interpreted, with faults put in.
 
-As a script it is the child process of a proof: `python stand_in.py '{"ada_layer_norm": "wrong scale"}' cpu`.
+stand_in_child.py is a proof's child process on it.
 """
 
 import functools
@@ -13,10 +13,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 
+from qwen_fast_kernels import proof, tuning
+from qwen_fast_kernels._arguments import Size
+from qwen_fast_kernels.proof import Problem
+
 ARCH = 90
+SMALL = Size((20, 7), (70, 50), 2, 16)
 LAUNCHES = 3
 NAME = "a GPU without measured configurations"
 
@@ -92,17 +96,57 @@ REASONS = {
 }
 
 
+# Problems -------------------------------------------------------------------------------------------------------------
+
+
+def problem(op: str, dtype: torch.dtype = torch.bfloat16, **variant) -> Problem:
+    """A small problem of each operator; what its arguments need beyond the size is filled in."""
+    # Of these two the interpreter has many small programs to run.
+    size = {"rms_norm_silu": Size((), (90,), 1, 32), "qk_norm_rope": Size((5, 2), (9, 7), 2, 16)}.get(op, SMALL)
+    needed = {
+        "euler_step": {"shape": (1, 77, 8)},
+        "cfg_euler_step": {"shape": (1, 77, 8)},
+        "flow_match_schedule": {"steps": 20},
+        "joint_attention": {"layout": "rows"},
+        "qk_norm_rope": {"layout": "rows"},
+        "linear_gelu": {"expansion": 1},
+        "linear_gated_residual": {"expansion": 1},
+    }
+    return Problem.of(op, torch.float32 if op == "flow_match_schedule" else dtype, size, **(needed.get(op, {}) | variant))
+
+
+RIGHT = [
+    problem("joint_attention"),
+    problem("joint_attention", torch.float16, masked=True),
+    problem("joint_attention", torch.float32),
+    problem("ada_layer_norm"),
+    problem("ada_layer_norm", torch.float32, packed=True),
+    problem("gated_residual", torch.float16, clip=True),
+    problem("gated_residual_ada_layer_norm"),
+    problem("qk_norm_rope"),
+    problem("linear_gelu"),
+    problem("linear_gated_residual", torch.float32),
+    problem("euler_step", torch.float32, prediction_dtype=torch.bfloat16),
+    problem("cfg_euler_step"),
+    problem("flow_match_schedule"),
+    problem("flow_match_schedule", own=True),
+    problem("rms_norm_silu"),
+    problem("rms_norm_silu", torch.float32, bias=True, residual=True),
+    problem("rms_norm_silu", bias=True, residual=True, silu=False),
+]
+
+
 # The device -----------------------------------------------------------------------------------------------------------
 
 
 def interpret(set_attribute: Callable, faults: dict[str, str], arch: int = ARCH) -> None:
     """Configurations of a GPU, few launches, faults; `set_attribute` is setattr, or monkeypatch's."""
-    from qwen_fast_kernels import proof, tuning
-
     tuning.get_config.cache_clear()
     set_attribute(tuning, "capability", lambda device: arch)
     set_attribute(tuning, "device_name", lambda device: NAME)
     set_attribute(proof, "LAUNCHES", LAUNCHES)
+    gelu = importlib.import_module("qwen_fast_kernels.linear_gelu")
+    set_attribute(gelu, "default_config", _by_triton(gelu.default_config))
     for op, fault in faults.items():
         module = importlib.import_module(f"qwen_fast_kernels.{op}")
         set_attribute(module, f"launch_{op}", FAULTS[fault](getattr(module, f"launch_{op}")))
@@ -110,36 +154,21 @@ def interpret(set_attribute: Callable, faults: dict[str, str], arch: int = ARCH)
 
 def child(faults: dict[str, str] | None = None) -> list[str]:
     """The command of a child on the stand-in."""
-    return [sys.executable, str(Path(__file__)), json.dumps(faults or {})]
+    return [sys.executable, str(Path(__file__).with_name("stand_in_child.py")), json.dumps(faults or {})]
 
 
-def launchers_for_cpu(library: torch.library.Library, monkeypatch: pytest.MonkeyPatch, ops: list[str]) -> None:
+def launchers_for_cpu(library: torch.library.Library, ops: list[str]) -> None:
     """The registry's CPU kernels become the CUDA entry points, until `library` is destroyed."""
     for name in ops:
         module = importlib.import_module(f"qwen_fast_kernels.{name}")
-        if name == "linear_gelu":  # the GELU epilogue of cuBLASLt is another function on the CPU
-            monkeypatch.setattr(module, "default_config", _by_triton(module.default_config))
         library.impl(name, getattr(module, f"_{name}_cuda"), "CPU", allow_override=True)
 
 
 def _by_triton(default_config):
+    """The GELU epilogue of cuBLASLt is another function on the CPU."""
+
     @functools.wraps(default_config)
     def config(*args):
         return default_config(*args) | {"BACKEND": "triton"}
 
     return config
-
-
-if __name__ == "__main__":
-    os.environ["TRITON_INTERPRET"] = "1"
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    torch.set_num_threads(1)
-    import interp_shim
-
-    interp_shim.install()
-    from qwen_fast_kernels import proof
-
-    gelu = importlib.import_module("qwen_fast_kernels.linear_gelu")
-    gelu.default_config = _by_triton(gelu.default_config)
-    interpret(setattr, json.loads(sys.argv.pop(1)))
-    proof.serve()
