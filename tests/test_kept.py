@@ -26,9 +26,10 @@ pytestmark = [
 def test_a_mark_that_was_left_counts_as_failed(interpreted, child, tmp_path):
     """A whole process is killed in the middle of a kernel, and its child with it."""
     code = (
-        "import sys, torch, stand_in\nfrom pathlib import Path\nfrom qwen_fast_kernels import proof, _kept\n"
+        "import sys, torch, stand_in\nfrom pathlib import Path\nfrom qwen_fast_kernels import proof\n"
         "proof.command = lambda module: stand_in.child({'euler_step': 'hang'})\n"
-        "proof.prove([stand_in.problem('euler_step')], torch.device('cpu'), _kept.Kept(torch.device('cpu'), Path(sys.argv[1])))\n"
+        "cpu = torch.device('cpu')\n"
+        "proof.prove([stand_in.problem('euler_step')], cpu, proof.Kept(cpu, Path(sys.argv[1])))\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment, start_new_session=True)
