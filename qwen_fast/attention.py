@@ -8,8 +8,8 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 
 from qwen_fast_kernels import joint_attention
 
+from . import proofs
 from .layout import Layout
-from .proofs import DEVICES, attention_is_right
 
 
 def chosen_backend(processor: object) -> AttentionBackendName | None:
@@ -52,12 +52,12 @@ def _kernel_serves(query: torch.Tensor, layout: Layout, option: str) -> bool:
     """On the CPU the operator is torch's own attention. On CUDA "auto" leaves plain attention to torch's, until a
     measured row says that ours is faster, and takes ours where torch's would need padding or a mask. A kernel that did not
     prove itself is taken by neither."""
-    if query.device.type not in DEVICES:
+    if query.device.type not in proofs.DEVICES:
         return True
     if option != "triton" and layout.contiguous:
         return False
     flags = layout.seqused_txt is not None, layout.key_mask is not None
-    return attention_is_right(query.device, query.dtype, query.shape[-1], *flags)
+    return proofs.attention_is_right(query.device, query.dtype, query.shape[-1], *flags)
 
 
 def _dispatch(query, key, value, layout: Layout, backend: AttentionBackendName | None) -> torch.Tensor:

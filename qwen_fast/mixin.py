@@ -116,7 +116,8 @@ class AcceleratedPipeline:
     def require_kernels(self, dtype: torch.dtype, device: torch.device) -> None:
         """Let all kernels of a call prove themselves that have not yet done so on this device, in one go."""
         state, model = self.fast_state, self.transformer
-        problems = [*proofs.sampler_problems(dtype, model.config.in_channels, state.precise_sampler)]
+        flags = proofs.ScheduleFlags.of(self.scheduler.config)
+        problems = [*proofs.sampler_problems(dtype, model.config.in_channels, flags, state.precise_sampler)]
         if state.transformer is not None:
             config = model.config
             problems += proofs.transformer_problems(dtype, config.num_attention_heads, config.attention_head_dim)

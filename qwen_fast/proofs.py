@@ -8,8 +8,9 @@ the registry by torch's operators, the joint attention by the dispatcher of diff
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -38,13 +39,35 @@ _LOCK = threading.RLock()
 # Problems -------------------------------------------------------------------------------------------------------------
 
 
+class ScheduleFlags(NamedTuple):
+    """What a scheduler's config decides of the schedule's kernel."""
+
+    dynamic: bool = True
+    stretch: bool = True
+    invert: bool = False
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "ScheduleFlags":
+        keys = "use_dynamic_shifting", "shift_terminal", "invert_sigmas"
+        return cls(*(bool(config.get(key)) for key in keys))
+
+
+QWEN_IMAGE_SCHEDULE = ScheduleFlags()
+
+
 @functools.cache
-def sampler_problems(dtype: torch.dtype, channels: int, precise: bool = False) -> tuple[Problem, ...]:
+def sampler_problems(
+    dtype: torch.dtype, channels: int, flags: ScheduleFlags = QWEN_IMAGE_SCHEDULE, precise: bool = False
+) -> tuple[Problem, ...]:
     """The schedule, and both kinds of Euler step over latents of so many channels, whose model computes in `dtype`."""
     latents, nothing = (torch.float32 if precise else dtype), Size((), (1,), 1, 1)
     shape = (2, LATENT_ROWS, channels)
+    schedule = (1.7, "dynamic" if flags.dynamic else "static", 0.02 if flags.stretch else 0.0, 1000.0, flags.invert)
     return (
-        *(Problem.of("flow_match_schedule", torch.float32, nothing, steps=50, own=own) for own in (False, True)),
+        *(
+            Problem.of("flow_match_schedule", torch.float32, nothing, steps=50, own=own, arguments=schedule)
+            for own in (False, True)
+        ),
         *(
             Problem.of(op, latents, nothing, shape=shape, **({"prediction_dtype": dtype} if precise else {}))
             for op in ("euler_step", "cfg_euler_step")
@@ -76,11 +99,12 @@ def transformer_problems(dtype: torch.dtype, heads: int, head_dim: int) -> tuple
 
 @functools.cache
 def vae_problems(dtype: torch.dtype, norms: tuple[tuple[int, bool], ...]) -> tuple[Problem, ...]:
-    """The norms of a VAE, widths as of `vae_norms`: of a stream, and of one whose last branch is still to be added."""
+    """The norms of a VAE, widths as of `vae_norms`: of a stream, of one whose last branch is still to be added, and within a
+    block, where no attention stands, of a convolution without its bias."""
     return tuple(
-        Problem.of("rms_norm_silu", dtype, Size((), (PIXELS,), 1, width), silu=silu, bias=branch, residual=branch)
+        Problem.of("rms_norm_silu", dtype, Size((), (PIXELS,), 1, width), silu=silu, bias=bias, residual=residual)
         for width, silu in norms
-        for branch in (False, True)
+        for bias, residual in ((False, False), (True, True), *([(True, False)] if silu else []))
     )
 
 
@@ -95,8 +119,9 @@ def all_problems() -> list[Problem]:
     """Every operator at Qwen-Image's widths in every dtype, those included that no pipeline uses by default."""
     found = []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        found += sampler_problems(dtype, QWEN_IMAGE_LATENTS)
-        found += sampler_problems(dtype, QWEN_IMAGE_LATENTS, precise=True)
+        for stretch in (True, False):  # the base model's schedule, and Lightning's
+            for precise in (False, True):
+                found += sampler_problems(dtype, QWEN_IMAGE_LATENTS, ScheduleFlags(stretch=stretch), precise)
         found += transformer_problems(dtype, *QWEN_IMAGE_HEADS)
         found.append(Problem.of("linear_gated_residual", dtype, Size(*ROWS, *QWEN_IMAGE_HEADS), expansion=1))
         found += vae_problems(dtype, QWEN_IMAGE_NORMS)
