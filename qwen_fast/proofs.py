@@ -21,6 +21,7 @@ from qwen_fast_kernels._kept import Kept, environment
 from qwen_fast_kernels._library import replace_kernel
 from qwen_fast_kernels.proof import Problem, Verdict
 
+from .hardware import unsupported_reason
 from .reporting import State, logger
 
 DEVICES = ("cuda",)  # on the CPU torch's operators run anyway
@@ -152,17 +153,16 @@ def require(state: State | None, problems: Iterable[Problem], device: torch.devi
     Raises:
         RuntimeError: a kernel is wrong and the pipeline is strict.
     """
-    if device.type not in DEVICES:
+    if device.type not in DEVICES or unsupported_reason(device) is not None:
         return
     device = _indexed(device)
     problems = tuple(problems)
     with _LOCK:
         new = [problem for problem in problems if (device, problem) not in _VERDICTS]
         if new:
-            for problem, verdict in proof.prove(new, device, kept(device), tell=logger.warning).items():
-                _VERDICTS[device, problem] = verdict
-                if not verdict.right:
-                    _replace(problem, verdict, device)
+            found = proof.prove(new, device, kept(device), tell=logger.warning)
+            _VERDICTS.update({(device, problem): verdict for problem, verdict in found.items()})
+            _replace({problem: verdict.reason for problem, verdict in found.items() if not verdict.right}, device)
     if state is None:
         return
     for problem in problems:
@@ -196,7 +196,8 @@ def attention_is_right(
         return True
     problem = attention_problem(dtype, head_dim, used, masked)
     require(None, [problem], device)
-    return _VERDICTS[_indexed(device), problem].right
+    verdict = _VERDICTS.get((_indexed(device), problem))
+    return verdict is None or verdict.right  # None: no kernel runs there, which its operator says
 
 
 def prove_again(device: torch.device | str, each: Callable[[Problem, Verdict], None]) -> None:
@@ -211,13 +212,19 @@ def _indexed(device: torch.device) -> torch.device:
     return device
 
 
-def _replace(problem: Problem, verdict: Verdict, device: torch.device) -> None:
-    replace_kernel(problem.op, device, getattr(torch, problem.dtype))
-    logger.warning(
-        "%s is wrong on %s and torch's operators take its place in this process: %s (proved with %s; "
-        "`qwen-fast doctor --prove` tries again).",
-        problem.op,
-        environment(device)["card"],
-        verdict.reason,
-        problem,
-    )
+def _replace(wrong: dict[Problem, str], device: torch.device) -> None:
+    """Put torch's operators in the place of wrong kernels, and say so once for each operator and dtype."""
+    said = set()
+    for problem, reason in wrong.items():
+        replace_kernel(problem.op, device, getattr(torch, problem.dtype))
+        if (problem.op, problem.dtype) not in said:
+            said.add((problem.op, problem.dtype))
+            logger.warning(
+                "%s is wrong on %s in %s and torch's operators take its place in this process: %s (proved with %s; "
+                "`qwen-fast doctor --prove` tries again).",
+                problem.op,
+                environment(device)["card"],
+                problem.dtype,
+                reason,
+                problem,
+            )

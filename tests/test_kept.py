@@ -166,3 +166,15 @@ def test_known_verdicts_cost_less_than_fifty_milliseconds(interpreted, tmp_path)
         seconds.append(time.perf_counter() - begin)
     # The first of a process also asks both assemblers for their versions, 10 ms each.
     assert min(seconds) < 0.05, seconds
+
+
+def test_cards_of_one_kind_share_what_is_known(monkeypatch):
+    """By name and compute capability, whatever their index."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100" if device.index < 2 else "NVIDIA L4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if device.index < 2 else (8, 9))
+    monkeypatch.setattr(_kept, "_DRIVER", _kept._PACKAGE / "no such file")
+    _kept.environment.cache_clear()
+    one, two, other = (_kept.environment(torch.device("cuda", index)) for index in (0, 1, 2))
+    _kept.environment.cache_clear()
+    assert one == two and one["card"] == "NVIDIA H100, sm_90" and one["driver"].startswith("CUDA ")
+    assert {key for key in one if one[key] != other[key]} == {"card"}
