@@ -9,6 +9,7 @@ hangs or spoils the device costs its own verdict and nothing else, and keeps the
 import contextlib
 import functools
 import importlib
+import inspect
 import json
 import logging
 import sys
@@ -30,8 +31,6 @@ LAUNCHES = 20  # of each kernel: a race or a read of memory that nobody wrote mo
 LIMIT = 20.0  # seconds a kernel may take, compilation included; the slowest takes 3
 START_LIMIT = 120.0  # seconds until the child has imported torch and made its context
 _EPS = torch.finfo(torch.float32).eps  # the kernels compute in fp32, whatever they read and write
-# Arguments that an operator writes into.
-_WRITTEN = {"qk_norm_rope": (0, 1), "rms_norm_silu": (3,)}
 # The oracle of attention has a score for each pair of rows: so many heads at a time keep it below 200 MB.
 _HEADS_AT_ONCE = 1
 
@@ -119,8 +118,11 @@ def examine(problem: Problem, device: torch.device, launches: int | None = None)
 def _compared(problem: Problem, device: torch.device, launches: int) -> tuple[str, float, float]:
     """Why the kernel is wrong ("": it is not), the largest of its results' relative RMS errors, and that one's limit."""
     module = importlib.import_module(f".{problem.op}", __package__)
-    written = _WRITTEN.get(problem.op, ())
+    # The entry point that the registry has for CUDA: its checks, its choice of a configuration, its launcher.
+    entry = getattr(module, f"_{problem.op}_cuda")
+    reference = getattr(module, f"{problem.op}_reference")
     arguments = problem.arguments(device)
+    written = [place for place in _written(problem.op, reference) if place < len(arguments) and arguments[place] is not None]
 
     def results(function: Callable, arguments: tuple) -> list[torch.Tensor]:
         """What it returned, then what it wrote."""
@@ -129,12 +131,9 @@ def _compared(problem: Problem, device: torch.device, launches: int) -> tuple[st
             return [arguments[place] for place in written]
         returned = list(returned) if isinstance(returned, tuple) else [returned]
         # The reference of an operator that returns nothing returns what that one writes.
-        changed = written if len(returned) == 1 else ()
-        return returned + [arguments[place] for place in changed if arguments[place] is not None]
+        return returned + ([arguments[place] for place in written] if len(returned) == 1 else [])
 
     def launch() -> list[torch.Tensor]:
-        # The entry point that the registry has for CUDA: its checks, its choice of a configuration, its launcher.
-        entry = getattr(module, f"_{problem.op}_cuda")
         return results(entry, problem.arguments(device) if written else arguments)
 
     first = launch()
@@ -143,14 +142,22 @@ def _compared(problem: Problem, device: torch.device, launches: int) -> tuple[st
         for once, again in zip(first, launch(), strict=True):
             moved |= (_bits(once) != _bits(again)).any()
 
-    reference = _by_heads(problem.op, getattr(module, f"{problem.op}_reference"))
+    reference = _by_heads(problem.op, reference)
     oracle = [one.double() for one in results(reference, tuple(in_float64(arguments)))]
-    stock = results(reference, tuple(a.clone() if i in written and a is not None else a for i, a in enumerate(arguments)))
+    stock = results(reference, tuple(a.clone() if place in written else a for place, a in enumerate(arguments)))
     found = [_difference(*three) for three in zip(first, stock, oracle, strict=True)]
     reason, error, limit = max(found, key=lambda one: (bool(one[0]), one[1] / one[2] if one[2] else 0.0))
     if not reason and moved.item():
         reason = f"its result moves between {launches} launches on the same data"
     return reason, error, limit
+
+
+def _written(op: str, reference: Callable) -> list[int]:
+    """Places of the arguments that an operator writes into, by the schemas of its overloads."""
+    packet = getattr(torch.ops.qwen_fast, op)
+    schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
+    names = {a.name for schema in schemas for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    return [place for place, name in enumerate(inspect.signature(reference).parameters) if name in names]
 
 
 def _difference(actual: torch.Tensor, reference: torch.Tensor, oracle: torch.Tensor) -> tuple[str, float, float]:

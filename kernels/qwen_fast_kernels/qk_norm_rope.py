@@ -252,8 +252,8 @@ def _qk_norm_rope_cpu(query, key, norm_q, norm_k, norm_added_q, norm_added_k, ro
         _normed_and_rotated_cpu(x[txt_rows:], image, rotation[txt_rows:], eps)
 
 
-def _qk_norm_rope_torch(query, key, *rest):
-    for x, result in zip((query, key), qk_norm_rope_reference(query, key, *rest), strict=True):
+def _qk_norm_rope_torch(query, key, *others):
+    for x, result in zip((query, key), qk_norm_rope_reference(query, key, *others), strict=True):
         x.copy_(result)
 
 
