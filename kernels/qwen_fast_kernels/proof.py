@@ -237,7 +237,7 @@ def prove(
             card = environment(device)["card"]
             tell(
                 f"{len(missing)} kernels prove themselves on {card} before their first use there. It runs once per card and "
-                f"takes about {2 * len(missing) + 5} seconds."
+                f"takes about {len(missing) + 10} seconds."
             )
             begin = time.monotonic()
             for problem, verdict in _proved(missing, device, kept, limit, tell):
