@@ -13,11 +13,11 @@ from qwen_fast.inputs import writable_folder
 from qwen_fast.schedule import check_device
 
 from . import estimate, models
-from .ceilings import measure_ceilings
+from .ceilings import kept_ceilings
 from .grid import QWEN_IMAGE, Case, Shape, default_cases, full_cases, small_cases
-from .ladder import COMPARED, LOSSY, OURS, STOCK, Rung, all_rungs, chosen_rungs
+from .ladder import COMPILED, ENABLED, LOSSY, STOCK, Rung, all_rungs, chosen_rungs
 from .machine import PROVENANCE, Sampler, provenance
-from .rows import Rows
+from .rows import Rows, of_this_state
 from .session import FIELDS, Session
 
 CEILING_FIELDS = [*PROVENANCE, *Sampler("cpu").summary(), "model", "what", "detail", "rate", "unit", "seconds", "clock"]
@@ -36,7 +36,12 @@ class Options:
         whole: every step of every picture.
         repeats: pairs of stock and rung.
         skip: parts of names; rungs that have one are left out, stock excepted.
+        only: parts of names; stock and the rungs that have one are measured.
         ceiling_seconds: how long each ceiling is sustained.
+        ceilings: file of ceilings that were measured before, or that are left there.
+        stay: leave idle modulation weights where they are; the memory of ours is not told then.
+        limit: seconds of a rung, behind which it counts as hanging.
+        resume: rows that the file in `out` has already are not measured again.
         out: folder of ladder.csv and ceilings.csv.
     """
 
@@ -49,7 +54,12 @@ class Options:
     whole: bool = False
     repeats: int = 3
     skip: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
     ceiling_seconds: float = 2.0
+    ceilings: Path | None = None
+    stay: bool = False
+    limit: float | None = None
+    resume: bool = False
     out: Path | None = None
 
 
@@ -68,18 +78,22 @@ def plan(options: Options) -> list[tuple[Case, list[Rung]]]:
     else:
         cases = default_cases(options.shape) if options.device.type == "cuda" else small_cases(options.shape)
     ladder = all_rungs()
-    for part in options.skip:
-        if not any(part in rung.name for rung in ladder[1:]):
-            names = ", ".join(rung.name for rung in ladder[1:])
-            raise ValueError(f"--skip {part}: no rung has that in its name. They are: {names}.")
+    for option in ("skip", "only"):
+        for part in getattr(options, option):
+            if not any(part in rung.name for rung in ladder[1:]):
+                names = ", ".join(rung.name for rung in ladder[1:])
+                raise ValueError(f"--{option} {part}: no rung has that in its name. They are: {names}.")
     first, *others = cases
-    rungs = [STOCK, COMPARED[0], OURS[-1], *LOSSY] if options.full else chosen_rungs()
+    rungs = [STOCK, ENABLED, *LOSSY, COMPILED] if options.full else chosen_rungs()
     planned = [(first, ladder), *((case, rungs) for case in others)]
-    return [(case, [rung for rung in rungs if _wanted(rung, options.skip)]) for case, rungs in planned]
+    return [(case, [rung for rung in rungs if _wanted(rung, options)]) for case, rungs in planned]
 
 
-def _wanted(rung: Rung, skip: tuple[str, ...]) -> bool:
-    return rung is STOCK or not any(part in rung.name for part in skip)
+def _wanted(rung: Rung, options: Options) -> bool:
+    if rung is STOCK:
+        return True
+    chosen = not options.only or any(part in rung.name for part in options.only)
+    return chosen and not any(part in rung.name for part in options.skip)
 
 
 def run(options: Options, say: Callable[[str], None] = print) -> list[dict[str, str]]:
@@ -96,15 +110,18 @@ def run(options: Options, say: Callable[[str], None] = print) -> list[dict[str, 
         options = replace(options, shape=models.shape_of(options.model))
         if options.cases:
             options.cases = [replace(case, shape=options.shape) for case in options.cases]
+        models.check_memory(
+            [case for case, _ in plan(options)], options.device, options.dtype, models.text_encoder_bytes(options.model)
+        )
+    else:
+        options = smaller(options, say)
     planned = plan(options)
-    text = 0 if options.model is None else models.text_encoder_bytes(options.model)
-    models.check_memory([case for case, _ in planned], options.device, options.dtype, text)
     rows, ceiling_rows = Rows(folder / "ladder.csv", FIELDS), Rows(folder / "ceilings.csv", CEILING_FIELDS)
     for note in filter(None, (rows.note, ceiling_rows.note)):
         say(note)
     if options.device.type == "cuda":
         say(estimated(options))
-    results: list[dict[str, str]] = []
+    results: list[dict[str, str]] = of_this_state(rows.path, options.device) if options.resume else []
     try:
         with silence():
             measure(options, planned, rows, ceiling_rows, results, say)
@@ -117,11 +134,29 @@ def run(options: Options, say: Callable[[str], None] = print) -> list[dict[str, 
     return results
 
 
+def smaller(options: Options, say: Callable[[str], None]) -> Options:
+    """The same plan for a model of random weights with as many layers as there is room for.
+
+    Raises:
+        ValueError: no model fits.
+    """
+    cases = [case for case, _ in plan(options)]
+    layers = models.layers_that_fit(cases, options.device, options.dtype)
+    if layers >= options.shape.layers:
+        return options
+    if layers < 1:
+        models.check_memory(cases, options.device, options.dtype)
+    say(f"{options.device} has room for {layers} of the {options.shape.layers} layers: a SMALLER MODEL is measured")
+    shape = replace(options.shape, layers=layers)
+    return replace(options, shape=shape, cases=options.cases and [replace(case, shape=shape) for case in options.cases])
+
+
 def estimated(options: Options) -> str:
     """What is measured, and how long that takes on an H200, in words."""
     planned = plan(options)
     seconds = [
-        estimate.case_seconds(case, rungs, options.repeats, options.whole, options.model is None) for case, rungs in planned
+        estimate.case_seconds(case, rungs, options.repeats, options.whole, options.model is None, options.stay)
+        for case, rungs in planned
     ]
     lines = [f"{case}, {len(rungs)} rungs: {time:.0f} s" for (case, rungs), time in zip(planned, seconds, strict=True)]
     total = sum(seconds) + estimate.start_seconds(options.ceiling_seconds)
@@ -145,9 +180,8 @@ def measure(options: Options, planned, rows: Rows, ceiling_rows: Rows, results: 
     say(f"ceilings, sustained for {options.ceiling_seconds:g} s each")
     copied = None if device.type == "cuda" else 2**24
     with Sampler(device) as sampler:
-        ceilings = measure_ceilings(
-            device, options.dtype, seconds=options.ceiling_seconds, shape=shape, tokens=tokens, copy_bytes=copied
-        )
+        how = {"seconds": options.ceiling_seconds, "shape": shape, "tokens": tokens, "copy_bytes": copied}
+        ceilings = kept_ceilings(options.ceilings, device, options.dtype, **how)
     common = (
         provenance(device) | sampler.summary() | {"model": name, "seconds": f"{ceilings.seconds:g}", "clock": ceilings.clock}
     )
@@ -159,8 +193,8 @@ def measure(options: Options, planned, rows: Rows, ceiling_rows: Rows, results: 
         pipe = models.load_pipeline(options.model, device, options.dtype)
     else:
         pipe = models.random_pipeline(shape, device, options.dtype)
-    session = Session(pipe, name, planned, rows, ceilings, options.repeats, options.whole, say, results)
-    session.run()
+    how = {"say": say, "results": results, "stay": options.stay, "limit": options.limit}
+    Session(pipe, name, planned, rows, ceilings, options.repeats, options.whole, **how).run()
 
 
 @contextlib.contextmanager

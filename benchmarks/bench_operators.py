@@ -26,7 +26,7 @@ from budget import assert_within_budget
 from qwen_fast.testing import QWEN_IMAGE_SCHEDULER_CONFIG
 from qwen_fast_kernels._triton import capability
 
-from .budget import errors, in_float64, results
+from .budget import in_float64, relative_errors, results
 from .cases import CASES, Case, Maker
 from .suite import Run, clock, sets
 from .work import Piece
@@ -273,21 +273,11 @@ def subject(case: Case, variant: str, arguments: tuple) -> tuple[Run, Callable]:
         config = case.config(capability(arguments[0].device), arguments)
         return lambda: case.launch(arguments, config), lambda result: result
     if variant == "op":
-        module = case.module()  # registers it
-        # The registry's overloads are by the residual, which the public function takes as an argument.
-        function = getattr(module if case.op == "rms_norm_silu" else torch.ops.qwen_fast, case.op)
+        function = case.operator()
     else:
         function = getattr(case.module(), f"{case.op}_reference")
         function = compiled(function) if variant == "compiled" else function
     return functools.partial(function, *arguments), lambda result: result
-
-
-def relative_errors(actual: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
-    """Largest and RMS difference from a float64 tensor, as parts of its largest and RMS value."""
-    sizes = exact.abs().max().item(), exact.square().mean().sqrt().item()
-    return {
-        name: error / size for name, error, size in zip(("max_error", "rms_error"), errors(actual, exact), sizes, strict=True)
-    }
 
 
 def checked(actual: Sequence, reference: Sequence, oracle: Sequence) -> dict[str, float]:

@@ -11,7 +11,7 @@ import torch
 
 from qwen_fast_kernels._arguments import ARGUMENTS, Maker, Size
 
-from . import vae_cases
+from . import head_cases, vae_cases
 
 MODEL = Size()  # Qwen-Image at 1024 x 1024 with a short prompt
 PACKED = Size((30, 77, 11), (4096, 1024, 2304))  # sequences of different lengths in one batch
@@ -51,11 +51,14 @@ class Case:
     def launch(self, arguments: tuple, config: dict) -> object:
         return getattr(self.module(), f"launch_{self.op}")(*arguments, config=config)
 
+    def operator(self) -> Callable[..., object]:
+        module = self.module()  # registers it; the overloads of rms_norm_silu are one public function
+        return getattr(module if self.op == "rms_norm_silu" else torch.ops.qwen_fast, self.op)
+
     def reference(self, *arguments) -> object:
         return getattr(self.module(), f"{self.op}_reference")(*arguments)
 
-    def traffic(self, arguments: tuple) -> tuple[int, int]:
-        """(bytes, FLOPs), as the operator's docstring declares them."""
+    def traffic(self, arguments: tuple) -> tuple[int, int]:  # bytes and FLOPs, as the operator's docstring declares them
         return TRAFFIC[self.op](*arguments)
 
     def small(self) -> "Case":
@@ -70,8 +73,8 @@ def _linear_dimensions(x, weight, *_):
 
 
 def _attention_dimensions(query, key, value, *rest):
-    fits = importlib.import_module("qwen_fast_kernels._flash").fits_descriptors(query, key, value)
-    return query.shape[2], query.element_size(), rest[6] is not None, fits
+    fits = importlib.import_module("qwen_fast_kernels.joint_attention").fits_descriptors(query, key, value)
+    return query.shape[2], query.element_size(), rest[2] is not None, fits
 
 
 # What an op's default_config takes after the capability, from the arguments of its launch.
@@ -101,8 +104,8 @@ def _rows_op(tokens: int, tables: int, flops: int) -> Callable[..., tuple[int, i
     return traffic
 
 
-def _attention(query, key, value, starts_txt, starts_img, txt_rows, *_):
-    lengths = torch.diff(starts_txt).add(torch.diff(starts_img)).tolist()
+def _attention(query, key, value, spans, *_):
+    lengths = torch.diff(spans)[:, 0].tolist()
     return 2 * _bytes(query) + _bytes(key, value), 4 * sum(length**2 for length in lengths) * query[0].numel()
 
 
@@ -123,7 +126,7 @@ TRAFFIC: dict[str, Callable[..., tuple[int, int]]] = {
     "ada_layer_norm": _rows_op(2, 2, 9),
     "gated_residual": _rows_op(3, 1, 2),
     "gated_residual_ada_layer_norm": _rows_op(4, 3, 11),
-    "qk_norm_rope": lambda query, key, *rest: (2 * _bytes(query, key) + _bytes(rest[4]), 14 * query.numel()),
+    "qk_norm_rope": head_cases.qk_norm_rope_traffic,
     "joint_attention": _attention,
     "linear_gelu": _matmul,
     "linear_gated_residual": _matmul_gated,
@@ -174,7 +177,6 @@ def _cases_of_token_rows(op: str, **variant) -> list[Case]:
         case("fp16", FP16, default=not op.startswith("linear"), **({"clip": True} if "gated" in op else {})),
         case("fp32", FP32, measured=True),
         case("few rows", size=FEW),
-        case("rows by 16", size=GUIDED),
         case("part of wider rows", layout="part"),
         case("offset", layout="offset"),
         *(
@@ -220,16 +222,31 @@ CASES: list[Case] = [
     *_cases_of_token_rows("gated_residual"),
     *_cases_of_token_rows("gated_residual_ada_layer_norm"),
     *_cases_of_heads("qk_norm_rope"),
+    *(
+        Case(
+            "qk_norm_rope",
+            f"sequence-major, {name}",
+            dtype,
+            size,
+            {"sequence_major": True, "layout": layout},
+            default=name == "bf16",
+        )
+        for name, dtype, size, layout in (
+            ("bf16", BF16, PACKED, "rows"),
+            ("fp32", FP32, MODEL, "rows"),
+            ("offset", BF16, MODEL, "offset"),
+            *((f"head_dim {size.head_dim}", BF16, size, "rows") for size in (MIDDLE, TINY, TINIEST)),
+        )
+    ),
     *_cases_of_heads("joint_attention"),
-    Case("joint_attention", "text lengths", BF16, PACKED, {"used": True}, default=True),
     Case("joint_attention", "key mask", BF16, PACKED, {"masked": True}, default=True),
     *(
-        Case("joint_attention", f"key mask and text lengths, {name}", dtype, size, {"masked": True, "used": True, **layout})
+        Case("joint_attention", f"key mask, {name}", dtype, size, {"masked": True, **layout})
         for name, dtype, size, layout in (
-            ("bf16", BF16, PACKED, {}),
             ("fp32", FP32, PACKED, {}),
             ("offset", BF16, PACKED, {"layout": "offset"}),
             ("head_dim 64", BF16, MIDDLE, {}),
+            ("head_dim 32", BF16, TINY, {}),
         )
     ),
     *_cases_of_token_rows("linear_gelu"),

@@ -1,15 +1,24 @@
 """Which implementation computes the joint attention of a block."""
 
+import contextlib
 import functools
+import itertools
+import math
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwen_fast_kernels import joint_attention
 
 from . import proofs
 from .layout import Layout
+
+# torch's implementations by name: its own choice among them depends on an order that changes with its version.
+SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
 
 
 def chosen_backend(processor: object) -> AttentionBackendName | None:
@@ -21,70 +30,110 @@ def chosen_backend(processor: object) -> AttentionBackendName | None:
     return backend
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, processor: object, option: str):
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, processor: object, option: str
+) -> list[torch.Tensor]:
     """Attention of every sequence of `layout` over its own rows.
 
     Args:
-        query, key, value: `[R, heads, head_dim]`, text rows first.
+        query, key, value: `[R, heads, head_dim]`, in the order of attention.
         processor: the block's attention processor; a backend chosen there is used, as in stock.
-        option: "auto", "triton" or "diffusers" (its dispatcher, whatever its backend).
+        option: "auto", "triton" (the joint attention kernel), "cudnn", "flash" or "efficient" (torch's, by name), or
+            "diffusers" (its dispatcher, whatever its backend).
     Returns:
-        Tensor: `[R, heads, head_dim]`.
+        list[Tensor]: one `[R, heads * head_dim]`, or one of each sequence.
     """
     backend = chosen_backend(processor)
-    if backend is None and option != "diffusers" and _kernel_serves(query, layout, option):
-        return joint_attention(
-            query,
-            key,
-            value,
-            layout.cu_seqlens_txt,
-            layout.cu_seqlens_img,
-            layout.txt_rows,
-            max(layout.txt_lengths),
-            max(layout.img_lengths),
-            seqused_txt=layout.seqused_txt,
-            key_mask=layout.key_mask,
-        )
-    return _dispatch(query, key, value, layout, backend)
+    if backend is not None or option == "diffusers":
+        attention = functools.partial(_dispatched, backend=backend)
+    else:
+        name = option if option != "auto" else chosen(query, layout)
+        if name == "triton" and _kernel_is_right(query, layout):
+            out = joint_attention(query, key, value, layout.spans, max(layout.lengths), layout.key_mask)
+            return [out.flatten(1)]
+        attention = functools.partial(_scaled_dot_product, backend=SDPA.get(name))
+    if layout.padded:
+        raise ValueError("capacities of text need the joint attention kernel, which alone reads the true lengths.")
+    return _each(attention, query, key, value, layout)
 
 
-def _kernel_serves(query: torch.Tensor, layout: Layout, option: str) -> bool:
-    """On the CPU the operator is torch's own attention. On CUDA "auto" leaves plain attention to torch's, until a
-    measured row says that ours is faster, and takes ours where torch's would need padding or a mask. A kernel that did not
-    prove itself is taken by neither."""
-    if query.device.type not in proofs.DEVICES:
-        return True
-    if option != "triton" and layout.contiguous:
-        return False
-    flags = layout.seqused_txt is not None, layout.key_mask is not None
-    return proofs.attention_is_right(query.device, query.dtype, query.shape[-1], *flags)
+def _kernel_is_right(query: torch.Tensor, layout: Layout) -> bool:
+    return proofs.attention_is_right(query.device, query.dtype, query.shape[-1], layout.key_mask is not None)
 
 
-def _dispatch(query, key, value, layout: Layout, backend: AttentionBackendName | None) -> torch.Tensor:
-    """Through diffusers' dispatcher, in its `[batch, tokens, heads, head_dim]` layout."""
-    attend_batch = functools.partial(dispatch_attention_fn, backend=backend)
-    if layout.contiguous:
-        return attend_batch(query[None], key[None], value[None])[0]
-    if layout.seqused_txt is not None:
-        raise ValueError("bucketed text lengths need the joint attention operator, not a backend of diffusers.")
-    split = layout.txt_rows
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    if layout.uniform and layout.key_mask is not None:
-        batch = layout.sequences
+def chosen(query: torch.Tensor, layout: Layout) -> str:
+    """What "auto" takes: on the CPU the operator, which is torch's attention there; where lengths or keys are known on the
+    device only, the kernel; otherwise the fastest on this GPU."""
+    if query.is_cuda and not layout.padded and layout.key_mask is None:
+        return fastest(query.device, query.dtype, query.shape[1], query.shape[2], layout.sequences > 1)
+    return "triton"
 
-        def joined(rows):
-            return torch.cat([rows[:split].unflatten(0, (batch, -1)), rows[split:].unflatten(0, (batch, -1))], dim=1)
 
-        mask = joined(layout.key_mask)[:, None, None]
-        attended = attend_batch(joined(query), joined(key), joined(value), attn_mask=mask)
-        out[:split] = attended[:, : split // batch].flatten(0, 1)
-        out[split:] = attended[:, split // batch :].flatten(0, 1)
-        return out
-    text, image = 0, split
-    for txt_length, img_length in zip(layout.txt_lengths, layout.img_lengths, strict=True):
-        spans = slice(text, text + txt_length), slice(image, image + img_length)
-        joint = [torch.cat([rows[span] for span in spans])[None] for rows in (query, key, value)]
-        attended = attend_batch(*joint)[0]
-        out[spans[0]], out[spans[1]] = attended[:txt_length], attended[txt_length:]
-        text, image = spans[0].stop, spans[1].stop
-    return out
+_TRIED = ("cudnn", "flash", "triton")  # of those within 3 % of the fastest the first is taken: no picture depends on noise
+
+
+@functools.cache
+def fastest(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, several: bool) -> str:
+    """The fastest right attention of one sequence, or of several in one forward, measured once at a size of its own.
+
+    Raises:
+        RuntimeError: none runs, with each one's reason.
+    """
+    lengths = (4096 + 30, 4096 + 7) if several else (4096 + 30,)
+    generator = torch.Generator(device).manual_seed(0)
+    size = (sum(lengths), heads, head_dim)
+    rows = [torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(dtype) for _ in range(3)]
+    ends = list(itertools.accumulate(lengths))
+    spans = [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+    on_device = torch.tensor(spans, dtype=torch.int32, device=device)
+
+    def call(name: str) -> None:
+        if name == "triton":
+            joint_attention(*rows, on_device, max(lengths))
+        for start, end in spans * (name in SDPA):
+            _scaled_dot_product(*(one[start:end][None] for one in rows), None, SDPA[name])
+
+    seconds, refused = {}, {}
+    for name in _TRIED:
+        if name == "triton" and not proofs.attention_is_right(device, dtype, head_dim):
+            refused[name] = "wrong on this GPU"
+            continue
+        try:
+            call(name)
+            times = []
+            for _ in range(3):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                call(name)
+                end.record()
+                end.synchronize()
+                times.append(begin.elapsed_time(end))
+            seconds[name] = min(times)
+        except RuntimeError as error:  # torch's word for what it has no kernel for
+            refused[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if not seconds:
+        raise RuntimeError(f"no attention runs on {device} in {dtype}: {refused}")
+    return next(name for name in _TRIED if seconds.get(name, math.inf) <= 1.03 * min(seconds.values()))
+
+
+def _each(attention: Callable, query, key, value, layout: Layout) -> list[torch.Tensor]:
+    """`attention` of `[batch, tokens, heads, head_dim]` each, all sequences at once where they are equally long."""
+    if layout.key_mask is not None or len(set(layout.lengths)) == 1:
+        if len(set(layout.lengths)) != 1:
+            raise ValueError("a mask of keys needs sequences of equal lengths, or the joint attention kernel.")
+        batch = (layout.sequences, layout.lengths[0])
+        mask = None if layout.key_mask is None else layout.key_mask.view(batch)[:, None, None]
+        out = attention(*(rows.unflatten(0, batch) for rows in (query, key, value)), mask)
+        return [out.flatten(0, 1).flatten(1)]
+    return [attention(*(rows[own][None] for rows in (query, key, value)), None)[0].flatten(1) for own in layout.pieces]
+
+
+def _dispatched(query, key, value, mask, backend: AttentionBackendName | None) -> torch.Tensor:
+    return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend)
+
+
+def _scaled_dot_product(query, key, value, mask, backend: SDPBackend | None) -> torch.Tensor:
+    """By the backend, or by whatever torch takes where our kernel is wrong."""
+    heads_first = (rows.transpose(1, 2) for rows in (query, key, value))
+    with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)

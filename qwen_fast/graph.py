@@ -8,6 +8,7 @@ re-uses the graph. What a graph bakes in (sizes, weights' addresses, adapters, g
 import copy
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,9 +53,9 @@ def reason_against(pipe: Any, forwards: Forwards, callback: Any) -> str | None:
     if any(chosen_backend(block.attn.processor) is not None for block in pipe.transformer.transformer_blocks):
         return "an attention backend chosen in diffusers"
     attn = pipe.transformer.transformer_blocks[0].attn
-    if pipe.fast_state.attention == "diffusers":
-        return "attention='diffusers' cannot read true prompt lengths on the device"
-    if not attention_is_right(forwards.step_index.device, forwards.timesteps.dtype, attn.inner_dim // attn.heads, used=True):
+    if pipe.fast_state.attention not in ("auto", "triton"):
+        return f"attention={pipe.fast_state.attention!r} cannot read true prompt lengths on the device"
+    if not attention_is_right(forwards.step_index.device, forwards.timesteps.dtype, attn.inner_dim // attn.heads):
         return "the attention kernel is wrong on this GPU"
     if forwards.call.conditions is None and host_bytes(pipe.transformer):
         return "the modulation weights stay on the host for another pipeline"
@@ -101,8 +102,7 @@ class CapturedStep:
         self.capacities = tuple(bucket(length) for length in pack.layout.txt_lengths)
         self.latents, self.sigmas = torch.empty_like(latents), torch.empty_like(task.schedule.sigmas)
         self.step_index = torch.zeros(1, dtype=torch.int32, device=device)
-        lengths = torch.zeros(len(self.capacities), dtype=torch.int32, device=device)
-        layout = build_layout(model.pos_embed, shapes, self.capacities, device, seqused_txt=lengths)
+        layout = replace(build_layout(model.pos_embed, shapes, self.capacities, device), padded=True)
         text = torch.zeros(layout.txt_rows, model.inner_dim, dtype=forwards.timesteps.dtype, device=device)
         self.pack = Packed(layout, pack.embeds.new_empty(0), pack.copies, text)
         conditions = None
@@ -139,12 +139,13 @@ class CapturedStep:
         if pack.text is None:
             pack.text = model.text_rows(pack)
         self.pack.text.zero_()
-        layout.seqused_txt.copy_(torch.tensor(own.txt_lengths, dtype=torch.int32), non_blocking=True)
-        start = place = 0
-        for length, capacity in zip(own.txt_lengths, self.capacities, strict=True):
+        layout.spans.copy_(layout.spans_of(own.txt_lengths))
+        start = 0
+        for n, length in enumerate(own.txt_lengths):
+            place = layout.text_start(n, length)
             self.pack.text[place : place + length] = pack.text[start : start + length]
             layout.rope[place : place + length] = own.rope[start : start + length]
-            start, place = start + length, place + capacity
+            start += length
 
     def run(self, state: Any) -> torch.Tensor:
         """One step; the latents after it, in the static buffer."""

@@ -8,7 +8,7 @@ from .schedule import check_num_inference_steps, check_sigmas
 
 OPTIONS = {
     "modulation": ("table", "layers"),
-    "attention": ("auto", "triton", "diffusers"),
+    "attention": ("auto", "triton", "cudnn", "flash", "efficient", "diffusers"),
     "cuda_graph": ("auto", True, False),
     "vae": ("image", "diffusers"),
     "text_encoder": ("keep", "offload", "free"),

@@ -2,7 +2,7 @@
 
 The pipelines ask once per call, before any work on the GPU, for all that they and their models need: the kernels that have no
 verdict on this card prove themselves in one child process. A kernel that is wrong is replaced for this process: an operator of
-the registry by torch's operators, the joint attention by the dispatcher of diffusers (see attention.py).
+the registry by torch's operators, the joint attention by torch's own (see attention.py).
 """
 
 import functools
@@ -77,10 +77,10 @@ def sampler_problems(
 
 
 @functools.cache
-def attention_problem(dtype: torch.dtype, head_dim: int, used: bool = False, masked: bool = False) -> Problem:
-    """The joint attention of packed sequences, with true text lengths read on the device, or with a mask of keys."""
+def attention_problem(dtype: torch.dtype, head_dim: int, masked: bool = False) -> Problem:
+    """The joint attention of packed sequences, or with a mask of keys."""
     size = Size(*ATTENTION_ROWS, ATTENTION_HEADS, head_dim)
-    return Problem.of("joint_attention", dtype, size, layout="rows", used=used, masked=masked)
+    return Problem.of("joint_attention", dtype, size, layout="rows", masked=masked)
 
 
 @functools.cache
@@ -92,9 +92,9 @@ def transformer_problems(dtype: torch.dtype, heads: int, head_dim: int) -> tuple
         found.append(Problem.of("ada_layer_norm", dtype, size, packed=packed))
         for op in ("gated_residual", "gated_residual_ada_layer_norm"):
             found += [Problem.of(op, dtype, size, packed=packed, clip=clip) for clip in clips]
-    found.append(Problem.of("qk_norm_rope", dtype, size, layout="rows"))
+    found.append(Problem.of("qk_norm_rope", dtype, size, layout="rows", sequence_major=True))
     found.append(Problem.of("linear_gelu", dtype, size, expansion=1))
-    found += [attention_problem(dtype, head_dim, *flags) for flags in ((False, False), (True, False), (False, True))]
+    found += [attention_problem(dtype, head_dim, masked) for masked in (False, True)]
     return tuple(found)
 
 
@@ -188,13 +188,11 @@ def require_vae(state: State, vae: nn.Module, dtype: torch.dtype, device: torch.
 
 
 @functools.cache
-def attention_is_right(
-    device: torch.device, dtype: torch.dtype, head_dim: int, used: bool = False, masked: bool = False
-) -> bool:
+def attention_is_right(device: torch.device, dtype: torch.dtype, head_dim: int, masked: bool = False) -> bool:
     """Whether the attention kernel may be used on this GPU with these flags; proves it if nobody has asked yet."""
     if device.type not in DEVICES:
         return True
-    problem = attention_problem(dtype, head_dim, used, masked)
+    problem = attention_problem(dtype, head_dim, masked)
     require(None, [problem], device)
     verdict = _VERDICTS.get((_indexed(device), problem))
     return verdict is None or verdict.right  # None: no kernel runs there, which its operator says

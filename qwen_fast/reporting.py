@@ -23,7 +23,7 @@ class State:
         precise_sampler: latents and step size stay fp32 between steps.
         modulation: "table" (once per schedule, its weights on the host) or "layers" (in each forward, as stock).
         modulation_cache: folder in which modulation tables are kept for other processes, or None.
-        attention: "auto", "triton" or "diffusers".
+        attention: "auto", "triton", "cudnn", "flash", "efficient" or "diffusers".
         cuda_graph: "auto", True or False.
         vae_option: "image" or "diffusers".
         texts: what is kept of prompts and of the text encoder, see text.Texts.

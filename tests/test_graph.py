@@ -291,7 +291,7 @@ def test_every_step_reads_the_same_addresses(pair, captures, monkeypatch):
         captured.sigmas,
         captured.step_index,
         pack.layout.rope,
-        pack.layout.seqused_txt,
+        pack.layout.spans,
         pack.text,
     ):
         assert static.data_ptr() in persistent

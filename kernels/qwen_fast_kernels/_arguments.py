@@ -57,9 +57,9 @@ class Maker:
         return flat.narrow(0, offset, numel).view(shape)
 
     def values(self, values: list, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        if self.fake:
-            return torch.empty(len(values), dtype=dtype, device=self.device)
-        return torch.tensor(values, dtype=dtype, device=self.device)
+        where = {"dtype": dtype, "device": self.device}
+        given = torch.tensor(values, dtype=dtype)
+        return torch.empty(given.shape, **where) if self.fake else given.to(self.device)
 
     def modulation(self, steps: int, streams: int, channels: int, dtype: torch.dtype, parts: int = 6) -> list[torch.Tensor]:
         """Tables `[T, streams, C]` that lie beside each other in one allocation, as a block's modulation does."""
@@ -124,18 +124,33 @@ def _heads(make, dtype, size, layout, count):
     return [make.normal(size.rows, size.heads, size.head_dim, dtype=dtype, offset=offset) for _ in range(count)]
 
 
-def _qk_norm_rope(make, dtype, size, layout="fused"):
+def _places(size: Size) -> list[int]:
+    """Where each joint row lies when the rows of a sequence lie together, its text rows first."""
+    text, image, start = [], [], 0
+    for txt, img in zip(size.txt, size.img, strict=True):
+        text += range(start, start + txt)
+        image += range(start + txt, start + txt + img)
+        start += txt + img
+    return text + image
+
+
+def _qk_norm_rope(make, dtype, size, layout="fused", sequence_major=False):
+    """Joint rows, or with `sequence_major` the rows of each sequence together and the text rows moved there."""
     weights = [make.normal(size.head_dim, dtype=dtype) for _ in range(4)]
     angles = make.normal(size.rows, size.head_dim // 2)
     rope = torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(-2)
-    return *_heads(make, dtype, size, layout, 2), *weights, rope, size.txt_rows, 1e-6
+    query, key, value = _heads(make, dtype, size, layout, 3)
+    if not sequence_major:
+        return query, key, *weights, rope, size.txt_rows, 1e-6
+    text = make.normal(3, size.txt_rows, size.heads, size.head_dim, dtype=dtype)
+    return query, key, *weights, rope, size.txt_rows, 1e-6, value, text, make.values(_places(size))
 
 
-def _joint_attention(make, dtype, size, layout="fused", used=False, masked=False):
-    starts = [make.values([0, *itertools.accumulate(lengths)]) for lengths in (size.txt, size.img)]
-    seqused = make.values([max(1, length - 5) for length in size.txt]) if used else None
+def _joint_attention(make, dtype, size, layout="fused", masked=False):
+    lengths = [text + image for text, image in zip(size.txt, size.img, strict=True)]
+    spans = make.values([list(span) for span in itertools.pairwise([0, *itertools.accumulate(lengths)])])
     mask = make.values([row % 7 != 3 for row in range(size.rows)], torch.bool) if masked else None
-    return *_heads(make, dtype, size, layout, 3), *starts, size.txt_rows, max(size.txt), max(size.img), seqused, mask, None
+    return *_heads(make, dtype, size, layout, 3), spans, max(lengths), mask, None
 
 
 def _linear(make, dtype, size, n, k, bias=True, layout="rows"):

@@ -25,7 +25,7 @@ def linear_gelu_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
     return F.gelu(product, approximate="tanh").to(x.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _linear_gelu_kernel(
     out_ptr,
     x_ptr,

@@ -66,11 +66,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--whole", action="store_true", help="do every step, instead of taking the later ones for equal")
     what.add_argument("--repeats", type=positive_int, default=3, metavar="N", help="pairs (default: %(default)s)")
     what.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave out rungs, such as compile; repeat it")
+    what.add_argument("--only", action="append", default=[], metavar="NAME", help="stock and these rungs; repeat it")
+    what.add_argument(
+        "--weights-stay", action="store_true", help="leave idle weights on the device: quicker, no memory columns"
+    )
+    what.add_argument(
+        "--limit", type=_seconds, metavar="SECONDS", help="a rung that takes longer hangs: the run ends with code 7"
+    )
     what.add_argument("--seconds", type=_seconds, default=2.0, help="for which each ceiling is sustained (default: 2)")
     what.add_argument("--threads", type=positive_int, default=1, help="of the CPU; 1: CPU time, else wall time (default: 1)")
     what.add_argument("--estimate", action="store_true", help="print what would be measured and how long it takes on an H200")
 
     output = parser.add_argument_group("output")
+    output.add_argument("--resume", action="store_true", help="do not measure again what ladder.csv in --out has")
+    output.add_argument(
+        "--ceilings", type=Path, metavar="FILE", help="ceilings of this machine, measured before; or left there"
+    )
     output.add_argument("--out", metavar="DIR", help="folder of the rows (benchmarks/results, or ./qwen-fast-results)")
     drawn = "measure nothing: draw ladder, roofline and scaling from the rows in --out, as png (default) or svg"
     output.add_argument("--plot", nargs="?", const="png", choices=("png", "svg"), help=drawn)
@@ -116,7 +127,12 @@ def run(args: argparse.Namespace) -> int:
         whole=args.whole,
         repeats=args.repeats,
         skip=tuple(args.skip),
+        only=tuple(args.only),
         ceiling_seconds=args.seconds,
+        ceilings=args.ceilings,
+        stay=args.weights_stay,
+        limit=args.limit,
+        resume=args.resume,
         out=Path(args.out).expanduser() if args.out else None,
     )
     if args.estimate:
