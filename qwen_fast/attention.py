@@ -1,5 +1,6 @@
 """Which implementation computes the joint attention of a block."""
 
+import contextlib
 import functools
 import itertools
 import math
@@ -14,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwen_fast_kernels import joint_attention
 
+from . import proofs
 from .layout import Layout
-from .reporting import logger
 
 # torch's implementations by name: its own choice among them depends on an order that changes with its version.
 SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
@@ -45,14 +46,20 @@ def attend(
     """
     backend = chosen_backend(processor)
     if backend is not None or option == "diffusers":
-        if layout.padded:
-            raise ValueError("capacities of text need the joint attention kernel, not a backend of diffusers.")
-        return _each(functools.partial(_dispatched, backend=backend), query, key, value, layout)
-    name = option if option != "auto" else chosen(query, layout)
-    if name in SDPA and not layout.padded:
-        return _each(functools.partial(_scaled_dot_product, backend=SDPA[name]), query, key, value, layout)
-    out = joint_attention(query, key, value, layout.spans, max(layout.lengths), layout.key_mask)
-    return [out.flatten(1)]
+        attention = functools.partial(_dispatched, backend=backend)
+    else:
+        name = option if option != "auto" else chosen(query, layout)
+        if name == "triton" and _kernel_is_right(query, layout):
+            out = joint_attention(query, key, value, layout.spans, max(layout.lengths), layout.key_mask)
+            return [out.flatten(1)]
+        attention = functools.partial(_scaled_dot_product, backend=SDPA.get(name))
+    if layout.padded:
+        raise ValueError("capacities of text need the joint attention kernel, which alone reads the true lengths.")
+    return _each(attention, query, key, value, layout)
+
+
+def _kernel_is_right(query: torch.Tensor, layout: Layout) -> bool:
+    return proofs.attention_is_right(query.device, query.dtype, query.shape[-1], layout.key_mask is not None)
 
 
 def chosen(query: torch.Tensor, layout: Layout) -> str:
@@ -100,7 +107,7 @@ def fastest(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int,
 
     seconds, refused = {}, {}
     for name in _TRIED:
-        if name == "triton" and not kernel_is_right(device, dtype, head_dim):
+        if name == "triton" and not proofs.attention_is_right(device, dtype, head_dim):
             refused[name] = "wrong on this GPU"
             continue
         try:
@@ -132,32 +139,8 @@ def _dispatched(query, key, value, mask, backend: AttentionBackendName | None) -
     return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend)
 
 
-def _scaled_dot_product(query, key, value, mask, backend: SDPBackend) -> torch.Tensor:
+def _scaled_dot_product(query, key, value, mask, backend: SDPBackend | None) -> torch.Tensor:
+    """By the backend, or by whatever torch takes where our kernel is wrong."""
     heads_first = (rows.transpose(1, 2) for rows in (query, key, value))
-    with sdpa_kernel(backend):
+    with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
         return F.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
-
-
-@functools.cache
-def kernel_is_right(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the attention kernel computes rightly on this GPU, tried once per process.
-
-    Triton 3.6 assembles sm_90 code with ptxas 12.8, which is reported to miscompile matrix products with operands in
-    registers, and every flash attention has them. A wrong kernel is not used, and the log says so.
-    """
-    generator = torch.Generator(device).manual_seed(0)
-    query, key, value = torch.randn(3, 1837, 2, head_dim, generator=generator, device=device).to(dtype)
-    spans = torch.tensor([[0, 537], [537, 1837]], dtype=torch.int32, device=device)
-    first = joint_attention(query, key, value, spans, 1300)
-    for start, end in spans.tolist():
-        q, k, v = (rows[start:end].float().transpose(0, 1) for rows in (query, key, value))
-        expected = (((q @ k.mT) * head_dim**-0.5).softmax(-1) @ v).transpose(0, 1)
-        wrong = (first[start:end].float() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
-        if not wrong <= 5e-3:  # a right one is off by 2e-3 in bf16; NaN is wrong too
-            logger.warning("the attention kernel is off by %.2g on %s in %s; torch's is used.", wrong, device, dtype)
-            return False
-    for _ in range(19):
-        if not torch.equal(joint_attention(query, key, value, spans, 1300), first):
-            logger.warning("the attention kernel's result moves on %s in %s; torch's is used.", device, dtype)
-            return False
-    return True

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .attention import chosen_backend, kernel_is_right
+from .attention import chosen_backend
 from .calls import ATTACHED, Call, Packed, accelerated
 from .conditions import TableConditions
 from .forwards import Forwards, Task, sampler_step
@@ -21,6 +21,7 @@ from .hooks import is_hooked
 from .host_weights import host_bytes
 from .layout import build_layout, check_image_shapes
 from .modulation import weights_signature
+from .proofs import attention_is_right
 
 DEVICES = ("cuda",)
 _BUCKETS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)  # text tokens; longer prompts in steps of 512
@@ -55,9 +56,8 @@ def reason_against(pipe: Any, forwards: Forwards, callback: Any) -> str | None:
     attn = pipe.transformer.transformer_blocks[0].attn
     if pipe.fast_state.attention not in ("auto", "triton"):
         return f"attention={pipe.fast_state.attention!r} cannot read true prompt lengths on the device"
-    if pipe.fast_state.attention == "auto" and forwards.step_index.is_cuda:
-        if not kernel_is_right(forwards.step_index.device, forwards.timesteps.dtype, attn.inner_dim // attn.heads):
-            return "the attention kernel is wrong on this GPU"
+    if not attention_is_right(forwards.step_index.device, forwards.timesteps.dtype, attn.inner_dim // attn.heads):
+        return "the attention kernel is wrong on this GPU"
     if forwards.call.conditions is None and host_bytes(pipe.transformer):
         return "the modulation weights stay on the host for another pipeline"
     if option == "auto":

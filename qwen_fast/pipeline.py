@@ -59,6 +59,8 @@ def _stock_loop(stock: type) -> Callable[..., Any]:
         if reason is not None:
             self.fast_state.fall_back(reason)
             return in_stages(self, *args, **kwargs)
+        if self.transformer.dtype.is_floating_point:  # else it is known in the forward, which asks too
+            self.require_kernels(self.transformer.dtype, self._execution_device)
         texts = texts_of_call(self, bound.arguments)
         with texts, self._images(), accelerated(self.transformer, self.fast_state) as forwards:
             forwards.changing = bound.arguments.get("callback_on_step_end") is not None
@@ -271,6 +273,7 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
             generator,
             latents,
         )
+        self.require_kernels(latents.dtype, device)
         grid_size = (1, height // self.vae_scale_factor // 2, width // self.vae_scale_factor // 2)
         with stage("schedule"):
             scheduled = functools.partial(

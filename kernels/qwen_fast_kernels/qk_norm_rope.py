@@ -366,6 +366,12 @@ def _qk_norm_rope_cpu(
                 _normed_and_rotated_cpu(x[place], weight, rotation[joint], eps)
 
 
+def _qk_norm_rope_torch(query, key, *others):
+    written = (query, key) if len(others) < 8 else (query, key, others[7])
+    for x, result in zip(written, qk_norm_rope_reference(query, key, *others), strict=True):
+        x.copy_(result)
+
+
 def _qk_norm_rope_fake(
     query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, txt_rows, eps=1e-6, value=None, text=None, places=None
 ):
@@ -376,7 +382,12 @@ def _qk_norm_rope_fake(
         int(x.storage_offset())
 
 
-_IMPLEMENTATIONS = {"cuda": _qk_norm_rope_cuda, "cpu": _qk_norm_rope_cpu, "fake": _qk_norm_rope_fake}
+_IMPLEMENTATIONS = {
+    "cuda": _qk_norm_rope_cuda,
+    "cpu": _qk_norm_rope_cpu,
+    "fake": _qk_norm_rope_fake,
+    "by_torch": _qk_norm_rope_torch,
+}
 _WEIGHTS = "Tensor norm_q, Tensor norm_k, Tensor norm_added_q, Tensor norm_added_k, Tensor rope, int txt_rows"
 register(f"qk_norm_rope(Tensor(a!) query, Tensor(b!) key, {_WEIGHTS}, float eps=1e-6) -> ()", **_IMPLEMENTATIONS)
 # An overload: Inductor cannot lower an operator whose changed argument is optional and left out (torch 2.13).
