@@ -67,23 +67,52 @@ def chosen(query: torch.Tensor, layout: Layout) -> str:
     device only, the kernel; otherwise the fastest on this GPU."""
     if query.is_cuda and not layout.padded and layout.key_mask is None:
         tokens = min(max(2 ** round(math.log2(max(layout.lengths))), _SIZES[0]), _SIZES[1])
-        return fastest(query.device, query.dtype, query.shape[1], query.shape[2], layout.sequences > 1, tokens)
+        return fastest(query.device, query.dtype, query.shape[1], query.shape[2], layout.sequences > 1, tokens)["fastest"]
     return "triton"
 
 
 _TRIED = ("cudnn", "flash", "triton")  # of those within 3 % of the fastest the first is taken: no picture depends on noise
 _SIZES = 256, 8192  # tokens of a sequence: powers of two between these are measured
+_CALLS = 4  # in a row: a step calls it sixty times
 
 
 @functools.cache
-def fastest(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, several: bool, tokens: int) -> str:
-    """The fastest right attention of a sequence of about so many tokens, or of two in one forward: what a step pays, which
-    is the host's time where a call takes that longer than the device.
+def fastest(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, several: bool, tokens: int) -> dict:
+    """The fastest right attention of a sequence of about so many tokens, or of two in one forward.
 
+    Measured once for a card, driver, torch and Triton, and kept beside the kernels' verdicts: what a step pays, which is the
+    host's time where a call takes that longer than the device.
+
+    Returns:
+        dict: "fastest", a name; "ms" a call, by name; "refused", why the others did not run.
     Raises:
         RuntimeError: none runs, with each one's reason.
     """
-    lengths = (tokens, tokens - 24) if several else (tokens,)
+    what = f"attention of {'two sequences' if several else 'a sequence'} of {tokens} tokens, {heads} x {head_dim}, {dtype}"
+    kept = proofs.kept(device)
+    found = kept.get(what)
+    if found is None:
+        found = _measured(device, dtype, heads, head_dim, (tokens, tokens - 24) if several else (tokens,))
+        kept.put(what, found)
+    MEASURED.setdefault(device, {})[what] = found
+    return found
+
+
+MEASURED: dict[torch.device, dict[str, dict]] = {}  # what this process has asked for
+
+
+def described() -> list[str]:
+    """For `report`: a line for each kind of attention that was chosen here, with what was measured."""
+    lines = []
+    for device, choices in MEASURED.items():
+        for what, found in choices.items():
+            times = [f"{name} {ms:g} ms" for name, ms in found["ms"].items()]
+            times += [f"{name} refused: {why}" for name, why in found["refused"].items()]
+            lines.append(f"{what} on {device}: {found['fastest']} ({', '.join(times)})")
+    return lines
+
+
+def _measured(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, lengths: tuple[int, ...]) -> dict:
     generator = torch.Generator(device).manual_seed(0)
     size = (sum(lengths), heads, head_dim)
     rows = [torch.randn(size, generator=generator, device=device).to(dtype) for _ in range(3)]
@@ -97,30 +126,28 @@ def fastest(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int,
         for start, end in spans * (name in SDPA):
             _scaled_dot_product(*(one[start:end][None] for one in rows), None, SDPA[name])
 
-    def seconds_of(name: str) -> float:
+    def milliseconds(name: str) -> float:
         torch.cuda.synchronize(device)
         begin = time.perf_counter()
         for _ in range(_CALLS):
             call(name)
         torch.cuda.synchronize(device)
-        return (time.perf_counter() - begin) / _CALLS
+        return 1e3 * (time.perf_counter() - begin) / _CALLS
 
-    seconds, refused = {}, {}
+    found, refused = {}, {}
     for name in _TRIED:
         if name == "triton" and not proofs.attention_is_right(device, dtype, head_dim):
             refused[name] = "wrong on this GPU"
             continue
         try:
             call(name)  # plans and compiles
-            seconds[name] = min(seconds_of(name) for _ in range(3))
+            found[name] = round(min(milliseconds(name) for _ in range(3)), 4)
         except RuntimeError as error:  # torch's word for what it has no kernel for
             refused[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if not seconds:
+    if not found:
         raise RuntimeError(f"no attention runs on {device} in {dtype}: {refused}")
-    return next(name for name in _TRIED if seconds.get(name, math.inf) <= 1.03 * min(seconds.values()))
-
-
-_CALLS = 4
+    fastest = next(name for name in _TRIED if found.get(name, math.inf) <= 1.03 * min(found.values()))
+    return {"fastest": fastest, "ms": found, "refused": refused}
 
 
 def _each(attention: Callable, query, key, value, layout: Layout) -> list[torch.Tensor]:

@@ -123,7 +123,7 @@ def report(pipe: Any) -> Report:
     Returns:
         Report: a snapshot; later calls do not change it.
     """
-    from . import vae  # which needs the state from here
+    from . import attention, vae  # which need the state from here
 
     state = getattr(pipe, "__dict__", {}).get(STATE)
     alone = isinstance(pipe, torch.nn.Module)  # a VAE
@@ -141,6 +141,8 @@ def report(pipe: Any) -> Report:
         if state.transformer is not None:
             modulation = f"layers, since {state.no_table}" if state.no_table else state.modulation
             replaced.append(f"transformer (fused blocks, modulation {modulation}, attention {state.attention})")
+            if state.attention == "auto":
+                replaced += attention.described()
             if state.stock_scheduler is None:
                 graphs = f"no CUDA graph: {state.graph}" if state.graph else f"CUDA graph {state.cuda_graph}"
                 replaced.append(f"steps ({graphs})")
