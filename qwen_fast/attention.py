@@ -118,10 +118,7 @@ def _each(attention: Callable, query, key, value, layout: Layout) -> list[torch.
         mask = None if layout.key_mask is None else layout.key_mask.view(batch)[:, None, None]
         out = attention(*(rows.unflatten(0, batch) for rows in (query, key, value)), mask)
         return [out.flatten(0, 1).flatten(1)]
-    return [
-        attention(*(rows[own][None] for rows in (query, key, value)), None)[0].flatten(1)
-        for own in layout.pieces
-    ]
+    return [attention(*(rows[own][None] for rows in (query, key, value)), None)[0].flatten(1) for own in layout.pieces]
 
 
 def _dispatched(query, key, value, mask, backend: AttentionBackendName | None) -> torch.Tensor:
