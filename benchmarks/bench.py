@@ -134,12 +134,12 @@ def run(options: Options, say: Callable[[str], None] = print) -> list[dict[str, 
     except KeyboardInterrupt:
         say(f"interrupted: {len(results)} rows are finished and in {rows.path}.")
         raise
-    release(options.device)
     say("")
     say(table(results))
     say(f"\n{'no lossy mode exists yet' if not LOSSY else 'lossy modes are marked'}; rows are in {rows.path}")
     if changing_rows is not None:
         say(f"a new size and prompt each call: {len(changed)} rows are in {changing_rows.path}")
+    release(options.device)
     return results + changed
 
 

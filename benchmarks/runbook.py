@@ -138,7 +138,7 @@ def run(
                 stage, command, log, allowed, environment | chosen_ptxas(out), lambda: protected(pack), every
             )
             state.set(stage.name, status, seconds=round(seconds, 1), code=code)
-            noted(stage.name, state.stages[stage.name])
+            protected(lambda name=stage.name: noted(name, state.stages[name]))
         protected(pack)
         print(f"{stage.name}: {describe(state.stages[stage.name])}", flush=True)
         status = state.status(stage.name)
@@ -164,7 +164,7 @@ def attempts(stage, command, log, allowed, environment, tick, every) -> tuple[st
 
 
 def protected(pack: Callable[[], None]) -> None:
-    """A full disk, or a file that goes while it is packed, costs that archive and not the run."""
+    """A full disk, or a file that goes while it is packed, costs that archive or line and not the run."""
     try:
         pack()
     except Exception as error:

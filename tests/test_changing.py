@@ -40,7 +40,7 @@ def test_sizes_and_prompts_differ_and_their_token_counts_hardly():
         assert cases[0] == case and len({(one.width, one.height) for one in cases}) == len({one.text for one in cases}) == 4
         assert all(one.width % 16 == one.height % 16 == 0 and one.steps == case.steps for one in cases)
         tokens = [one.image_tokens for one in cases]
-        assert min(tokens) > 0.9 * max(tokens)
+        assert min(tokens) > 0.9 * max(tokens) and (case is CASE or len(set(tokens)) == 4)
     with pytest.raises(ValueError, match="too small for 4 sizes"):
         varied(Case(32, 32, text=2, shape=TINY))
 
@@ -56,7 +56,7 @@ def test_every_way_draws_each_size_once_and_the_last_one_twice(run, pipe, monkey
     rows, said, written = run(STOCK)
     assert drawn == [*((one.width, one.height, one.text) for one in varied(CASE)), drawn[-1]] and len(drawn) == 5
     assert rows[STOCK.name]["status"] == "ok" and written[0]["measured_steps"] == "4"
-    assert written[0]["sizes"] == "144x112:12 112x144:5 160x96:8"
+    assert written[0]["sizes"] == "144x112:12 160x96:5 96x160:8"
 
 
 def test_stock_and_ours_under_the_same_treatment(run):
