@@ -32,8 +32,8 @@ FIELDS = [
 ]
 # As enabled with a graph where "auto" takes one, and without: a graph of a new size has to be captured first.
 RUNGS = (STOCK, ENABLED, STEPS[-1])
-# Width, height and prompt as parts of the case's: about as many tokens each, but never as many, since the schedule and with it the
-# modulation table depend on their number. The first one does not count.
+# Width, height and prompt as parts of the case's: about as many tokens each, but no two as many, since the schedule and with it
+# the modulation table depend on their number. The first one does not count.
 _PARTS = ((1.0, 1.0, 1.0), (9 / 8, 7 / 8, 0.75), (5 / 4, 3 / 4, 0.3), (13 / 16, 19 / 16, 0.5))
 
 
