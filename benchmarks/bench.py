@@ -1,7 +1,10 @@
 """What `qwen-fast bench` does: checks, the model, ceilings, the ladder, one table."""
 
 import contextlib
+import gc
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +15,7 @@ from diffusers.utils import logging
 from qwen_fast.inputs import writable_folder
 from qwen_fast.schedule import check_device
 
-from . import estimate, models
+from . import changing, estimate, models
 from .ceilings import kept_ceilings
 from .grid import QWEN_IMAGE, Case, Shape, default_cases, full_cases, small_cases
 from .ladder import COMPILED, ENABLED, LOSSY, STOCK, Rung, all_rungs, chosen_rungs
@@ -31,7 +34,8 @@ class Options:
         device, dtype: of the model.
         shape: of a model with random weights.
         model: a checkpoint's folder instead.
-        cases: what is measured; None: the default for the device.
+        cases: what is measured, each on every rung; None: the default for the device.
+        changing: cases that are measured with a new size and prompt each call (see changing.py).
         full: every case of the grid, with regional compilation beside stock and ours.
         whole: every step of every picture.
         repeats: pairs of stock and rung.
@@ -50,6 +54,7 @@ class Options:
     shape: Shape = QWEN_IMAGE
     model: str | None = None
     cases: list[Case] | None = None
+    changing: tuple[Case, ...] = ()
     full: bool = False
     whole: bool = False
     repeats: int = 3
@@ -70,8 +75,9 @@ def default_folder() -> Path:
 
 
 def plan(options: Options) -> list[tuple[Case, list[Rung]]]:
-    """The whole ladder for the first case; for the others stock and ours, with `full` the compiled stock too."""
-    if options.cases:
+    """The whole ladder for cases that were asked for and for the first of the others; for the rest of these stock and ours,
+    with `full` the compiled stock too."""
+    if options.cases is not None:
         cases = options.cases
     elif options.full:
         cases = full_cases(options.shape)
@@ -83,9 +89,9 @@ def plan(options: Options) -> list[tuple[Case, list[Rung]]]:
             if not any(part in rung.name for rung in ladder[1:]):
                 names = ", ".join(rung.name for rung in ladder[1:])
                 raise ValueError(f"--{option} {part}: no rung has that in its name. They are: {names}.")
-    first, *others = cases
     rungs = [STOCK, ENABLED, *LOSSY, COMPILED] if options.full else chosen_rungs()
-    planned = [(first, ladder), *((case, rungs) for case in others)]
+    whole = len(cases) if options.cases is not None else 1
+    planned = [(case, ladder if index < whole else rungs) for index, case in enumerate(cases)]
     return [(case, [rung for rung in rungs if _wanted(rung, options)]) for case, rungs in planned]
 
 
@@ -108,30 +114,65 @@ def run(options: Options, say: Callable[[str], None] = print) -> list[dict[str, 
     if options.model is not None:
         models.check_folder(options.model)
         options = replace(options, shape=models.shape_of(options.model))
-        if options.cases:
-            options.cases = [replace(case, shape=options.shape) for case in options.cases]
-        models.check_memory(
-            [case for case, _ in plan(options)], options.device, options.dtype, models.text_encoder_bytes(options.model)
-        )
+        options = _of_shape(options, options.shape)
+        models.check_memory(_cases(options), options.device, options.dtype, models.text_encoder_bytes(options.model))
     else:
         options = smaller(options, say)
     planned = plan(options)
+    for case in options.changing:
+        changing.varied(case)
     rows, ceiling_rows = Rows(folder / "ladder.csv", FIELDS), Rows(folder / "ceilings.csv", CEILING_FIELDS)
-    for note in filter(None, (rows.note, ceiling_rows.note)):
+    changing_rows = Rows(folder / "changing.csv", changing.FIELDS) if options.changing else None
+    for note in filter(None, (one.note for one in (rows, ceiling_rows, changing_rows) if one is not None)):
         say(note)
     if options.device.type == "cuda":
         say(estimated(options))
     results: list[dict[str, str]] = of_this_state(rows.path, options.device) if options.resume else []
     try:
         with silence():
-            measure(options, planned, rows, ceiling_rows, results, say)
+            changed = measure(options, planned, rows, ceiling_rows, changing_rows, results, say)
     except KeyboardInterrupt:
         say(f"interrupted: {len(results)} rows are finished and in {rows.path}.")
         raise
     say("")
     say(table(results))
     say(f"\n{'no lossy mode exists yet' if not LOSSY else 'lossy modes are marked'}; rows are in {rows.path}")
-    return results
+    if changing_rows is not None:
+        say(f"a new size and prompt each call: {len(changed)} rows are in {changing_rows.path}")
+    release(options.device)
+    return results + changed
+
+
+def release(device: torch.device) -> None:
+    """Give back what a pipeline that is no longer there held: graphs, tensors, and the memory kept for the next ones."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
+def leave(code: int) -> None:
+    """End the process here, with its output written, and without taking the interpreter apart.
+
+    On an H100 (torch 2.11) the ladder, which captures CUDA graphs, printed everything and then died of "terminate called
+    without an active exception" while Python shut down: some C++ thread that nobody joined, not found yet. The profile, which
+    captures none, ended well. The exit code of that death is taken for a failed run.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _cases(options: Options) -> list[Case]:
+    """Every case that is drawn, also the sizes that change."""
+    changed = [one for case in options.changing for one in changing.varied(case)]
+    return [case for case, _ in plan(options)] + changed
+
+
+def _of_shape(options: Options, shape: Shape) -> Options:
+    cases = options.cases and [replace(case, shape=shape) for case in options.cases]
+    changed = tuple(replace(case, shape=shape) for case in options.changing)
+    return replace(options, shape=shape, cases=cases, changing=changed)
 
 
 def smaller(options: Options, say: Callable[[str], None]) -> Options:
@@ -140,15 +181,14 @@ def smaller(options: Options, say: Callable[[str], None]) -> Options:
     Raises:
         ValueError: no model fits.
     """
-    cases = [case for case, _ in plan(options)]
+    cases = _cases(options)
     layers = models.layers_that_fit(cases, options.device, options.dtype)
     if layers >= options.shape.layers:
         return options
     if layers < 1:
         models.check_memory(cases, options.device, options.dtype)
     say(f"{options.device} has room for {layers} of the {options.shape.layers} layers: a SMALLER MODEL is measured")
-    shape = replace(options.shape, layers=layers)
-    return replace(options, shape=shape, cases=options.cases and [replace(case, shape=shape) for case in options.cases])
+    return _of_shape(options, replace(options.shape, layers=layers))
 
 
 def estimated(options: Options) -> str:
@@ -159,8 +199,12 @@ def estimated(options: Options) -> str:
         for case, rungs in planned
     ]
     lines = [f"{case}, {len(rungs)} rungs: {time:.0f} s" for (case, rungs), time in zip(planned, seconds, strict=True)]
+    rungs = [rung for rung in changing.RUNGS if _wanted(rung, options)]
+    for case in options.changing:
+        seconds.append(estimate.changing_seconds(changing.varied(case), rungs))
+        lines.append(f"{case}, a new size each call, {len(rungs)} rungs: {seconds[-1]:.0f} s")
     total = sum(seconds) + estimate.start_seconds(options.ceiling_seconds)
-    rows = sum(len(rungs) for _, rungs in planned)
+    rows = sum(len(rungs) for _, rungs in planned) + len(rungs) * len(options.changing)
     shown = lines if len(lines) <= 12 else [*lines[:3], "...", *lines[-3:]]
     return "\n".join([*shown, f"{rows} rows, about {total / 60:.1f} minutes on an H200, by arithmetic"])
 
@@ -170,13 +214,22 @@ def is_fault(row: dict[str, str]) -> bool:
     return row["status"] == "wrong result" or (row["status"] == "failed" and row["lossy"] == "False")
 
 
-def measure(options: Options, planned, rows: Rows, ceiling_rows: Rows, results: list, say: Callable[[str], None]) -> None:
-    """Ceilings, model and ladder; finished rows appear in `results`."""
+def measure(
+    options: Options,
+    planned: list[tuple[Case, list[Rung]]],
+    rows: Rows,
+    ceiling_rows: Rows,
+    changing_rows: Rows | None,
+    results: list[dict[str, str]],
+    say: Callable[[str], None],
+) -> list[dict[str, str]]:
+    """Ceilings, model and ladder, whose finished rows appear in `results`; the rows of sizes that change are returned."""
     shape, device = options.shape, options.device
     name = f"random, {shape.layers} layers, {shape.heads} x {shape.head_dim}"
     if options.model is not None:
         name = Path(options.model).name
-    tokens = planned[0][0].image_tokens + planned[0][0].text
+    first = _cases(options)[0]
+    tokens = first.image_tokens + first.text
     say(f"ceilings, sustained for {options.ceiling_seconds:g} s each")
     copied = None if device.type == "cuda" else 2**24
     with Sampler(device) as sampler:
@@ -195,6 +248,11 @@ def measure(options: Options, planned, rows: Rows, ceiling_rows: Rows, results: 
         pipe = models.random_pipeline(shape, device, options.dtype)
     how = {"say": say, "results": results, "stay": options.stay, "limit": options.limit}
     Session(pipe, name, planned, rows, ceilings, options.repeats, options.whole, **how).run()
+    if changing_rows is None:
+        return []
+    before = of_this_state(changing_rows.path, device) if options.resume else []
+    rungs = [rung for rung in changing.RUNGS if _wanted(rung, options)]
+    return changing.Changing(pipe, name, list(options.changing), rungs, changing_rows, before, options.limit, say).run()
 
 
 @contextlib.contextmanager

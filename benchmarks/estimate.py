@@ -54,6 +54,16 @@ def case_seconds(case: Case, rungs: list[Rung], repeats: int, whole: bool, rando
     return exact + sum(rung_seconds(case, rung, repeats, whole, stay) for rung in rungs if _runs(rung, random))
 
 
+def changing_seconds(cases: list[Case], rungs: list[Rung]) -> float:
+    """Each of the cases once and the last one twice by every rung, without the VAE."""
+    seconds = 0.0
+    for rung in rungs:
+        seconds += _ENTER + len(cases) * (_CAPTURE if rung is ENABLED else 0.0)
+        for case in (*cases, cases[-1]):
+            seconds += min(case.steps, STEPS_MEASURED) * step_seconds(case, stock=rung not in OURS)
+    return seconds
+
+
 def start_seconds(ceiling_seconds: float) -> float:
     """Imports, the model, four ceilings."""
     return _START + 4 * 1.5 * ceiling_seconds

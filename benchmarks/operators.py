@@ -2,10 +2,10 @@
 
     python -m benchmarks.operators --out DIR [--ceilings FILE] [--device cuda] [--limit 25]
 
-One process and no test runner. Rows go to operators.csv one by one: the relative errors against float64 (of attention in two
-heads), whether 20 launches agree to the bit, the median time on buffers that the L2 cache does not hold, GB/s, TFLOP/s and the
-share of the ceiling. What fails is a row with its error. What does not end is a row too; the process then ends with code 7
-and goes on behind it when it is begun again.
+One process and no test runner. Rows go to operators_of_the_model.csv one by one: the relative errors against float64 (of
+attention in two heads), whether 20 launches agree to the bit, the median time on buffers that the L2 cache does not hold, GB/s,
+TFLOP/s and the share of the ceiling. What fails is a row with its error. What does not end is a row too; the process then ends
+with code 7 and goes on behind it when it is begun again.
 
 bench_operators.py compares with torch.compile and stock. Exit code: 0 all right, 1 something is wrong or failed.
 """
@@ -200,7 +200,9 @@ def told(row: dict) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of operators.csv; what it has is not measured again")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of operators_of_the_model.csv; what it has is not measured again"
+    )
     parser.add_argument("--ceilings", type=Path, help="file of this machine's ceilings, measured before; or left there")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=1.0, help="for which each ceiling is sustained")
@@ -213,7 +215,7 @@ def main() -> int:
         small = (replace(case.small(), name=case.name, dtype=FP32) for case in cases)
         cases, dtype = list(small), FP32
         how |= {"shape": SHAPES["middle"], "tokens": 272}
-    rows = Rows(options.out / "operators.csv", FIELDS)
+    rows = Rows(options.out / "operators_of_the_model.csv", FIELDS)
     before = of_this_state(rows.path, device)
     ceilings = kept_ceilings(options.ceilings, device, dtype, **how)
     for name, rate in ceilings.attention_tried.items():

@@ -9,13 +9,19 @@ second line, which takes a moment and notes the commit of the sources that go al
 On the GPU machine, which may have no network and no git, in a copy of the repository with that folder:
 
     python3 -m benchmarks.runbook --wheels wheels --out /tmp/book --archives $OUT              at most 8 minutes
-    python3 -m benchmarks.runbook --wheels wheels --out /tmp/book --archives $OUT --tune       then: tunes, and the ladder again
+    python3 -m benchmarks.runbook --wheels wheels --out /tmp/book --archives $OUT --next       then: what the repository lacks
+    python3 -m benchmarks.runbook --wheels wheels --out /tmp/book --archives $OUT --tune       tunes, and the ladder again
     python3 -m benchmarks.runbook ... --only environment,operators,memory                      some stages, also of later ones
 
 The stages (runbook_stages.py) come in the order of their worth, each in a process of its own with its own log and limit:
 what hangs or crashes costs its own stage. What is done is kept when the run is cut short: the same command goes on behind
 it, on another machine after `tar -xzf rows.tar.gz -C DIR`. While a stage runs, and after it, `--archives` gets rows.tar.gz
 (rows, logs, reports) and traces.tar.gz, of at most 16 MiB each.
+
+`--next` goes on where earlier borrowed machines stopped: what benchmarks/results lacks for this machine, then what is of other
+sources (next_stages.py has the rule), as much as fits by the estimates. `--plan` prints that and runs nothing:
+
+    python -m benchmarks.runbook --next --plan --machine "NVIDIA H100 80GB HBM3" --minutes 3
 
     python -m benchmarks.runbook --dry-run --out DIR      every stage at a small size on a CPU
 
@@ -32,7 +38,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import archives, sources, wheels
+from . import archives, next_stages, sources, wheels
 from .processes import ROOT, execute
 from .runbook_stages import GO_ON, LATER, STAGES, TIMEOUT, TUNING, Stage
 
@@ -96,6 +102,7 @@ def run(
     ptxas: str = "",
     pack: Callable[[], None] = lambda: None,
     every: float = 25.0,
+    noted: Callable[[str, dict], None] = lambda name, entry: None,
 ) -> bool:
     """Run the stages that are not done; whether nothing is missing that all of them need.
 
@@ -106,6 +113,7 @@ def run(
         ptxas: path of another assembler to try.
         pack: saves the results; called behind every stage, and while one runs.
         every: seconds between two such calls.
+        noted: gets the name and the outcome of a stage that has run, before the results are saved.
     """
     deadline = time.monotonic() + 60 * minutes
     for stage in stages:
@@ -130,6 +138,7 @@ def run(
                 stage, command, log, allowed, environment | chosen_ptxas(out), lambda: protected(pack), every
             )
             state.set(stage.name, status, seconds=round(seconds, 1), code=code)
+            protected(lambda name=stage.name: noted(name, state.stages[name]))
         protected(pack)
         print(f"{stage.name}: {describe(state.stages[stage.name])}", flush=True)
         status = state.status(stage.name)
@@ -155,7 +164,7 @@ def attempts(stage, command, log, allowed, environment, tick, every) -> tuple[st
 
 
 def protected(pack: Callable[[], None]) -> None:
-    """A full disk, or a file that goes while it is packed, costs that archive and not the run."""
+    """A full disk, or a file that goes while it is packed, costs that archive or line and not the run."""
     try:
         pack()
     except Exception as error:
@@ -191,11 +200,13 @@ def stage_environment(site: Path | None, small: bool) -> dict[str, str]:
     return environment | ({"OMP_NUM_THREADS": "1"} if small else {})
 
 
-def selected(options: argparse.Namespace) -> tuple[Stage, ...]:
-    """The stages that were asked for, in their order.
+def selected(options: argparse.Namespace, machine: str = "", key: str = "", seconds: float = 480.0) -> tuple[Stage, ...]:
+    """The stages that were asked for, in their order; with `--next` those that it chooses, of which it prints why.
 
+    Args:
+        machine, key, seconds: of `--next`: the machine's name, the sources', and the time that there is.
     Raises:
-        ValueError: a name that is none of theirs.
+        ValueError: a name that is none of theirs, or no machine to look for.
     """
     every, stages = (*STAGES, *LATER, *TUNING), TUNING if options.tune else STAGES
     names = [stage.name for stage in every]
@@ -205,7 +216,15 @@ def selected(options: argparse.Namespace) -> tuple[Stage, ...]:
             raise ValueError(f"--{option}: {', '.join(unknown)} is none of {', '.join(names)}.")
     if options.only:
         stages = tuple(stage for stage in every if stage.name in options.only or stage.needed)
-    return tuple(stage for stage in stages if stage.name not in options.skip)
+    stages = tuple(stage for stage in stages if stage.name not in options.skip)
+    if options.next:
+        if not machine:
+            raise ValueError("--next: nvidia-smi names no GPU here; --machine NAME says which one is meant.")
+        candidates = stages if options.only or options.tune else tuple(s for s in every if s.name not in options.skip)
+        picked, lines = next_stages.chosen(candidates, machine, key, seconds)
+        print("\n".join([f"what {machine} lacks, for {seconds:.0f} s:", *lines]), flush=True)
+        return tuple(picked)
+    return stages
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -223,6 +242,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", type=names, default=[], metavar="STAGE,STAGE", help="these, also those that come later")
     parser.add_argument("--skip", type=names, default=[], metavar="STAGE,STAGE", help="all but these")
     parser.add_argument("--again", type=names, default=[], metavar="STAGE,STAGE", help="run these again, done or not")
+    parser.add_argument("--next", action="store_true", help="what the committed rows lack for this machine, of all stages")
+    parser.add_argument("--machine", help="look for the rows of this one (default: the GPU that nvidia-smi names)")
+    parser.add_argument("--plan", action="store_true", help="print the stages and their estimates, and end")
     parser.add_argument("--dry-run", action="store_true", help="every stage at a small size on the CPU")
     parser.add_argument("--prepare", type=Path, metavar="DIR", help="download into DIR what a GPU machine lacks, and end")
     parser.add_argument("--stamp", type=Path, metavar="DIR", help="note the commit of the sources in DIR, and end")
@@ -244,12 +266,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    begin, stages = time.monotonic(), selected(options)
+    begin, (key, dirty) = time.monotonic(), sources.source_key()
+    machine = options.machine or next_stages.machine_at_hand(options.dry_run)
+    minutes = options.minutes or (60.0 if options.dry_run else 8.0)
+    stages = selected(options, machine, key, 60 * minutes)
+    if options.plan:
+        shown = [f"{stage.name}: about {stage.estimate or stage.limit:.0f} s" for stage in stages]
+        total = sum(stage.estimate or stage.limit for stage in stages)
+        print("\n".join([*([] if options.next else shown), f"about {total:.0f} s, of {60 * minutes:.0f} s"]))
+        return 0
     if options.out is None:
         parser.error("--out DIR is needed")
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    key, dirty = sources.source_key()
     state = State(out / "state.json", key + (" dry run" if options.dry_run else ""))
     print(f"sources: {key}{', which differ from the commit' if dirty == 'True' else ''}", flush=True)
     for name in options.again:
@@ -265,11 +294,15 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         for line in archives.write_archives(out, options.archives or out, more=[CONFIGS] if CONFIGS.is_dir() else []):
             print(f"left out: {line}", flush=True)
 
-    minutes = (options.minutes or (60.0 if options.dry_run else 8.0)) - (time.monotonic() - begin) / 60
+    def noted(name: str, entry: dict) -> None:
+        next_stages.note(out, (key, dirty), machine, name, entry)
+
+    minutes -= (time.monotonic() - begin) / 60
     if not options.dry_run:
         print(f"about {sum(stage.estimate or 0 for stage in stages):.0f} s, of {60 * minutes:.0f} s that there are", flush=True)
     environment = stage_environment(site, options.dry_run)
-    if not run(stages, out, state, environment, minutes=minutes, small=options.dry_run, ptxas=ptxas, pack=pack):
+    how = {"minutes": minutes, "small": options.dry_run, "ptxas": ptxas, "pack": pack, "noted": noted}
+    if not run(stages, out, state, environment, **how):
         state.set(stages[0].name, "not run", why="something was missing")  # the next run looks again
         print("runbook: error: this machine lacks what every stage needs", file=sys.stderr)
         return 2

@@ -13,11 +13,14 @@ class Stage:
             "{timeout}" the limit of a test where pytest-timeout is there.
         small: what a dry run does instead; None: it needs a CUDA device.
         under: a program that runs the interpreter, with its arguments; where it is not installed the stage is not run.
-        estimate: seconds that it takes on an H100, by arithmetic; None: not known.
+        estimate: seconds that it takes on an H100: those it took, or by arithmetic where it has not run there yet.
         grace: seconds between asking it to stop and killing it.
         needed: where it fails nothing else is run.
         shown: last lines of its log that the run-book prints behind it.
         tries: how often it is begun where it ends with `GO_ON`, behind which it goes on by itself.
+        rows: what `--next` looks for, (file, columns) of rows in benchmarks/results; nothing: a row of the stage itself in
+            runbook.csv that says that it was done.
+        after: `--next` takes it only with that stage, of which it measures the outcome.
     """
 
     name: str
@@ -30,9 +33,16 @@ class Stage:
     needed: bool = False
     shown: int = 0
     tries: int = 1
+    rows: tuple[tuple[str, dict[str, str]], ...] = ()
+    after: str = ""
 
 
 GO_ON = 7  # exit code of a stage that gave up at something that hung, and goes on behind it when it is begun again
+
+
+def _each(option: str, values: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(word for value in values for word in (option, value))
+
 
 # They take all memory that is free: nothing may run beside them.
 HOGS = (
@@ -50,6 +60,20 @@ _LADDER = (*_CLI, "bench", "--size", "1024x1024", "--steps", "50", "--repeats", 
 _LADDER += ("--limit", "45", "--resume", *_CEILINGS)
 _SMALL_LADDER = (*_CLI, "bench", "--shape", "tiny", "--size", "64x64", "--steps", "2", "--repeats", "1", "--seconds", "0.02")
 _SMALL_LADDER += ("--device", "cpu", "--resume", *_CEILINGS)
+# Launch-bound and few-step pictures, and pictures each of another size and prompt, on one model: building it takes 15 s.
+_CHOSEN = ("as enabled", "CUDA graph", "VAE of pictures")  # with and without a graph beside what "auto" does
+_SIZES = (*_CLI, "bench", "--repeats", "1", "--seconds", "0.5", "--weights-stay", "--limit", "45", "--resume", *_CEILINGS)
+_SIZES += (*_each("--case", ("512x512,20", "1024x1024,8,no-cfg")), *_each("--only", _CHOSEN))
+_SIZES += _each("--changing", ("512x512,50", "1024x1024,8,no-cfg", "1024x1024,50", "512x512,8,no-cfg"))
+_SMALL_SIZES = (*_CLI, "bench", "--shape", "tiny", "--device", "cpu", "--repeats", "1", "--seconds", "0.02", "--resume")
+_SMALL_SIZES += (
+    *_CEILINGS,
+    *_each("--case", ("48x48,2", "64x64,2,no-cfg")),
+    "--changing",
+    "128x128,2",
+    *_each("--only", _CHOSEN),
+)
+_PICTURE = {"width": "1024", "height": "1024", "steps": "50", "cfg": "True"}  # of which the ladder has every rung
 _PROFILE = (*_CLI, "profile", "--shape", "qwen-image", "--size", "1024x1024", "--steps", "3")
 _PROFILE += ("--weights-stay", *_CEILINGS)
 _SMALL_PROFILE = (*_CLI, "profile", "--shape", "tiny", "--size", "64x64", "--steps", "1", "--device", "cpu", *_CEILINGS)
@@ -59,10 +83,6 @@ _GPU_TESTS = (
     *("test_drawing", "test_graph", "test_host_weights", "test_loading", "test_modulation", "test_profile", "test_runbook"),
     *("test_schedule", "test_text_cache", "test_tune", "test_vae_bands", "test_demo_checkpoint", "ops"),
 )
-
-
-def _each(option: str, values: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(word for value in values for word in (option, value))
 
 
 def _tests(name: str, *arguments: str) -> tuple[str, ...]:
@@ -81,7 +101,7 @@ STAGES = (
         60,
         ("-m", "benchmarks.smoke"),
         ("-m", "benchmarks.smoke", "--device", "cpu"),
-        estimate=12,
+        estimate=14.5,
         needed=True,
     ),
     Stage(
@@ -90,14 +110,15 @@ STAGES = (
         ("-m", "benchmarks.environment", "--out", "{out}/environment.json", "--device", "cuda", "--ptxas", "{ptxas}"),
         ("-m", "benchmarks.environment", "--out", "{out}/environment.json", "--device", "cpu"),
         shown=8,
-        estimate=30,
+        estimate=16,
     ),
     Stage(
         "attention",
         60,
         ("-m", "benchmarks.attention_speed", "--out", "{out}", "--cases", "all", "--seconds", "0.05"),
         ("-m", "benchmarks.attention_speed", "--out", "{out}", "--device", "cpu"),
-        estimate=35,
+        estimate=24,
+        rows=(("attention.csv", {}),),
     ),
     Stage(
         "operators",
@@ -105,9 +126,10 @@ STAGES = (
         ("-m", "benchmarks.operators", "--out", "{out}", "--seconds", "0.5", *_CEILINGS),
         ("-m", "benchmarks.operators", "--out", "{out}", "--seconds", "0.02", "--device", "cpu", *_CEILINGS),
         shown=3,
-        estimate=50,
+        estimate=21,
         grace=2,
         tries=3,
+        rows=(("operators_of_the_model.csv", {}),),
     ),
     Stage(
         "ladder",
@@ -115,50 +137,79 @@ STAGES = (
         (*_LADDER, *_each("--skip", _LATE), "--out", "{out}/ladder"),
         (*_SMALL_LADDER, *_each("--skip", _LATE), "--out", "{out}/ladder"),
         shown=18,
-        estimate=110,
+        estimate=116,
         tries=3,
+        rows=(("ladder.csv", _PICTURE | {"rung": "qwen_fast as enabled"}),),
+    ),
+    Stage(
+        "sizes",
+        120,
+        (*_SIZES, "--out", "{out}/ladder"),
+        (*_SMALL_SIZES, "--out", "{out}/ladder"),
+        shown=24,
+        estimate=95,
+        tries=3,
+        rows=(
+            ("ladder.csv", {"width": "512", "height": "512", "steps": "20", "rung": "+ CUDA graph"}),
+            ("ladder.csv", {"width": "1024", "height": "1024", "steps": "8", "rung": "+ CUDA graph"}),
+            *(("changing.csv", {"width": width, "steps": steps}) for width in ("1024", "512") for steps in ("50", "8")),
+        ),
     ),
     Stage(
         "profile",
         80,
         (*_PROFILE, "--out", "{out}/profile"),
         (*_SMALL_PROFILE, "--out", "{out}/profile"),
-        estimate=45,
+        estimate=50,
     ),
-    Stage("products", 40, ("-m", "benchmarks.products", "--out", "{out}"), estimate=20),
+    Stage(
+        "products",
+        40,
+        ("-m", "benchmarks.products", "--out", "{out}"),
+        ("-m", "benchmarks.products", "--out", "{out}", "--device", "cpu"),
+        estimate=20,
+        rows=(("products.csv", {}),),
+    ),
     Stage(
         "tests-ops",
-        60,
+        80,
         _operator_tests("tests-ops"),
         _tests("tests-ops", "tests/ops/test_flow_match_schedule.py", "-k", "timesteps_of_20_steps"),
         shown=6,
-        estimate=45,
+        estimate=54,
         grace=_GRACE,
     ),
     Stage(
         "tests-gpu",
-        60,
+        90,
         _tests(
             "tests-gpu",
             *(f"tests/{name}{'' if name == 'ops' else '.py'}" for name in _GPU_TESTS),
-            *("-m", "gpu", "-n", "4", *_each("--deselect", HOGS)),
+            *("-m", "gpu", "-n", "10", *_each("--deselect", HOGS)),
         ),
         shown=10,
         estimate=45,
         grace=_GRACE,
     ),
+)
+# What a first run has no time for: `--next` takes them up, and each can be asked for by name.
+LATER = (
     Stage(
         "ladder-compile",
         110,
         (*_LADDER, *_each("--only", ("compile",)), "--limit", "90", "--out", "{out}/ladder"),
         shown=5,
         estimate=85,
+        rows=(("ladder.csv", _PICTURE | {"rung": "stock + regional compile"}),),
     ),
-)
-# What a first run has no time for; each can be asked for by name.
-LATER = (
-    Stage("ladder-peers", 120, (*_LADDER, *_each("--only", _LATE[1:]), "--limit", "90", "--out", "{out}/ladder"), estimate=110),
-    Stage("profile-stock", 80, (*_PROFILE, "--stock", "--out", "{out}/profile-stock"), estimate=45),
+    Stage(
+        "ladder-peers",
+        120,
+        (*_LADDER, *_each("--only", _LATE[1:]), "--limit", "90", "--out", "{out}/ladder"),
+        estimate=110,
+        rows=(("ladder.csv", _PICTURE | {"rung": "torchao"}),),
+    ),
+    Stage("profile-stock", 80, (*_PROFILE, "--stock", "--out", "{out}/profile-stock"), estimate=50),
     Stage(
         "profile-snapshot",
         80,
@@ -194,7 +245,8 @@ TUNING = (
         100,
         (*_LADDER, *_each("--only", ("as enabled", "packed, our attention")), "--out", "{out}/ladder-tuned"),
         estimate=50,
+        after="tune",
     ),
-    Stage("tests-ops-tuned", 60, _operator_tests("tests-ops-tuned"), grace=_GRACE, estimate=45),
-    Stage("profile-tuned", 60, (*_PROFILE, "--out", "{out}/profile-tuned"), estimate=45),
+    Stage("tests-ops-tuned", 80, _operator_tests("tests-ops-tuned"), grace=_GRACE, estimate=54, after="tune"),
+    Stage("profile-tuned", 80, (*_PROFILE, "--out", "{out}/profile-tuned"), estimate=50, after="tune"),
 )

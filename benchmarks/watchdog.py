@@ -36,3 +36,4 @@ def watched(seconds: float | None, give_up: Callable[[], None]) -> Iterator[None
         yield
     finally:
         timer.cancel()
+        timer.join()  # no thread of ours is left when the process ends

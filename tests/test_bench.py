@@ -72,7 +72,7 @@ def test_every_rung_is_reached_and_leaves_the_pipeline_as_it_was(session, monkey
     monkeypatch.setattr(qwen_fast, "disable", noted)
     rows, said, folder = session(ladder.all_rungs())
     by_name = {row["rung"]: row for row in rows}
-    assert list(by_name) == [rung.name for rung in ladder.all_rungs()] and len(by_name) == 17
+    assert list(by_name) == [rung.name for rung in ladder.all_rungs()] and len(by_name) == 18
     stay_out = dict.fromkeys((GRAPH.name, "packed, cuDNN attention", "stock + cuDNN attention"), "needs a CUDA device")
     for row in rows:
         if row["rung"] in stay_out or row["reason"].startswith(("not installed", "random weights", "sageattention")):
@@ -90,18 +90,18 @@ def test_every_rung_is_reached_and_leaves_the_pipeline_as_it_was(session, monkey
     assert all(row["torch"] == torch.__version__ and row["commit"] for row in rows)
 
     # A rung is entered twice, for the first image and for the pairs; the first one once more, for the stage table.
-    measured = [ENABLED, PACKED[0], PACKED[2], *STEPS]
+    measured = [ENABLED, PACKED[0], *PACKED[2:], *STEPS]
     assert len(reports) == 2 * len(measured) + 1
     told = reports.pop()
     assert told.calls["packed transformer"] and not told.fallbacks
-    enabled, diffusers_attention, our_attention, sampler, fused, table, packed, pictures = reports[::2]
+    enabled, diffusers_attention, flash, our_attention, sampler, fused, table, packed, pictures = reports[::2]
     assert "cfg_euler_step" in sampler.calls and "transformer" not in sampler.calls and "vae decode" not in sampler.calls
     for report in (fused, table):
         assert report.calls["transformer"] and "packed transformer" not in report.calls and not report.fallbacks
     assert fused.memory["modulation tables"] == 0
     for report in (table, packed, pictures, enabled):
         assert report.memory["modulation tables"] > 0 and report.memory["modulation weights that stay on the host"]
-    for report in (packed, diffusers_attention, our_attention):
+    for report in (packed, diffusers_attention, flash, our_attention):
         assert report.calls["packed transformer"] and "vae decode" not in report.calls
     assert pictures.calls["vae decode"] and enabled.calls["vae decode"]
 
@@ -243,6 +243,14 @@ bench.run(options)
     rows = read(tmp_path / "ladder.csv")
     assert codes == [GO_ON, 0] and [row["status"] for row in rows] == ["ok", "failed", "ok"]
     assert rows[1]["rung"] == "hanging" and rows[1]["reason"] == "no end within 4 s"
+
+
+def test_the_process_ends_with_its_output_and_without_taking_the_interpreter_apart():
+    code = (
+        "import atexit; from benchmarks import bench; atexit.register(print, 'taken apart'); print('all of it'); bench.leave(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, "all of it\n"), done.stderr
 
 
 def test_stages_are_not_told_of_a_wrong_result(session):

@@ -21,7 +21,7 @@ def one_of(op: str) -> Case:
 
 @pytest.fixture
 def row(tmp_path):
-    rows = Rows(tmp_path / "operators.csv", operators.FIELDS)
+    rows = Rows(tmp_path / "operators_of_the_model.csv", operators.FIELDS)
 
     def measure(case: Case) -> dict[str, str]:
         operators.row_of(case, "operator", CPU, CEILINGS, rows, {}, 60.0)

@@ -205,10 +205,11 @@ def test_the_stages_are_those_of_their_commands():
             if command[:2] == ("-m", "qwen_fast.cli"):
                 build_parser().parse_args([word.replace("{out}", "x") for word in command[2:]])
         assert one.estimate is None or one.estimate < one.limit
-    assert sum(one.estimate for one in STAGES) <= 7.5 * 60 and all(one.estimate for one in STAGES)
-    assert [one.name for one in STAGES][:4] == ["smoke", "environment", "operators", "ladder"]
-    assert STAGES[-1].name == "ladder-compile" and [one.name for one in STAGES if one.needed] == ["smoke"]
-    assert {one.name for one in STAGES if one.small is None} == {"tests-gpu", "ladder-compile"}
+    assert sum(one.estimate for one in STAGES) <= 7.75 * 60 and all(one.estimate for one in STAGES)
+    assert [one.name for one in STAGES][:5] == ["smoke", "environment", "attention", "operators", "ladder"]
+    assert LATER[0].name == "ladder-compile" and [one.name for one in STAGES if one.needed] == ["smoke"]
+    assert {one.name for one in STAGES if one.small is None} == {"tests-gpu"}
+    assert len({one.name for one in (*STAGES, *LATER, *TUNING)}) == len((*STAGES, *LATER, *TUNING))
     for name in HOGS:
         file, _, test = name.partition("::")
         assert f"def {test}(" in (ROOT / file).read_text()
@@ -224,12 +225,12 @@ def test_every_test_that_needs_a_gpu_is_in_the_stage():
 
 def test_stages_are_chosen_by_name():
     def names(*words: str) -> list[str]:
-        parsed = {"tune": False, "only": [], "skip": [], "again": []} | {words[0]: list(words[1:])}
+        parsed = {"tune": False, "next": False, "only": [], "skip": [], "again": []} | {words[0]: list(words[1:])}
         return [one.name for one in runbook.selected(argparse.Namespace(**parsed))]
 
     assert names("only", "memory", "operators") == ["smoke", "operators", "memory"]
     assert names("skip", "tests-ops", "tests-gpu") == [
-        *("smoke", "environment", "operators", "ladder", "profile", "ladder-compile")
+        *("smoke", "environment", "attention", "operators", "ladder", "sizes", "profile", "products")
     ]
 
 
@@ -278,13 +279,23 @@ def test_a_dry_run_killed_after_each_stage_goes_on(tmp_path):
 
     with tarfile.open(out / "rows.tar.gz") as archive:
         names = set(archive.getnames())
-    assert {"state.json", "environment.json", "operators.csv", "ceilings.json", "tests-ops.xml", "profile/report.txt"} <= names
-    assert {"ladder/ladder.csv", "ladder/ceilings.csv", "profile/kernels.csv"} <= names
+    assert {
+        "state.json",
+        "environment.json",
+        "operators_of_the_model.csv",
+        "ceilings.json",
+        "tests-ops.xml",
+        "profile/report.txt",
+    } <= names
+    assert {"ladder/ladder.csv", "ladder/ceilings.csv", "ladder/changing.csv", "profile/kernels.csv"} <= names
+    assert {"attention.csv", "products.csv", "runbook.csv"} <= names
     assert {f"logs/{name}.log" for name in working} <= names
     with tarfile.open(out / "traces.tar.gz") as archive:
         assert archive.getnames() == ["profile/trace.json.gz"]
     assert json.loads((out / "environment.json").read_text())["ptxas"] == ""
-    assert "wrong" not in (out / "operators.csv").read_text()
+    for rows in ("operators_of_the_model.csv", "attention.csv", "ladder/ladder.csv", "ladder/changing.csv"):
+        text = (out / rows).read_text()
+        assert "wrong" not in text and "failed" not in text, text
 
 
 def test_an_unpacked_archive_goes_on(book, tmp_path):
