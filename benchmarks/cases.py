@@ -11,7 +11,7 @@ import torch
 
 from qwen_fast_kernels._arguments import ARGUMENTS, Maker, Size
 
-from . import head_cases, vae_cases
+from . import vae_cases
 
 MODEL = Size()  # Qwen-Image at 1024 x 1024 with a short prompt
 PACKED = Size((30, 77, 11), (4096, 1024, 2304))  # sequences of different lengths in one batch
@@ -104,6 +104,11 @@ def _rows_op(tokens: int, tables: int, flops: int) -> Callable[..., tuple[int, i
     return traffic
 
 
+def _normed_heads(query, key, *rest):
+    rope, value, text, places = rest[4], *rest[7:]
+    return 2 * _bytes(query, key, text[2]) + _bytes(rope, places), 14 * query.numel()
+
+
 def _attention(query, key, value, spans, *_):
     lengths = torch.diff(spans)[:, 0].tolist()
     return 2 * _bytes(query) + _bytes(key, value), 4 * sum(length**2 for length in lengths) * query[0].numel()
@@ -126,7 +131,7 @@ TRAFFIC: dict[str, Callable[..., tuple[int, int]]] = {
     "ada_layer_norm": _rows_op(2, 2, 9),
     "gated_residual": _rows_op(3, 1, 2),
     "gated_residual_ada_layer_norm": _rows_op(4, 3, 11),
-    "qk_norm_rope": head_cases.qk_norm_rope_traffic,
+    "qk_norm_rope": _normed_heads,
     "joint_attention": _attention,
     "linear_gelu": _matmul,
     "linear_gated_residual": _matmul_gated,
@@ -222,22 +227,6 @@ CASES: list[Case] = [
     *_cases_of_token_rows("gated_residual"),
     *_cases_of_token_rows("gated_residual_ada_layer_norm"),
     *_cases_of_heads("qk_norm_rope"),
-    *(
-        Case(
-            "qk_norm_rope",
-            f"sequence-major, {name}",
-            dtype,
-            size,
-            {"sequence_major": True, "layout": layout},
-            default=name == "bf16",
-        )
-        for name, dtype, size, layout in (
-            ("bf16", BF16, PACKED, "rows"),
-            ("fp32", FP32, MODEL, "rows"),
-            ("offset", BF16, MODEL, "offset"),
-            *((f"head_dim {size.head_dim}", BF16, size, "rows") for size in (MIDDLE, TINY, TINIEST)),
-        )
-    ),
     *_cases_of_heads("joint_attention"),
     Case("joint_attention", "key mask", BF16, PACKED, {"masked": True}, default=True),
     *(

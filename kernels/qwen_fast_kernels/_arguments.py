@@ -134,15 +134,14 @@ def _places(size: Size) -> list[int]:
     return text + image
 
 
-def _qk_norm_rope(make, dtype, size, layout="fused", sequence_major=False):
-    """Joint rows, or with `sequence_major` the rows of each sequence together and the text rows moved there."""
+def _qk_norm_rope(make, dtype, size, layout="fused"):
+    """The rows of each sequence together, and the text rows moved there."""
     weights = [make.normal(size.head_dim, dtype=dtype) for _ in range(4)]
     angles = make.normal(size.rows, size.head_dim // 2)
     rope = torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(-2)
     query, key, value = _heads(make, dtype, size, layout, 3)
-    if not sequence_major:
-        return query, key, *weights, rope, size.txt_rows, 1e-6
-    text = make.normal(3, size.txt_rows, size.heads, size.head_dim, dtype=dtype)
+    offset = 3 if layout == "offset" else 0
+    text = make.normal(3, size.txt_rows, size.heads, size.head_dim, dtype=dtype, offset=offset)
     return query, key, *weights, rope, size.txt_rows, 1e-6, value, text, make.values(_places(size))
 
 
