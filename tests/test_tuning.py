@@ -3,12 +3,14 @@
 import importlib
 import json
 import logging
+import sys
 
 import pytest
 import torch
 
 import qwen_fast_kernels
 from qwen_fast_kernels import tuning
+from qwen_fast_kernels._matmul import dimensions
 
 DEVICE = torch.device("cuda", 0)
 NAME = "NVIDIA H200"
@@ -41,7 +43,7 @@ def configs(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "CONFIGS", tmp_path / "configs")
     monkeypatch.setattr(tuning, "capability", lambda device: 90)
     monkeypatch.setattr(tuning, "device_name", lambda device: NAME)
-    caches = tuning.get_config.cache_clear, tuning._measured.cache_clear
+    caches = tuning.get_config.cache_clear, tuning._measured.cache_clear, tuning._entries.cache_clear
     for clear in caches:
         clear()
 
@@ -130,6 +132,62 @@ def test_a_lookup_is_cached_by_device(configs, monkeypatch):
     monkeypatch.setattr(tuning, "capability", lambda device: 80)
     with pytest.raises(TypeError):
         tuning.get_config("op", (4096, 3072, 2, True), torch.device("cuda", 1), default)
+
+
+def test_a_file_is_read_once_for_all_numbers_of_rows(configs, monkeypatch):
+    """A prompt of a new length asks with a new number of rows."""
+    configs(entry(1, 62), entry(2, 4096), entry(3, 8192))
+    read, paths = tuning.read_entries, []
+    monkeypatch.setattr(tuning, "read_entries", lambda path: (paths.append(path), read(path))[1])
+    assert {rows: get(rows) for rows in (60, 61, 77, 4096, 4126, 8252)} == {60: 1, 61: 1, 77: 1, 4096: 2, 4126: 2, 8252: 3}
+    assert len(paths) == 1
+
+
+def test_a_damaged_file_is_named_once_for_all_numbers_of_rows(configs, caplog):
+    configs(text="{")
+    with caplog.at_level(logging.WARNING, "qwen_fast_kernels"):
+        assert [get(rows) for rows in (60, 61, 4096)] == [90] * 3
+    assert len(caplog.records) == 1
+
+
+def test_a_known_key_runs_no_python(configs):
+    configs(entry(1))
+    get()
+    device, calls = DEVICE, []
+    sys.setprofile(lambda frame, event, _: calls.append((event, frame.f_code.co_name)))
+    try:
+        tuning.get_config("op", (4096, 3072, 2, True), device, default)
+    finally:
+        sys.setprofile(None)
+    assert [name for event, name in calls if event == "call"] == [], calls
+
+
+def test_a_linear_layer_asks_in_one_call():
+    """Every call of linear_gelu asks, also where the library then multiplies: no generator, no helper."""
+    x, weight = torch.zeros(4, 64, dtype=torch.bfloat16), torch.zeros(8, 64, dtype=torch.bfloat16)
+    calls = []
+    sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_name) if event == "call" else None)
+    try:
+        dims = dimensions(x, weight)
+    finally:
+        sys.setprofile(None)
+    assert dims == (4, 8, 64, 2, True) and calls == ["dimensions"]
+
+
+@pytest.mark.parametrize(
+    ("x", "weight"),
+    [
+        (torch.zeros(4 * 64 + 1)[1:].view(4, 64), torch.zeros(8, 64)),
+        (torch.zeros(4, 64), torch.zeros(8 * 64 + 1)[1:].view(8, 64)),
+        (torch.zeros(4, 66)[:, :64], torch.zeros(8, 64)),
+        (torch.zeros(4, 64), torch.zeros(8, 66)[:, :64]),
+        (torch.zeros(1, 64).expand(4, 64), torch.zeros(8, 64)),
+    ],
+    ids=["x begins anywhere", "weight begins anywhere", "rows of x", "rows of the weight", "one row many times"],
+)
+def test_what_the_tensor_memory_accelerator_cannot_read_is_not_aligned(x, weight):
+    assert dimensions(torch.zeros(4, 64), torch.zeros(8, 64))[-1] is True
+    assert dimensions(x, weight)[-1] is False
 
 
 def test_these_operators_are_tunable():

@@ -157,13 +157,10 @@ def tile_config(capability: int, rows: int, n: int, k: int, itemsize: int, align
 
 def dimensions(x: torch.Tensor, weight: torch.Tensor) -> tuple[int, int, int, int, bool]:
     """What `default_config` wants after the capability: rows, n, k, itemsize, and whether TMA can read both."""
-    aligned = all(
-        tensor.data_ptr() % 16 == 0
-        and tensor.stride(0) * tensor.element_size() % 16 == 0
-        and tensor.stride(0) >= tensor.shape[1]
-        for tensor in (x, weight)
-    )
-    return x.shape[0], weight.shape[0], x.shape[1], x.element_size(), aligned
+    (rows, k), n, itemsize = x.shape, weight.shape[0], x.element_size()
+    x_stride, weight_stride = x.stride(0), weight.stride(0)
+    misaligned = (x.data_ptr() | weight.data_ptr() | x_stride * itemsize | weight_stride * itemsize) % 16
+    return rows, n, k, itemsize, not misaligned and x_stride >= k and weight_stride >= k
 
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -8,6 +8,11 @@ import torch
 
 from ._triton import tl, triton
 
+# Arguments that change from prompt to prompt. Triton compiles a kernel again for every integer that is 1 or a multiple of 16
+# and for every pointer that is aligned, a second each in mid-use; of these it is told not to. No address along the channels
+# depends on them, so that loads stay as wide.
+VARYING = ("step_index_ptr", "token_rows_ptr", "rows", "txt_rows", "conditions")
+
 
 @triton.jit
 def table_row(row, step_index_ptr, token_rows_ptr, HAS_TOKEN_ROWS: tl.constexpr):

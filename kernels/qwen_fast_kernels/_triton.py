@@ -13,8 +13,11 @@ try:
 except ImportError:
     HAS_TRITON = False
 
+    def _plain(function=None, **_options):
+        return _plain if function is None else function
+
     # Decorated functions stay plain: `require_triton` stops every launch before they could be called.
-    triton = types.SimpleNamespace(jit=lambda function: function)
+    triton = types.SimpleNamespace(jit=_plain)
     tl = types.SimpleNamespace(constexpr=object)
 
 

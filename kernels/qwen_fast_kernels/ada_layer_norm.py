@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ._library import register
-from ._modulation import table_row
+from ._modulation import VARYING, table_row
 from ._row_norm import (
     ada_layer_norm_of_stretches,
     check_row_op,
@@ -45,7 +45,7 @@ def ada_layer_norm_reference(
     return (normed * (1 + scale) + shift).to(x.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _ada_layer_norm_kernel(
     out_ptr,
     x_ptr,
@@ -186,4 +186,5 @@ register(
     cuda=_ada_layer_norm_cuda,
     cpu=_ada_layer_norm_cpu,
     fake=_ada_layer_norm_fake,
+    by_torch=ada_layer_norm_reference,
 )

@@ -36,7 +36,7 @@ def cfg_euler_step_reference(
     return (latents.to(compute_dtype) + dt * velocity).to(latents.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step_index_ptr", "num_tokens", "num_steps"])
 def _cfg_euler_step_kernel(
     out_ptr,
     latents_ptr,
@@ -203,4 +203,5 @@ register(
     cuda=_cfg_euler_step_cuda,
     cpu=_cfg_euler_step_cpu,
     fake=_cfg_euler_step_fake,
+    by_torch=cfg_euler_step_reference,
 )

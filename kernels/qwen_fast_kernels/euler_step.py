@@ -25,7 +25,8 @@ def euler_step_reference(
     return (latents.to(compute_dtype) + update).to(latents.dtype)
 
 
-@triton.jit
+# `numel` is, since the mask has to be known to be equal for 16 bytes: at 64 channels it is always a multiple of 16.
+@triton.jit(do_not_specialize=["step_index_ptr", "num_steps"])
 def _euler_step_kernel(out_ptr, latents_ptr, velocity_ptr, sigmas_ptr, step_index_ptr, numel, num_steps, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     mask = offsets < numel
@@ -135,4 +136,5 @@ register(
     cuda=_euler_step_cuda,
     cpu=_euler_step_cpu,
     fake=_euler_step_fake,
+    by_torch=euler_step_reference,
 )

@@ -51,7 +51,7 @@ def flow_match_schedule_reference(
     return torch.cat([sigma, terminal]), sigma * num_train_timesteps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_inference_steps"])
 def _flow_match_schedule_kernel(
     sigmas_out_ptr,
     timesteps_out_ptr,
@@ -73,8 +73,7 @@ def _flow_match_schedule_kernel(
     if HAS_SIGMAS:
         sigma = tl.load(sigmas_ptr + index, mask=mask, other=1.0)
     else:
-        # numpy's linspace in fp64; `index * 0 +` because a step count of 1 arrives as a constant without a dtype.
-        steps = (index * 0 + num_inference_steps).to(tl.float64)
+        steps = num_inference_steps.to(tl.float64)  # numpy's linspace in fp64
         stop = 1.0 / steps
         step = (stop - 1.0) / tl.where(steps > 1.0, steps - 1.0, 1.0)
         sigma = tl.where(is_last, stop, index.to(tl.float64) * step + 1.0).to(tl.float32)
@@ -229,4 +228,5 @@ register(
     cuda=_flow_match_schedule_cuda,
     cpu=_flow_match_schedule_cpu,
     fake=_flow_match_schedule_fake,
+    by_torch=flow_match_schedule_reference,
 )

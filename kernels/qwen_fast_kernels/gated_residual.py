@@ -9,7 +9,7 @@ Grid: one program per BLOCK_ROWS tokens of one stream.
 import torch
 
 from ._library import register
-from ._modulation import table_row
+from ._modulation import VARYING, table_row
 from ._row_norm import (
     LARGEST_FP16,
     add_gated,
@@ -44,7 +44,7 @@ def gated_residual_reference(
     return (y.clip(-LARGEST_FP16, LARGEST_FP16) if clip else y).to(residual.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _gated_residual_kernel(
     y_ptr,
     residual_ptr,
@@ -183,4 +183,5 @@ register(
     cuda=_gated_residual_cuda,
     cpu=_gated_residual_cpu,
     fake=_gated_residual_fake,
+    by_torch=gated_residual_reference,
 )

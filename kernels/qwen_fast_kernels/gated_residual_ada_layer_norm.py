@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ._library import register
-from ._modulation import table_row
+from ._modulation import VARYING, table_row
 from ._row_norm import (
     LARGEST_FP16,
     ada_layer_norm_of_stretches,
@@ -57,7 +57,7 @@ def gated_residual_ada_layer_norm_reference(
     return y, (normed * (1 + scale) + shift).to(residual.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _gated_residual_ada_layer_norm_kernel(
     y_ptr,
     normed_ptr,
@@ -242,4 +242,5 @@ register(
     cuda=_gated_residual_ada_layer_norm_cuda,
     cpu=_gated_residual_ada_layer_norm_cpu,
     fake=_gated_residual_ada_layer_norm_fake,
+    by_torch=gated_residual_ada_layer_norm_reference,
 )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ._library import register
 from ._matmul import check_linear, column_parts, dimensions, launch_tiles, tile_config, tile_position, tile_product
-from ._modulation import check_indices, check_modulation, rows_of, table_row
+from ._modulation import VARYING, check_indices, check_modulation, rows_of, table_row
 from ._triton import require_triton, tl, triton
 from .tuning import get_config
 
@@ -41,7 +41,7 @@ def linear_gated_residual_reference(
     return (out.clamp(-LARGEST, LARGEST) if clip else out).to(x.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _linear_gated_residual_kernel(
     out_ptr,
     x_ptr,
@@ -240,4 +240,5 @@ register(
     cuda=_linear_gated_residual_cuda,
     cpu=_linear_gated_residual_cpu,
     fake=_linear_gated_residual_fake,
+    by_torch=linear_gated_residual_reference,
 )

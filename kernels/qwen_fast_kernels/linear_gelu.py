@@ -25,7 +25,7 @@ def linear_gelu_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
     return F.gelu(product, approximate="tanh").to(x.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _linear_gelu_kernel(
     out_ptr,
     x_ptr,
@@ -127,4 +127,5 @@ register(
     cuda=_linear_gelu_cuda,
     cpu=_linear_gelu_cpu,
     fake=_linear_gelu_fake,
+    by_torch=_linear_gelu_cpu,
 )

@@ -95,15 +95,21 @@ def get_config(op: str, dims: tuple, device: torch.device, default: Callable[...
         dict: shared by all callers, not to be changed.
     """
     config = default(capability(device), *dims)
-    named, name = dims_of(default, dims), device_name(device)
-    if not _measured(name):
+    if not _measured(device_name(device)):
         return config
+    named = dims_of(default, dims)
+    entries = _entries(CONFIGS / file_name(op, named, device_name(device)))
+    return chosen(entries, named, triton.__version__ if HAS_TRITON else "", config) or config
+
+
+@functools.cache
+def _entries(path: Path) -> list[dict]:
+    """Of a file, which is read once: every number of rows asks for it. None of a damaged one, as the log says."""
     try:
-        entries = read_entries(CONFIGS / file_name(op, named, name))
+        return read_entries(path)
     except ValueError as error:
         logger.warning("%s The default configurations are used.", error)
-        return config
-    return chosen(entries, named, triton.__version__ if HAS_TRITON else "", config) or config
+        return []
 
 
 @functools.cache

@@ -7,6 +7,8 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageRMS_norm
 from elementwise_cases import DTYPES, both, in_layout, last_element
 
+from benchmarks.compile_table import read_table
+from benchmarks.vae_cases import WIDTHS
 from budget import assert_bit_equal, assert_within_budget
 from canaries import Canaries, between_canaries
 from qwen_fast_kernels import rms_norm_silu as op
@@ -20,7 +22,7 @@ from qwen_fast_kernels.rms_norm_silu import (
 pytestmark = pytest.mark.usefixtures("nan_filled_empties")
 
 # Pixels and channels: the VAE's widths, those of Qwen-Image-2.1, odd ones, tails of a tile.
-SHAPES = [(1, 96), (37, 96), (17, 192), (33, 384), (19, 144), (2, 1152), (21, 7), (5, 1), (0, 96)]
+SHAPES = [(1, 96), (67, 96), (37, 192), (33, 384), (66, 144), (9, 1152), (257, 7), (5, 1), (0, 96)]
 ADDED = {"alone": (), "bias": ("x_bias",), "residual": ("residual",), "both": ("x_bias", "residual")}
 
 
@@ -169,6 +171,24 @@ def test_offsets_beyond_32_bits(one_far_program, monkeypatch, device):
     monkeypatch.undo()
     assert_bit_equal(out[row:], expected)
     assert_bit_equal(residual[row:], near["residual"])
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("channels", WIDTHS)
+def test_the_default_configuration_computes_little_for_nothing(channels, itemsize):
+    """Whole vectors of 16 bytes for every thread, at most a channel in nine idle, and few enough chunks for the registers."""
+    config = default_config(90, channels, itemsize)
+    block, threads = config["BLOCK_CHANNELS"], 32 * config["num_warps"]
+    chunks = -(-channels // block)
+    assert chunks <= 5 and 8 * chunks * block <= 9 * channels
+    assert config["BLOCK_ROWS"] * block * itemsize == 16 * threads
+
+
+@pytest.mark.parametrize("channels", [width for width in WIDTHS if width <= 576])
+def test_the_sum_of_squares_needs_no_shared_memory(channels):
+    """A pixel's chunk lies in one warp, as the committed compile table says."""
+    rows = [row for row in read_table() if row["op"] == "rms_norm_silu" and row["case"] == f"{channels} channels, bf16"]
+    assert len(rows) == 12 and {row["dynamic_shared"] for row in rows} == {0}
 
 
 def test_the_cpu_in_blocks(device):
