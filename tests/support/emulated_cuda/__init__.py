@@ -9,8 +9,8 @@ Tensors say cuda:0 and are plain tensors over host memory (memory.py); every ope
 arguments.py), but for what a GPU does otherwise (operators.py); streams, events and graphs keep the order that a GPU would
 be held to (streams.py); a launch of a Triton kernel gives the reference's values, is interpreted, or is compiled
 (launches.py); whatever a GPU would make the host wait for, whatever crosses, mixes, races or is illegal in a capture is noted
-with its place (notes.py). device.py puts them together. plugin.py and children/ give a device to a whole run of pytest and to
-processes that a test starts.
+with its place (notes.py). project.py answers what the project would find out about a card; device.py puts all together.
+plugin.py and children/ give a device to a whole run of pytest and to processes that a test starts.
 
 What it cannot show: speed, what a compiled kernel really computes, and the order in which a GPU runs what nothing orders.
 """

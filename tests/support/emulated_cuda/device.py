@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import sys
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +14,7 @@ from .backend import Backend, install
 from .launches import Launches
 from .memory import DeviceGuard, Memory
 from .notes import Notes
+from .project import answered
 from .streams import Event, Graph, Stream, Timeline
 
 _OWN_GENERATOR = torch.Generator
@@ -211,6 +211,7 @@ def emulated_cuda(
     name: str = "an emulated GPU",
     total: int = 80 * 2**30,
     products_vary: bool = True,
+    attention: str = "flash",
 ) -> Iterator[EmulatedCuda]:
     """Inside, this process has a CUDA device `cuda:0` of ours.
 
@@ -220,6 +221,7 @@ def emulated_cuda(
         name: that torch.cuda.get_device_name gives.
         total: bytes of memory that the device has.
         products_vary: let the last digits of a matrix product depend on its number of rows, as cuBLAS's do.
+        attention: that the project finds to be the fastest, see project.py.
     Raises:
         RuntimeError: the process has a real CUDA device, or already an emulated one.
     """
@@ -227,22 +229,6 @@ def emulated_cuda(
         raise RuntimeError("there is an emulated CUDA device already.")
     if torch.cuda.is_available():
         raise RuntimeError("there is a real CUDA device: nothing to emulate.")
-    _forget()
-    try:
-        device = EmulatedCuda(launches, capability, name, total, products_vary)
-        with device._present():
-            yield device
-    finally:
-        _forget()
-
-
-def _forget() -> None:
-    """What the project keeps for a process about the GPU at hand."""
-    for module, names in {
-        "qwen_fast_kernels.tuning": ("get_config", "_measured"),
-        "qwen_fast.attention": ("kernel_is_right",),
-    }.items():
-        for name in names:
-            kept = getattr(sys.modules.get(module), name, None)
-            if isinstance(kept, functools._lru_cache_wrapper):
-                kept.cache_clear()
+    device = EmulatedCuda(launches, capability, name, total, products_vary)
+    with device._present(), answered(attention):
+        yield device
