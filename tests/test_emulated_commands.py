@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,13 +20,8 @@ pytestmark = pytest.mark.triton
 def small_ceilings(monkeypatch):
     """What a machine can do at best is measured at a GPU's sizes, which take minutes here."""
     ceilings, shapes = benchmarks("ceilings"), benchmarks("grid").SHAPES
-    own = ceilings.measure_ceilings
-
-    def measured(device, dtype, **_others):
-        return own(device, dtype, seconds=0.01, shape=shapes["tiny"], tokens=32, copy_bytes=2**16)
-
-    for module in (ceilings, benchmarks("bench")):
-        monkeypatch.setattr(module, "measure_ceilings", measured)
+    own, small = ceilings.measure_ceilings, {"seconds": 0.01, "shape": shapes["tiny"], "tokens": 32, "copy_bytes": 2**16}
+    monkeypatch.setattr(ceilings, "measure_ceilings", lambda device, dtype, **others: own(device, dtype, **others | small))
 
 
 def assert_nothing_wrong(device) -> None:
@@ -49,26 +45,48 @@ def test_generate(checkpoint, emulated_cuda, tmp_path, capsys):
     assert_nothing_wrong(emulated_cuda)
 
 
-def test_bench(emulated_cuda, tmp_path):
-    arguments = ["--shape", "tiny", "--size", "64x64", "--steps", "2", "--repeats", "1", "--seconds", "0.01"]
-    # There is no code of torch.compile to run, and the rungs between the first and the last are options that have tests.
-    names = ["compile", "fastest", "schedule", "fused", "table", "VAE"]
-    skipped = [part for name in names for part in ("--skip", name)]
-    assert main(["bench", *arguments, *skipped, "--device", "cuda", "--out", str(tmp_path)]) == 0
-    with (tmp_path / "ladder.csv").open() as file:
-        rows = {row["rung"]: row for row in csv.DictReader(file)}
-    for name in ("stock diffusers", "+ packed CFG", "+ CUDA graph", "qwen_fast as enabled"):
-        assert rows[name]["status"] == "ok", rows[name]
-        assert float(rows[name]["peak_gib"]) >= 0 and rows[name]["psnr_db"]
+def small(stage: str, out: Path) -> list[str]:
+    """The command of a stage of the run-book as its dry run has it, but on the device."""
+    (found,) = [one for one in benchmarks("runbook_stages").STAGES if one.name == stage]
+    words = [word.replace("{out}", str(out)) for word in found.small]
+    assert words[:2] == ["-m", "qwen_fast.cli"] and words.count("cpu") == 1
+    return ["cuda" if word == "cpu" else word for word in words[2:]]
+
+
+def rows_of(path: Path) -> list[dict]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_ladder_of_the_run_book(emulated_cuda, tmp_path):
+    """Without the rungs between the first and the last, which are options that have tests."""
+    skipped = [part for name in ("schedule", "fused", "table", "VAE", "in turn", "packed,") for part in ("--skip", name)]
+    assert main([*small("ladder", tmp_path), *skipped]) == 0
+    rows = {row["rung"]: row for row in rows_of(tmp_path / "ladder" / "ladder.csv")}
+    for name in ("stock diffusers", "stock + cuDNN attention", "+ packed CFG", "+ CUDA graph", "qwen_fast as enabled"):
+        assert rows[name]["status"] == "ok" and rows[name]["psnr_db"], rows[name]
     assert emulated_cuda.notes.of(notes.CAPTURE) and emulated_cuda.notes.of(notes.REPLAY)
     assert_nothing_wrong(emulated_cuda)
 
 
-def test_profile(emulated_cuda, tmp_path, capsys):
-    arguments = ["--shape", "tiny", "--size", "64x64", "--steps", "2", "--device", "cuda", "--out", str(tmp_path)]
-    assert main(["profile", *arguments]) == 0
-    assert "qwen_fast::joint_attention" in capsys.readouterr().out and (tmp_path / "memory_snapshot.pickle").exists()
+def test_the_sizes_of_the_run_book(emulated_cuda, tmp_path):
+    """Few-step pictures, and each call with a new size and prompt."""
+    assert main(small("sizes", tmp_path)) == 0
+    assert {row["status"] for row in rows_of(tmp_path / "ladder" / "ladder.csv")} == {"ok"}
+    assert rows_of(tmp_path / "ladder" / "changing.csv")
     assert_nothing_wrong(emulated_cuda)
+
+
+def test_the_profile_of_the_run_book(emulated_cuda, tmp_path, capsys):
+    assert main(small("profile", tmp_path)) == 0
+    assert "qwen_fast::qk_norm_rope" in capsys.readouterr().out
+    assert_nothing_wrong(emulated_cuda)
+
+
+def test_the_smoke_test_of_the_run_book(emulated_cuda, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["smoke"])
+    assert benchmarks("smoke").main() == 0
+    assert "an emulated GPU, sm_90" in capsys.readouterr().out
 
 
 def test_the_profiler_hears_of_host_waits(checkpoint, emulated_cuda):
@@ -84,10 +102,9 @@ def test_the_profiler_hears_of_host_waits(checkpoint, emulated_cuda):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real device")
 def test_a_process_and_its_children_have_a_device():
-    """For commands that start others, as the run-book does."""
-    inner = "import torch; print(torch.cuda.get_device_name(), float(torch.ones(2, device='cuda').sum()))"
-    outer = f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', {inner!r}]).returncode)"
+    """For commands that start others, as the run-book does; their children inherit it."""
+    code = "import torch; print(torch.cuda.get_device_name(), float(torch.ones(2, device='cuda').sum()))"
     environment = environment_of_children(name="a child's GPU", total=2**30)
-    done = subprocess.run([sys.executable, "-c", outer], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout == "a child's GPU 2.0\n", done.stderr
     assert json.loads(environment["EMULATED_CUDA"])["total"] == 2**30

@@ -75,9 +75,8 @@ def test_an_operator_in_a_capture(emulated_cuda):
 
 @pytest.mark.triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run natively here")
-def test_replays_through_the_interpreter(checkpoint, monkeypatch):
+def test_replays_through_the_interpreter(checkpoint):
     """A capture keeps the launches, and each replay interprets the kernels again on the same memory."""
-    monkeypatch.setattr("qwen_fast.attention.kernel_is_right", lambda *_: True)  # its own problem is a large one
     arguments = SMALL | {"prompt": "a red circle", "width": 32, "height": 32, "num_inference_steps": 2, "sigmas": [1.0, 0.4]}
     expected = draw(qwen_fast.enable(stock(checkpoint)), **arguments)
     with emulation.emulated_cuda(launches="interpret") as device:
@@ -124,7 +123,7 @@ import json, sys
 import qwen_fast
 from pipelines import draw, stock
 from support.emulated_cuda import emulated_cuda
-with emulated_cuda(launches="compile", capability=int(sys.argv[2])) as device:
+with emulated_cuda(launches="compile", capability=int(sys.argv[2]), attention="triton") as device:
     pipe = qwen_fast.enable(stock(sys.argv[1], getattr(__import__("torch"), "bfloat16")).to("cuda"), cuda_graph=False)
     images = draw(pipe, **json.loads(sys.argv[3]))
     assert images.isfinite().all()

@@ -129,9 +129,9 @@ def assert_steps_go_on(seen: notes.Notes, allowed: tuple[str, ...] = ()) -> None
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """As the contract of whole runs has it, and as much again for products that depend on their rows."""
+    """As the contract of whole runs has it, with room for products that depend on their rows, and for a VAE behind them."""
     assert actual.dtype == expected.dtype and actual.shape == expected.shape and actual.isfinite().all()
-    assert (actual - expected).abs().max() <= 5e-6 * expected.abs().max(), (actual - expected).abs().max()
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max(), (actual - expected).abs().max()
 
 
 @pytest.mark.triton

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import notes as kinds
 from .memory import on_host, poison, redispatch
@@ -114,6 +115,16 @@ def _as_one(backend: Any, op, *args, **kwargs) -> Any:
     return backend.run(op, args, kwargs)
 
 
+def _attention(backend: Any, op, *args, **kwargs) -> Any:
+    """Any of torch's kernels may be asked for by name; the CPU has one for all of them."""
+
+    def compute(*own_args, **own_kwargs):
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+            return op(*own_args, **own_kwargs)
+
+    return backend.run(op, args, kwargs, compute)
+
+
 def product(backend: Any, op, *args, **kwargs) -> torch.Tensor:
     """A matrix product whose summation starts at another place for another number of rows."""
     place = PRODUCTS[op.name().split(".")[0]]
@@ -138,7 +149,7 @@ SPECIAL = {
     "aten::copy_": _copy,
     "aten::_to_copy": _to_copy,
     "aten::convolution": _as_one,
-    "aten::scaled_dot_product_attention": _as_one,
+    "aten::scaled_dot_product_attention": _attention,
     "aten::set_.source_Storage_storage_offset": _view_only,
     "aten::set_.source_Tensor": _view_only,
     "aten::set_.source_Storage": _view_only,
