@@ -166,7 +166,8 @@ def on_device(module: nn.Module, device: torch.device, *, skip: str | tuple[str,
     if not _is_elsewhere(module, device):
         return module
     tensors = {name: tensor for name, tensor in _tensors(module).items() if not name.startswith(skip)}
-    copies = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    # To the host a copy has to have arrived: nothing makes the CPU wait for one that has not.
+    copies = {name: tensor.to(device, non_blocking=device.type != "cpu") for name, tensor in tensors.items()}
     return lambda *args, **kwargs: functional_call(module, copies, args, kwargs)
 
 

@@ -293,6 +293,15 @@ def test_two_pipelines_of_one_model(checkpoint, emulated_cuda):
     assert_nothing_wrong(emulated_cuda.notes)
 
 
+@pytest.mark.triton
+def test_a_prompt_encoded_on_the_cpu_by_weights_on_the_device(checkpoint, emulated_cuda):
+    """The weights' copies are there before the CPU reads them."""
+    pipe = qwen_fast.enable(stock(checkpoint).to("cuda"))
+    with torch.no_grad():
+        (actual, _), (expected, _) = (one.encode_prompt("a cat", device=torch.device("cpu")) for one in (pipe, stock(checkpoint)))
+    torch.testing.assert_close(actual, expected)
+
+
 # Seeded faults: each of them would be invisible on a CPU, and none of them is here. ------------------------------------
 
 
