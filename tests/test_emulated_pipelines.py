@@ -298,7 +298,9 @@ def test_a_prompt_encoded_on_the_cpu_by_weights_on_the_device(checkpoint, emulat
     """The weights' copies are there before the CPU reads them."""
     pipe = qwen_fast.enable(stock(checkpoint).to("cuda"))
     with torch.no_grad():
-        (actual, _), (expected, _) = (one.encode_prompt("a cat", device=torch.device("cpu")) for one in (pipe, stock(checkpoint)))
+        (actual, _), (expected, _) = (
+            one.encode_prompt("a cat", device=torch.device("cpu")) for one in (pipe, stock(checkpoint))
+        )
     torch.testing.assert_close(actual, expected)
 
 
