@@ -258,11 +258,10 @@ def test_pictures_side_by_side(checkpoint, emulated_cuda, cuda_graph):
     settings = GUIDED | {"output_type": "pt"}
     reference = qwen_fast.enable(stock(checkpoint))
     pipe = qwen_fast.enable(stock(checkpoint).to("cuda"), cuda_graph=cuda_graph)
-    pictures = list(qwen_fast.generate(pipe, prompts, seed=3, **settings))
-    for index, picture in enumerate(pictures):
-        assert picture.index == index
-        expected = draw(reference, prompt=prompts[index], generator=torch.Generator().manual_seed(3 + index), **settings)
-        assert_near(picture.image.cpu(), expected[0])
+    for index, picture in enumerate(qwen_fast.generate(pipe, prompts, seed=3, **settings)):
+        alone = {"prompt": prompts[index], "seed": 3 + index} | settings
+        assert picture.index == index and torch.equal(picture.image, draw(pipe, **alone)[0])  # while the next is decoded
+        assert_near(picture.image.cpu(), draw(reference, **alone)[0])
     assert_nothing_wrong(emulated_cuda.notes)
 
 

@@ -11,6 +11,7 @@ is replaced, in one of three ways:
 """
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,6 +37,13 @@ class Compiled:
     kernel: Any
 
 
+class _Running(threading.local):
+    """What each thread is at: the operator whose implementation runs, and whether it has launched a kernel."""
+
+    operator: str | None = None
+    launched = False
+
+
 class Launches:
     """All launches of one emulated device.
 
@@ -54,7 +62,7 @@ class Launches:
         self.compiled: list[Compiled] = []
         self._known: set[int] = set()
         self._loaded: set[tuple] = set()
-        self._operator: str | None = None  # whose implementation runs now
+        self._thread = _Running()
 
     @contextlib.contextmanager
     def replaced(self) -> Iterator[None]:
@@ -84,10 +92,13 @@ class Launches:
                 counts = grid(kwargs) if callable(grid) else grid
                 self._check(name, counts, (*args, *kwargs.values()))
                 self.backend.notes.add(kinds.LAUNCH, f"{name}{list(counts)}", capturing=self.backend.timeline.graph is not None)
+                self._thread.launched = True
                 self._load(name, args, kwargs)
-                if self.mode == "interpret" or (self.mode == "reference" and self._operator is None and _interprets(kernel)):
+                if self.mode == "interpret" or (
+                    self.mode == "reference" and self._thread.operator is None and _interprets(kernel)
+                ):
                     return self._interpret(name, original, kernel, grid, args, kwargs)
-                if self._operator is None:
+                if self._thread.operator is None:
                     raise RuntimeError(f"{name} is launched outside an operator, and nothing gives it values.")
                 if self.mode == "compile":
                     return self._compile(name, kernel, counts, args, kwargs)
@@ -156,13 +167,14 @@ class Launches:
 
         def run(*args, **kwargs):
             self.backend.refuse_mixed(op.name(), tensors_in((args, kwargs)))
-            before, self._operator = self._operator, op.name()
-            launched = len(self.backend.notes.of(kinds.LAUNCH))
+            thread = self._thread
+            before, thread.operator, thread.launched = (thread.operator, thread.launched), op.name(), False
             try:
                 found = implementation.call_boxed(keys, *args, **kwargs)
             finally:
-                self._operator = before
-            if len(self.backend.notes.of(kinds.LAUNCH)) > launched:  # else torch's own operators gave the values
+                launched = thread.launched
+                thread.operator, thread.launched = before
+            if launched:  # else torch's own operators gave the values
                 self._fill(op, args, kwargs, found)
             return found
 
