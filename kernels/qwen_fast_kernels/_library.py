@@ -1,9 +1,12 @@
-"""Registration of the operators in `torch.ops.qwen_fast`, the only registry."""
+"""Registration of the operators in `torch.ops.qwen_fast`, the only registry, and the dtypes that they take."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+FLOATS_OF_CPU = (*FLOATS, torch.float64)
 
 _LIBRARY = torch.library.Library("qwen_fast", "DEF")
 

@@ -5,6 +5,7 @@ Two main loops: by pointers (any strides and alignment) and by tensor descriptor
 
 import torch
 
+from ._library import FLOATS, FLOATS_OF_CPU
 from ._triton import HAS_TRITON, on_device, tl, triton
 
 if HAS_TRITON:
@@ -163,14 +164,11 @@ def dimensions(x: torch.Tensor, weight: torch.Tensor) -> tuple[int, int, int, in
     return rows, n, k, itemsize, not misaligned and x_stride >= k and weight_stride >= k
 
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
 def check_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     """Raise a ValueError that names the argument that does not fit `x @ weight.T + bias`."""
     dtype, device = x.dtype, x.device
-    if dtype not in _DTYPES and (dtype != torch.float64 or x.is_cuda):
-        allowed = _DTYPES if x.is_cuda else (*_DTYPES, torch.float64)
+    allowed = FLOATS if x.is_cuda else FLOATS_OF_CPU
+    if dtype not in allowed:
         raise ValueError(f"x: dtype {dtype} is not supported on {device.type}; use one of {allowed}.")
     if x.dim() != 2 or x.shape[0] < 1 or x.shape[1] < 1:
         raise ValueError(f"x: shape {tuple(x.shape)}; [R, K] with at least one row and one channel is needed.")

@@ -124,10 +124,8 @@ def nan_in_storage(x: torch.Tensor) -> torch.Tensor:
     return x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0).isnan()
 
 
-def run_kernel(tensors, case: Case, rope, strides, rows: int, txt_rows: int, has_text: bool) -> None:
-    """One program, which the interpreter takes for a far one."""
-    if not has_text:
-        strides = (*strides, tensors[0], 0, 0, tensors[0], 0, 0, 0, rope)
-    config = default_config(90, case.heads, 128, 4)
-    sizes = (rows, txt_rows, case.heads, case.eps, 128)
-    _qk_norm_rope_kernel[(1,)](*tensors, *case.weights, rope, *strides, *sizes, HAS_TEXT=has_text, **config)
+def run_kernel(tensors, case: Case, rope, rows: int, txt_rows: int, strides: tuple, text: tuple | None = None) -> None:
+    """One program, which the interpreter takes for a far one; `text` is (value, text, places)."""
+    numbers = (rows, txt_rows, case.eps, case.heads, *strides, *(0,) * (9 - len(strides)))
+    others, config = text or (*tensors, rope), default_config(90, case.heads, 128, 4)
+    _qk_norm_rope_kernel[(1,)](*tensors, *case.weights, rope, *others, *numbers, 128, text is not None, **config)

@@ -167,7 +167,7 @@ def test_offsets_beyond_32_bits(far_axis, one_far_program, device):
     far = [x.as_strided((1, heads, 128), (128, head_stride, 1), x.storage_offset() + row * 128) for x in (query, key)]
     far[0].copy_(case.query), far[1].copy_(case.key), rope[row * 128 :][:128].copy_(case.rope[0])
     strides = (128, head_stride, 128, head_stride)
-    run_kernel((query, key), case, rope, strides, row + 1, 0, False)
+    run_kernel((query, key), case, rope, row + 1, 0, strides)
     assert_pairs_equal(far, expected)
 
 

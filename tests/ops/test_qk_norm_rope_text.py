@@ -94,8 +94,8 @@ def test_offsets_beyond_32_bits(txt_rows, one_far_program, device):
     rope[row * 128 :][:128].copy_(case.rope[0])
     places = torch.full((row + 1,), -1, dtype=torch.int32, device=device)
     places[row] = row
-    strides = (128, 128, 128, 128, value, 128, 128, text, 2**14, 128, 128, places)
-    run_kernel((query, key), case, rope, strides, row + 1, row + txt_rows, True)
+    strides = (*(128,) * 6, 2**14, 128, 128)
+    run_kernel((query, key), case, rope, row + 1, row + txt_rows, strides, (value, text, places))
     assert_pairs_equal(far, expected)
 
 
