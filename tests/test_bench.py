@@ -234,7 +234,7 @@ def hang(pipe, case):
 case = Case(32, 48, 2, False, 1, 8, SHAPES["tiny"])
 bench.plan = lambda _: [(case, [ladder.STOCK, ladder.Rung("hanging", hang), ladder.STEPS[0]])]
 options = bench.Options(torch.device("cpu"), torch.float32, shape=SHAPES["tiny"], repeats=1, ceiling_seconds=1e-3)
-options.out, options.limit, options.resume = sys.argv[1], 4.0, True
+options.out, options.limit, options.resume = sys.argv[1], 12.0, True
 bench.run(options)
 """
     codes = [
@@ -242,7 +242,7 @@ bench.run(options)
     ]
     rows = read(tmp_path / "ladder.csv")
     assert codes == [GO_ON, 0] and [row["status"] for row in rows] == ["ok", "failed", "ok"]
-    assert rows[1]["rung"] == "hanging" and rows[1]["reason"] == "no end within 4 s"
+    assert rows[1]["rung"] == "hanging" and rows[1]["reason"] == "no end within 12 s"
 
 
 def test_the_process_ends_with_its_output_and_without_taking_the_interpreter_apart():
