@@ -22,7 +22,7 @@ import torch
 from qwen_fast_kernels._triton import capability
 
 from .attention_check import LAUNCHES, LIMIT
-from .budget import in_float64, over_budget, relative_errors, results
+from .budget import IN_PLACE, in_float64, over_budget, relative_errors, results
 from .cases import BF16, FP32, Case, Maker, Size
 from .ceilings import Ceilings, kept_ceilings
 from .grid import NEGATIVE_TOKENS, SHAPES
@@ -35,7 +35,7 @@ from .work import Piece, floor_seconds
 
 ROUNDS = 30
 SAMPLED_HEADS = 2
-CHANGED = {"qk_norm_rope": (0, 1, 9), "rms_norm_silu": (3,)}  # arguments that an operator writes to
+CHANGED = IN_PLACE | {"rms_norm_silu": (3,)}  # arguments that an operator writes to
 FIELDS = [
     *PROVENANCE,
     *("op", "case", "size", "dtype", "way", "status", "reason", "max_error", "rms_error", "equal_launches", "rounds"),
@@ -55,7 +55,7 @@ _OF_TOKENS = (
     ("linear_gelu", "", {}),
     ("linear_gated_residual", "MLP", {}),
     ("linear_gated_residual", "attention", {"expansion": 1}),
-    ("qk_norm_rope", "", {"sequence_major": True, "layout": "rows"}),
+    ("qk_norm_rope", "", {"layout": "rows"}),
     ("gated_residual_ada_layer_norm", "", {}),
     ("ada_layer_norm", "", {}),
     ("gated_residual", "", {}),

@@ -1,8 +1,10 @@
 """Which implementation computes the joint attention of a block."""
 
+import contextlib
 import functools
 import itertools
 import math
+import time
 from collections.abc import Callable
 
 import torch
@@ -13,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwen_fast_kernels import joint_attention
 
+from . import proofs
 from .layout import Layout
-from .reporting import logger
 
 # torch's implementations by name: its own choice among them depends on an order that changes with its version.
 SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
@@ -44,38 +46,76 @@ def attend(
     """
     backend = chosen_backend(processor)
     if backend is not None or option == "diffusers":
-        if layout.padded:
-            raise ValueError("capacities of text need the joint attention kernel, not a backend of diffusers.")
-        return _each(functools.partial(_dispatched, backend=backend), query, key, value, layout)
-    name = option if option != "auto" else chosen(query, layout)
-    if name in SDPA and not layout.padded:
-        return _each(functools.partial(_scaled_dot_product, backend=SDPA[name]), query, key, value, layout)
-    out = joint_attention(query, key, value, layout.spans, max(layout.lengths), layout.key_mask)
-    return [out.flatten(1)]
+        attention = functools.partial(_dispatched, backend=backend)
+    else:
+        name = option if option != "auto" else chosen(query, layout)
+        if name == "triton" and _kernel_is_right(query, layout):
+            out = joint_attention(query, key, value, layout.spans, max(layout.lengths), layout.key_mask)
+            return [out.flatten(1)]
+        attention = functools.partial(_scaled_dot_product, backend=SDPA.get(name))
+    if layout.padded:
+        raise ValueError("capacities of text need the joint attention kernel, which alone reads the true lengths.")
+    return _each(attention, query, key, value, layout)
+
+
+def _kernel_is_right(query: torch.Tensor, layout: Layout) -> bool:
+    return proofs.attention_is_right(query.device, query.dtype, query.shape[-1], layout.key_mask is not None)
 
 
 def chosen(query: torch.Tensor, layout: Layout) -> str:
     """What "auto" takes: on the CPU the operator, which is torch's attention there; where lengths or keys are known on the
     device only, the kernel; otherwise the fastest on this GPU."""
     if query.is_cuda and not layout.padded and layout.key_mask is None:
-        return fastest(query.device, query.dtype, query.shape[1], query.shape[2], layout.sequences > 1)
+        tokens = min(max(2 ** round(math.log2(max(layout.lengths))), _SIZES[0]), _SIZES[1])
+        return fastest(query.device, query.dtype, query.shape[1], query.shape[2], layout.sequences > 1, tokens)["fastest"]
     return "triton"
 
 
 _TRIED = ("cudnn", "flash", "triton")  # of those within 3 % of the fastest the first is taken: no picture depends on noise
+_SIZES = 256, 8192  # tokens of a sequence: powers of two between these are measured
+_CALLS = 4  # in a row: a step calls it sixty times
 
 
 @functools.cache
-def fastest(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, several: bool) -> str:
-    """The fastest right attention of one sequence, or of several in one forward, measured once at a size of its own.
+def fastest(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, several: bool, tokens: int) -> dict:
+    """The fastest right attention of a sequence of about so many tokens, or of two in one forward.
 
+    Measured once for a card, driver, torch and Triton, and kept beside the kernels' verdicts: what a step pays, which is the
+    host's time where a call takes that longer than the device.
+
+    Returns:
+        dict: "fastest", a name; "ms" a call, by name; "refused", why the others did not run.
     Raises:
         RuntimeError: none runs, with each one's reason.
     """
-    lengths = (4096 + 30, 4096 + 7) if several else (4096 + 30,)
+    what = f"attention of {'two sequences' if several else 'a sequence'} of {tokens} tokens, {heads} x {head_dim}, {dtype}"
+    kept = proofs.kept(device)
+    found = kept.get(what)
+    if found is None:
+        found = _measured(device, dtype, heads, head_dim, (tokens, tokens - 24) if several else (tokens,))
+        kept.put(what, found)
+    MEASURED.setdefault(device, {})[what] = found
+    return found
+
+
+MEASURED: dict[torch.device, dict[str, dict]] = {}  # what this process has asked for
+
+
+def described() -> list[str]:
+    """For `report`: a line for each kind of attention that was chosen here, with what was measured."""
+    lines = []
+    for device, choices in MEASURED.items():
+        for what, found in choices.items():
+            times = [f"{name} {ms:g} ms" for name, ms in found["ms"].items()]
+            times += [f"{name} refused: {why}" for name, why in found["refused"].items()]
+            lines.append(f"{what} on {device}: {found['fastest']} ({', '.join(times)})")
+    return lines
+
+
+def _measured(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, lengths: tuple[int, ...]) -> dict:
     generator = torch.Generator(device).manual_seed(0)
     size = (sum(lengths), heads, head_dim)
-    rows = [torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(dtype) for _ in range(3)]
+    rows = [torch.randn(size, generator=generator, device=device).to(dtype) for _ in range(3)]
     ends = list(itertools.accumulate(lengths))
     spans = [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
     on_device = torch.tensor(spans, dtype=torch.int32, device=device)
@@ -86,27 +126,28 @@ def fastest(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int,
         for start, end in spans * (name in SDPA):
             _scaled_dot_product(*(one[start:end][None] for one in rows), None, SDPA[name])
 
-    seconds, refused = {}, {}
+    def milliseconds(name: str) -> float:
+        torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(_CALLS):
+            call(name)
+        torch.cuda.synchronize(device)
+        return 1e3 * (time.perf_counter() - begin) / _CALLS
+
+    found, refused = {}, {}
     for name in _TRIED:
-        if name == "triton" and not kernel_is_right(device, dtype, head_dim):
+        if name == "triton" and not proofs.attention_is_right(device, dtype, head_dim):
             refused[name] = "wrong on this GPU"
             continue
         try:
-            call(name)
-            times = []
-            for _ in range(3):
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record()
-                call(name)
-                end.record()
-                end.synchronize()
-                times.append(begin.elapsed_time(end))
-            seconds[name] = min(times)
+            call(name)  # plans and compiles
+            found[name] = round(min(milliseconds(name) for _ in range(3)), 4)
         except RuntimeError as error:  # torch's word for what it has no kernel for
             refused[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if not seconds:
+    if not found:
         raise RuntimeError(f"no attention runs on {device} in {dtype}: {refused}")
-    return next(name for name in _TRIED if seconds.get(name, math.inf) <= 1.03 * min(seconds.values()))
+    fastest = next(name for name in _TRIED if found.get(name, math.inf) <= 1.03 * min(found.values()))
+    return {"fastest": fastest, "ms": found, "refused": refused}
 
 
 def _each(attention: Callable, query, key, value, layout: Layout) -> list[torch.Tensor]:
@@ -125,32 +166,8 @@ def _dispatched(query, key, value, mask, backend: AttentionBackendName | None) -
     return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend)
 
 
-def _scaled_dot_product(query, key, value, mask, backend: SDPBackend) -> torch.Tensor:
+def _scaled_dot_product(query, key, value, mask, backend: SDPBackend | None) -> torch.Tensor:
+    """By the backend, or by whatever torch takes where our kernel is wrong."""
     heads_first = (rows.transpose(1, 2) for rows in (query, key, value))
-    with sdpa_kernel(backend):
+    with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
         return F.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
-
-
-@functools.cache
-def kernel_is_right(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the attention kernel computes rightly on this GPU, tried once per process.
-
-    Triton 3.6 assembles sm_90 code with ptxas 12.8, which is reported to miscompile matrix products with operands in
-    registers, and every flash attention has them. A wrong kernel is not used, and the log says so.
-    """
-    generator = torch.Generator(device).manual_seed(0)
-    query, key, value = torch.randn(3, 1837, 2, head_dim, generator=generator, device=device).to(dtype)
-    spans = torch.tensor([[0, 537], [537, 1837]], dtype=torch.int32, device=device)
-    first = joint_attention(query, key, value, spans, 1300)
-    for start, end in spans.tolist():
-        q, k, v = (rows[start:end].float().transpose(0, 1) for rows in (query, key, value))
-        expected = (((q @ k.mT) * head_dim**-0.5).softmax(-1) @ v).transpose(0, 1)
-        wrong = (first[start:end].float() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
-        if not wrong <= 5e-3:  # a right one is off by 2e-3 in bf16; NaN is wrong too
-            logger.warning("the attention kernel is off by %.2g on %s in %s; torch's is used.", wrong, device, dtype)
-            return False
-    for _ in range(19):
-        if not torch.equal(joint_attention(query, key, value, spans, 1300), first):
-            logger.warning("the attention kernel's result moves on %s in %s; torch's is used.", device, dtype)
-            return False
-    return True

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .attention import chosen_backend, kernel_is_right
+from .attention import chosen_backend
 from .calls import ATTACHED, Call, Packed, accelerated
 from .conditions import TableConditions
 from .forwards import Forwards, Task, sampler_step
@@ -21,12 +21,14 @@ from .hooks import is_hooked
 from .host_weights import host_bytes
 from .layout import build_layout, check_image_shapes
 from .modulation import weights_signature
+from .proofs import attention_is_right
 
 DEVICES = ("cuda",)
 _BUCKETS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)  # text tokens; longer prompts in steps of 512
 _KEPT = 2  # graphs of one model; each keeps the activations of a step
-# "auto": others measured a gain for 512x512 and for few-step models, and 1.6 % of loss at 1024x1024 on an H200.
-_FEW_TOKENS, _FEW_STEPS = 1024, 8
+# "auto", image tokens of all predictions of a step: at 512x512 with guidance (2048) a graph gains a fifth and more on an
+# H100, where the host is slower than the device; at 1024x1024 it loses 3 %, because cuDNN's attention is out of its reach.
+_FEW_TOKENS = 3072
 
 
 def bucket(length: int) -> int:
@@ -36,7 +38,7 @@ def bucket(length: int) -> int:
 
 def reason_against(pipe: Any, forwards: Forwards, callback: Any) -> str | None:
     """Why the steps of this call are not captured, or None."""
-    option, task = pipe.fast_state.cuda_graph, forwards.task
+    option, _task = pipe.fast_state.cuda_graph, forwards.task
     if option is False:
         return "cuda_graph=False"
     if forwards.step_index.device.type not in DEVICES:
@@ -54,15 +56,14 @@ def reason_against(pipe: Any, forwards: Forwards, callback: Any) -> str | None:
     attn = pipe.transformer.transformer_blocks[0].attn
     if pipe.fast_state.attention not in ("auto", "triton"):
         return f"attention={pipe.fast_state.attention!r} cannot read true prompt lengths on the device"
-    if pipe.fast_state.attention == "auto" and forwards.step_index.is_cuda:
-        if not kernel_is_right(forwards.step_index.device, forwards.timesteps.dtype, attn.inner_dim // attn.heads):
-            return "the attention kernel is wrong on this GPU"
+    if not attention_is_right(forwards.step_index.device, forwards.timesteps.dtype, attn.inner_dim // attn.heads):
+        return "the attention kernel is wrong on this GPU"
     if forwards.call.conditions is None and host_bytes(pipe.transformer):
         return "the modulation weights stay on the host for another pipeline"
     if option == "auto":
-        tokens = forwards.packs[0].layout.img_lengths[0]
-        if tokens > _FEW_TOKENS and task.schedule.num_inference_steps > _FEW_STEPS:
-            return f"auto: {tokens} image tokens and {task.schedule.num_inference_steps} steps are not limited by launches"
+        tokens = forwards.packs[0].layout.img_rows
+        if tokens > _FEW_TOKENS:
+            return f"auto: {tokens} image tokens a step are not limited by launches"
     return None
 
 
