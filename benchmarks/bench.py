@@ -1,7 +1,10 @@
 """What `qwen-fast bench` does: checks, the model, ceilings, the ladder, one table."""
 
 import contextlib
+import gc
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,12 +15,12 @@ from diffusers.utils import logging
 from qwen_fast.inputs import writable_folder
 from qwen_fast.schedule import check_device
 
-from . import estimate, models
-from .ceilings import measure_ceilings
+from . import changing, estimate, models
+from .ceilings import kept_ceilings
 from .grid import QWEN_IMAGE, Case, Shape, default_cases, full_cases, small_cases
-from .ladder import COMPARED, LOSSY, OURS, STOCK, Rung, all_rungs, chosen_rungs
+from .ladder import COMPILED, ENABLED, LOSSY, STOCK, Rung, all_rungs, chosen_rungs
 from .machine import PROVENANCE, Sampler, provenance
-from .rows import Rows
+from .rows import Rows, of_this_state
 from .session import FIELDS, Session
 
 CEILING_FIELDS = [*PROVENANCE, *Sampler("cpu").summary(), "model", "what", "detail", "rate", "unit", "seconds", "clock"]
@@ -31,12 +34,18 @@ class Options:
         device, dtype: of the model.
         shape: of a model with random weights.
         model: a checkpoint's folder instead.
-        cases: what is measured; None: the default for the device.
+        cases: what is measured, each on every rung; None: the default for the device.
+        changing: cases that are measured with a new size and prompt each call (see changing.py).
         full: every case of the grid, with regional compilation beside stock and ours.
         whole: every step of every picture.
         repeats: pairs of stock and rung.
         skip: parts of names; rungs that have one are left out, stock excepted.
+        only: parts of names; stock and the rungs that have one are measured.
         ceiling_seconds: how long each ceiling is sustained.
+        ceilings: file of ceilings that were measured before, or that are left there.
+        stay: leave idle modulation weights where they are; the memory of ours is not told then.
+        limit: seconds of a rung, behind which it counts as hanging.
+        resume: rows that the file in `out` has already are not measured again.
         out: folder of ladder.csv and ceilings.csv.
     """
 
@@ -45,11 +54,17 @@ class Options:
     shape: Shape = QWEN_IMAGE
     model: str | None = None
     cases: list[Case] | None = None
+    changing: tuple[Case, ...] = ()
     full: bool = False
     whole: bool = False
     repeats: int = 3
     skip: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
     ceiling_seconds: float = 2.0
+    ceilings: Path | None = None
+    stay: bool = False
+    limit: float | None = None
+    resume: bool = False
     out: Path | None = None
 
 
@@ -60,26 +75,31 @@ def default_folder() -> Path:
 
 
 def plan(options: Options) -> list[tuple[Case, list[Rung]]]:
-    """The whole ladder for the first case; for the others stock and ours, with `full` the compiled stock too."""
-    if options.cases:
+    """The whole ladder for cases that were asked for and for the first of the others; for the rest of these stock and ours,
+    with `full` the compiled stock too."""
+    if options.cases is not None:
         cases = options.cases
     elif options.full:
         cases = full_cases(options.shape)
     else:
         cases = default_cases(options.shape) if options.device.type == "cuda" else small_cases(options.shape)
     ladder = all_rungs()
-    for part in options.skip:
-        if not any(part in rung.name for rung in ladder[1:]):
-            names = ", ".join(rung.name for rung in ladder[1:])
-            raise ValueError(f"--skip {part}: no rung has that in its name. They are: {names}.")
-    first, *others = cases
-    rungs = [STOCK, COMPARED[0], OURS[-1], *LOSSY] if options.full else chosen_rungs()
-    planned = [(first, ladder), *((case, rungs) for case in others)]
-    return [(case, [rung for rung in rungs if _wanted(rung, options.skip)]) for case, rungs in planned]
+    for option in ("skip", "only"):
+        for part in getattr(options, option):
+            if not any(part in rung.name for rung in ladder[1:]):
+                names = ", ".join(rung.name for rung in ladder[1:])
+                raise ValueError(f"--{option} {part}: no rung has that in its name. They are: {names}.")
+    rungs = [STOCK, ENABLED, *LOSSY, COMPILED] if options.full else chosen_rungs()
+    whole = len(cases) if options.cases is not None else 1
+    planned = [(case, ladder if index < whole else rungs) for index, case in enumerate(cases)]
+    return [(case, [rung for rung in rungs if _wanted(rung, options)]) for case, rungs in planned]
 
 
-def _wanted(rung: Rung, skip: tuple[str, ...]) -> bool:
-    return rung is STOCK or not any(part in rung.name for part in skip)
+def _wanted(rung: Rung, options: Options) -> bool:
+    if rung is STOCK:
+        return True
+    chosen = not options.only or any(part in rung.name for part in options.only)
+    return chosen and not any(part in rung.name for part in options.skip)
 
 
 def run(options: Options, say: Callable[[str], None] = print) -> list[dict[str, str]]:
@@ -94,38 +114,97 @@ def run(options: Options, say: Callable[[str], None] = print) -> list[dict[str, 
     if options.model is not None:
         models.check_folder(options.model)
         options = replace(options, shape=models.shape_of(options.model))
-        if options.cases:
-            options.cases = [replace(case, shape=options.shape) for case in options.cases]
+        options = _of_shape(options, options.shape)
+        models.check_memory(_cases(options), options.device, options.dtype, models.text_encoder_bytes(options.model))
+    else:
+        options = smaller(options, say)
     planned = plan(options)
-    text = 0 if options.model is None else models.text_encoder_bytes(options.model)
-    models.check_memory([case for case, _ in planned], options.device, options.dtype, text)
+    for case in options.changing:
+        changing.varied(case)
     rows, ceiling_rows = Rows(folder / "ladder.csv", FIELDS), Rows(folder / "ceilings.csv", CEILING_FIELDS)
-    for note in filter(None, (rows.note, ceiling_rows.note)):
+    changing_rows = Rows(folder / "changing.csv", changing.FIELDS) if options.changing else None
+    for note in filter(None, (one.note for one in (rows, ceiling_rows, changing_rows) if one is not None)):
         say(note)
     if options.device.type == "cuda":
         say(estimated(options))
-    results: list[dict[str, str]] = []
+    results: list[dict[str, str]] = of_this_state(rows.path, options.device) if options.resume else []
     try:
         with silence():
-            measure(options, planned, rows, ceiling_rows, results, say)
+            changed = measure(options, planned, rows, ceiling_rows, changing_rows, results, say)
     except KeyboardInterrupt:
         say(f"interrupted: {len(results)} rows are finished and in {rows.path}.")
         raise
     say("")
     say(table(results))
     say(f"\n{'no lossy mode exists yet' if not LOSSY else 'lossy modes are marked'}; rows are in {rows.path}")
-    return results
+    if changing_rows is not None:
+        say(f"a new size and prompt each call: {len(changed)} rows are in {changing_rows.path}")
+    release(options.device)
+    return results + changed
+
+
+def release(device: torch.device) -> None:
+    """Give back what a pipeline that is no longer there held: graphs, tensors, and the memory kept for the next ones."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
+def leave(code: int) -> None:
+    """End the process here, with its output written, and without taking the interpreter apart.
+
+    On an H100 (torch 2.11) the ladder, which captures CUDA graphs, printed everything and then died of "terminate called
+    without an active exception" while Python shut down: some C++ thread that nobody joined, not found yet. The profile, which
+    captures none, ended well. The exit code of that death is taken for a failed run.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _cases(options: Options) -> list[Case]:
+    """Every case that is drawn, also the sizes that change."""
+    changed = [one for case in options.changing for one in changing.varied(case)]
+    return [case for case, _ in plan(options)] + changed
+
+
+def _of_shape(options: Options, shape: Shape) -> Options:
+    cases = options.cases and [replace(case, shape=shape) for case in options.cases]
+    changed = tuple(replace(case, shape=shape) for case in options.changing)
+    return replace(options, shape=shape, cases=cases, changing=changed)
+
+
+def smaller(options: Options, say: Callable[[str], None]) -> Options:
+    """The same plan for a model of random weights with as many layers as there is room for.
+
+    Raises:
+        ValueError: no model fits.
+    """
+    cases = _cases(options)
+    layers = models.layers_that_fit(cases, options.device, options.dtype)
+    if layers >= options.shape.layers:
+        return options
+    if layers < 1:
+        models.check_memory(cases, options.device, options.dtype)
+    say(f"{options.device} has room for {layers} of the {options.shape.layers} layers: a SMALLER MODEL is measured")
+    return _of_shape(options, replace(options.shape, layers=layers))
 
 
 def estimated(options: Options) -> str:
     """What is measured, and how long that takes on an H200, in words."""
     planned = plan(options)
     seconds = [
-        estimate.case_seconds(case, rungs, options.repeats, options.whole, options.model is None) for case, rungs in planned
+        estimate.case_seconds(case, rungs, options.repeats, options.whole, options.model is None, options.stay)
+        for case, rungs in planned
     ]
     lines = [f"{case}, {len(rungs)} rungs: {time:.0f} s" for (case, rungs), time in zip(planned, seconds, strict=True)]
+    rungs = [rung for rung in changing.RUNGS if _wanted(rung, options)]
+    for case in options.changing:
+        seconds.append(estimate.changing_seconds(changing.varied(case), rungs))
+        lines.append(f"{case}, a new size each call, {len(rungs)} rungs: {seconds[-1]:.0f} s")
     total = sum(seconds) + estimate.start_seconds(options.ceiling_seconds)
-    rows = sum(len(rungs) for _, rungs in planned)
+    rows = sum(len(rungs) for _, rungs in planned) + len(rungs) * len(options.changing)
     shown = lines if len(lines) <= 12 else [*lines[:3], "...", *lines[-3:]]
     return "\n".join([*shown, f"{rows} rows, about {total / 60:.1f} minutes on an H200, by arithmetic"])
 
@@ -135,19 +214,27 @@ def is_fault(row: dict[str, str]) -> bool:
     return row["status"] == "wrong result" or (row["status"] == "failed" and row["lossy"] == "False")
 
 
-def measure(options: Options, planned, rows: Rows, ceiling_rows: Rows, results: list, say: Callable[[str], None]) -> None:
-    """Ceilings, model and ladder; finished rows appear in `results`."""
+def measure(
+    options: Options,
+    planned: list[tuple[Case, list[Rung]]],
+    rows: Rows,
+    ceiling_rows: Rows,
+    changing_rows: Rows | None,
+    results: list[dict[str, str]],
+    say: Callable[[str], None],
+) -> list[dict[str, str]]:
+    """Ceilings, model and ladder, whose finished rows appear in `results`; the rows of sizes that change are returned."""
     shape, device = options.shape, options.device
     name = f"random, {shape.layers} layers, {shape.heads} x {shape.head_dim}"
     if options.model is not None:
         name = Path(options.model).name
-    tokens = planned[0][0].image_tokens + planned[0][0].text
+    first = _cases(options)[0]
+    tokens = first.image_tokens + first.text
     say(f"ceilings, sustained for {options.ceiling_seconds:g} s each")
     copied = None if device.type == "cuda" else 2**24
     with Sampler(device) as sampler:
-        ceilings = measure_ceilings(
-            device, options.dtype, seconds=options.ceiling_seconds, shape=shape, tokens=tokens, copy_bytes=copied
-        )
+        how = {"seconds": options.ceiling_seconds, "shape": shape, "tokens": tokens, "copy_bytes": copied}
+        ceilings = kept_ceilings(options.ceilings, device, options.dtype, **how)
     common = (
         provenance(device) | sampler.summary() | {"model": name, "seconds": f"{ceilings.seconds:g}", "clock": ceilings.clock}
     )
@@ -159,8 +246,13 @@ def measure(options: Options, planned, rows: Rows, ceiling_rows: Rows, results: 
         pipe = models.load_pipeline(options.model, device, options.dtype)
     else:
         pipe = models.random_pipeline(shape, device, options.dtype)
-    session = Session(pipe, name, planned, rows, ceilings, options.repeats, options.whole, say, results)
-    session.run()
+    how = {"say": say, "results": results, "stay": options.stay, "limit": options.limit}
+    Session(pipe, name, planned, rows, ceilings, options.repeats, options.whole, **how).run()
+    if changing_rows is None:
+        return []
+    before = of_this_state(changing_rows.path, device) if options.resume else []
+    rungs = [rung for rung in changing.RUNGS if _wanted(rung, options)]
+    return changing.Changing(pipe, name, list(options.changing), rungs, changing_rows, before, options.limit, say).run()
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from budget import assert_within_budget
 from qwen_fast.testing import QWEN_IMAGE_SCHEDULER_CONFIG
 from qwen_fast_kernels._triton import capability
 
-from .budget import errors, in_float64, results
+from .budget import in_float64, relative_errors, results
 from .cases import CASES, Case, Maker
 from .suite import Run, clock, sets
 from .work import Piece
@@ -190,24 +190,28 @@ def stock_gated_residual_ada_layer_norm(residual, branch, gate, shift, scale, st
     return run, lambda result: (joined(*result[:2]), joined(*result[2:]))
 
 
-def stock_qk_norm_rope(query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, txt_rows, *_) -> tuple[Run, Callable]:
+def stock_qk_norm_rope(
+    query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, txt_rows, eps, value, text, places
+) -> tuple[Run, Callable]:
+    """With stock's concatenations of text and image, which put the text rows before the attention."""
     attention = block(*query.shape[1:]).attn
     norms = {"norm_q": norm_q, "norm_k": norm_k, "norm_added_q": norm_added_q, "norm_added_k": norm_added_k}
     for name, weight in norms.items():
         getattr(attention, name).weight = parameter(weight)
-    queries, keys = streams(txt_rows, query, key)
+    order = places.long()
+    texts, images = text.unsqueeze(1), [rows[order[txt_rows:]][None] for rows in (query, key, value)]
     frequencies = torch.view_as_complex(rope.unflatten(-1, (-1, 2)))
     txt_freqs, img_freqs = frequencies[:txt_rows], frequencies[txt_rows:]
 
     def run():
-        return (
-            apply_rotary_emb_qwen(attention.norm_added_q(queries[0]), txt_freqs, use_real=False),
-            apply_rotary_emb_qwen(attention.norm_q(queries[1]), img_freqs, use_real=False),
-            apply_rotary_emb_qwen(attention.norm_added_k(keys[0]), txt_freqs, use_real=False),
-            apply_rotary_emb_qwen(attention.norm_k(keys[1]), img_freqs, use_real=False),
-        )
+        txt_query = apply_rotary_emb_qwen(attention.norm_added_q(texts[0]), txt_freqs, use_real=False)
+        txt_key = apply_rotary_emb_qwen(attention.norm_added_k(texts[1]), txt_freqs, use_real=False)
+        img_query = apply_rotary_emb_qwen(attention.norm_q(images[0]), img_freqs, use_real=False)
+        img_key = apply_rotary_emb_qwen(attention.norm_k(images[1]), img_freqs, use_real=False)
+        pairs = (txt_query, img_query), (txt_key, img_key), (texts[2], images[2])
+        return tuple(torch.cat(pair, dim=1) for pair in pairs)
 
-    return run, lambda result: (joined(*result[:2]), joined(*result[2:]))
+    return run, lambda result: tuple(torch.empty_like(rows[0]).index_copy_(0, order, rows[0]) for rows in result)
 
 
 def stock_joint_attention(query, key, value, *_) -> tuple[Run, Callable]:
@@ -273,21 +277,11 @@ def subject(case: Case, variant: str, arguments: tuple) -> tuple[Run, Callable]:
         config = case.config(capability(arguments[0].device), arguments)
         return lambda: case.launch(arguments, config), lambda result: result
     if variant == "op":
-        module = case.module()  # registers it
-        # The registry's overloads are by the residual, which the public function takes as an argument.
-        function = getattr(module if case.op == "rms_norm_silu" else torch.ops.qwen_fast, case.op)
+        function = case.operator()
     else:
         function = getattr(case.module(), f"{case.op}_reference")
         function = compiled(function) if variant == "compiled" else function
     return functools.partial(function, *arguments), lambda result: result
-
-
-def relative_errors(actual: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
-    """Largest and RMS difference from a float64 tensor, as parts of its largest and RMS value."""
-    sizes = exact.abs().max().item(), exact.square().mean().sqrt().item()
-    return {
-        name: error / size for name, error, size in zip(("max_error", "rms_error"), errors(actual, exact), sizes, strict=True)
-    }
 
 
 def checked(actual: Sequence, reference: Sequence, oracle: Sequence) -> dict[str, float]:

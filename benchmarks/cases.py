@@ -3,43 +3,15 @@
 Imports neither diffusers nor Triton's compiler. Token rows are joint as in the operators: all text rows, then all image rows.
 """
 
-import functools
 import importlib
-import itertools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from . import head_cases, vae_cases
+from qwen_fast_kernels._arguments import ARGUMENTS, Maker, Size
 
-
-@dataclass(frozen=True)
-class Size:
-    """Rows of each sequence, and the width of the model."""
-
-    txt: tuple[int, ...] = (30,)
-    img: tuple[int, ...] = (4096,)
-    heads: int = 24
-    head_dim: int = 128
-
-    @property
-    def txt_rows(self) -> int:
-        return sum(self.txt)
-
-    @property
-    def rows(self) -> int:
-        return sum(self.txt) + sum(self.img)
-
-    @property
-    def channels(self) -> int:
-        return self.heads * self.head_dim
-
-    def __str__(self) -> str:
-        rows = " + ".join("/".join(map(str, lengths)) for lengths in (self.txt, self.img) if lengths)
-        return f"{rows} rows, {self.heads} x {self.head_dim}"
-
+from . import vae_cases
 
 MODEL = Size()  # Qwen-Image at 1024 x 1024 with a short prompt
 PACKED = Size((30, 77, 11), (4096, 1024, 2304))  # sequences of different lengths in one batch
@@ -47,32 +19,6 @@ GUIDED = Size((32, 32), (4096, 4096))  # both branches of CFG, row counts that 1
 FEW = Size((13,), (64,))
 MIDDLE, TINY, TINIEST = Size((13,), (256,), 8, 64), Size((13,), (64,), 2, 32), Size((13,), (64,), 2, 16)
 SMALL, SMALL_PACKED = Size((13,), (256,), 8, 64), Size((13, 7), (256, 64), 8, 64)  # what a CPU measures
-
-
-class Maker:
-    """Random tensors on a device; on a fake CUDA device only their shapes and addresses count."""
-
-    def __init__(self, device: torch.device | str, *, fake: bool = False, seed: int = 0) -> None:
-        self.device, self.fake = torch.device(device), fake
-        self._generator = None if fake else torch.Generator(self.device).manual_seed(seed)
-
-    def normal(self, *shape: int, dtype: torch.dtype = torch.float32, offset: int = 0) -> torch.Tensor:
-        """With `offset` not aligned to 16 bytes, which forbids vector loads."""
-        numel = math.prod(shape)
-        if self.fake:
-            flat = torch.empty(numel + offset, dtype=dtype, device=self.device)
-        else:
-            flat = torch.randn(numel + offset, generator=self._generator, device=self.device).to(dtype)
-        return flat.narrow(0, offset, numel).view(shape)
-
-    def values(self, values: list, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        if self.fake:
-            return torch.empty(len(values), dtype=dtype, device=self.device)
-        return torch.tensor(values, dtype=dtype, device=self.device)
-
-    def modulation(self, steps: int, streams: int, channels: int, dtype: torch.dtype, parts: int = 6) -> list[torch.Tensor]:
-        """Tables `[T, streams, C]` that lie beside each other in one allocation, as a block's modulation does."""
-        return list((self.normal(steps, streams, parts * channels, dtype=dtype) * 0.5).chunk(parts, dim=-1))
 
 
 @dataclass(frozen=True)
@@ -105,102 +51,21 @@ class Case:
     def launch(self, arguments: tuple, config: dict) -> object:
         return getattr(self.module(), f"launch_{self.op}")(*arguments, config=config)
 
+    def operator(self) -> Callable[..., object]:
+        module = self.module()  # registers it; the overloads of rms_norm_silu are one public function
+        return getattr(module if self.op == "rms_norm_silu" else torch.ops.qwen_fast, self.op)
+
     def reference(self, *arguments) -> object:
         return getattr(self.module(), f"{self.op}_reference")(*arguments)
 
-    def traffic(self, arguments: tuple) -> tuple[int, int]:
-        """(bytes, FLOPs), as the operator's docstring declares them."""
+    def traffic(self, arguments: tuple) -> tuple[int, int]:  # bytes and FLOPs, as the operator's docstring declares them
         return TRAFFIC[self.op](*arguments)
 
     def small(self) -> "Case":
         return replace(self, size=SMALL_PACKED if len(self.size.txt) > 1 else SMALL)
 
 
-# Arguments ------------------------------------------------------------------------------------------------------------
-
-
-def _schedule(make, dtype, size, steps=20, own=False, arguments=(1.7, "dynamic", 0.02, 1000.0, False)):
-    sigmas = make.values([1 - i / steps for i in range(steps)] if own else [], torch.float32)
-    return steps, sigmas, *arguments
-
-
-def _sampler(make, dtype, size, predictions, prediction_dtype=None, steps=20, shape=None, offset=0):
-    shape = shape or (len(size.img), size.img[0], 64)
-    dtypes = [dtype] + [prediction_dtype or dtype] * predictions
-    latents = [make.normal(*shape, dtype=one, offset=offset) for one in dtypes]
-    sigmas = make.values([1 - (i / steps) ** 2 for i in range(steps + 1)], torch.float32)  # curved
-    return *latents, sigmas, make.values([0])
-
-
-def _cfg_euler_step(make, dtype, size, **variant):
-    return *_sampler(make, dtype, size, 2, **variant), 3.7
-
-
-def _tokens(make, dtype, size, layout="rows", channels=None):
-    """`[R, C]`: rows behind each other, a part of wider rows, or rows that 16-byte loads cannot take."""
-    channels = channels or size.channels
-    if layout == "part":
-        return make.normal(size.rows, 3 * channels, dtype=dtype)[:, channels : 2 * channels]
-    return make.normal(size.rows, channels, dtype=dtype, offset=3 if layout == "offset" else 0)
-
-
-def _conditions(make, size, packed, clip_or_eps):
-    """step_index, txt_rows, token_rows, and eps or clip."""
-    # Packed sequences at different steps: the second one takes the step index.
-    rows = make.values([(-1 if row % 2 else 3) for row in range(size.rows)]) if packed else None
-    return make.values([2]), size.txt_rows, rows, clip_or_eps
-
-
-def _ada_layer_norm(make, dtype, size, layout="rows", streams=2, packed=False):
-    shift, scale = make.modulation(STEPS, streams, size.channels, dtype)[:2]
-    return _tokens(make, dtype, size, layout), shift, scale, *_conditions(make, size, packed, 1e-6)
-
-
-def _gated_residual(make, dtype, size, layout="rows", streams=2, packed=False, clip=False):
-    gate = make.modulation(STEPS, streams, size.channels, dtype)[2]
-    residual, branch = (_tokens(make, dtype, size, layout) for _ in range(2))
-    return residual, branch, gate, *_conditions(make, size, packed, clip)
-
-
-def _gated_residual_ada_layer_norm(make, dtype, size, layout="rows", streams=2, packed=False, clip=False):
-    shift, scale, gate = make.modulation(STEPS, streams, size.channels, dtype)[:3]
-    residual, branch = (_tokens(make, dtype, size, layout) for _ in range(2))
-    return residual, branch, gate, shift, scale, *_conditions(make, size, packed, 1e-6), clip
-
-
-def _joint_attention(make, dtype, size, layout="fused", used=False, masked=False):
-    starts = [make.values([0, *itertools.accumulate(lengths)]) for lengths in (size.txt, size.img)]
-    seqused = make.values([max(1, length - 5) for length in size.txt]) if used else None
-    mask = make.values([row % 7 != 3 for row in range(size.rows)], torch.bool) if masked else None
-    heads = head_cases.heads(make, dtype, size, layout, 3)
-    return *heads, *starts, size.txt_rows, max(size.txt), max(size.img), seqused, mask, None
-
-
-def _linear(make, dtype, size, n, k, bias=True, layout="rows"):
-    weight = make.normal(n, k, dtype=dtype) * k**-0.5
-    return _tokens(make, dtype, size, layout, k), weight, make.normal(n, dtype=dtype) if bias else None
-
-
-def _linear_gated_residual(make, dtype, size, expansion=4, streams=2, packed=False, clip=False, **variant):
-    """The MLP's second layer, or with `expansion` 1 the projection behind the attention."""
-    gate = make.modulation(STEPS, streams, size.channels, dtype)[2]
-    linear = _linear(make, dtype, size, size.channels, expansion * size.channels, **variant)
-    return *linear, _tokens(make, dtype, size), gate, *_conditions(make, size, packed, clip)
-
-
-ARGUMENTS: dict[str, Callable[..., tuple]] = {
-    "flow_match_schedule": _schedule,
-    "euler_step": functools.partial(_sampler, predictions=1),
-    "cfg_euler_step": _cfg_euler_step,
-    "ada_layer_norm": _ada_layer_norm,
-    "gated_residual": _gated_residual,
-    "gated_residual_ada_layer_norm": _gated_residual_ada_layer_norm,
-    "qk_norm_rope": head_cases.qk_norm_rope,
-    "joint_attention": _joint_attention,
-    "linear_gelu": lambda make, dtype, size, **more: _linear(make, dtype, size, 4 * size.channels, size.channels, **more),
-    "linear_gated_residual": _linear_gated_residual,
-    "rms_norm_silu": vae_cases.rms_norm_silu,
-}
+# Dimensions ------------------------------------------------------------------------------------------------------------
 
 
 def _linear_dimensions(x, weight, *_):
@@ -208,8 +73,8 @@ def _linear_dimensions(x, weight, *_):
 
 
 def _attention_dimensions(query, key, value, *rest):
-    fits = importlib.import_module("qwen_fast_kernels._flash").fits_descriptors(query, key, value)
-    return query.shape[2], query.element_size(), rest[6] is not None, fits
+    fits = importlib.import_module("qwen_fast_kernels.joint_attention").fits_descriptors(query, key, value)
+    return query.shape[2], query.element_size(), rest[2] is not None, fits
 
 
 # What an op's default_config takes after the capability, from the arguments of its launch.
@@ -239,8 +104,13 @@ def _rows_op(tokens: int, tables: int, flops: int) -> Callable[..., tuple[int, i
     return traffic
 
 
-def _attention(query, key, value, starts_txt, starts_img, txt_rows, *_):
-    lengths = torch.diff(starts_txt).add(torch.diff(starts_img)).tolist()
+def _normed_heads(query, key, *rest):
+    rope, _value, text, places = rest[4], *rest[7:]
+    return 2 * _bytes(query, key, text[2]) + _bytes(rope, places), 14 * query.numel()
+
+
+def _attention(query, key, value, spans, *_):
+    lengths = torch.diff(spans)[:, 0].tolist()
     return 2 * _bytes(query) + _bytes(key, value), 4 * sum(length**2 for length in lengths) * query[0].numel()
 
 
@@ -261,7 +131,7 @@ TRAFFIC: dict[str, Callable[..., tuple[int, int]]] = {
     "ada_layer_norm": _rows_op(2, 2, 9),
     "gated_residual": _rows_op(3, 1, 2),
     "gated_residual_ada_layer_norm": _rows_op(4, 3, 11),
-    "qk_norm_rope": head_cases.qk_norm_rope_traffic,
+    "qk_norm_rope": _normed_heads,
     "joint_attention": _attention,
     "linear_gelu": _matmul,
     "linear_gated_residual": _matmul_gated,
@@ -271,7 +141,6 @@ TRAFFIC: dict[str, Callable[..., tuple[int, int]]] = {
 # Cases ----------------------------------------------------------------------------------------------------------------
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-STEPS = 20  # rows of the modulation tables
 _LATENTS = Size((), (4096, 4096))
 
 
@@ -358,32 +227,15 @@ CASES: list[Case] = [
     *_cases_of_token_rows("gated_residual"),
     *_cases_of_token_rows("gated_residual_ada_layer_norm"),
     *_cases_of_heads("qk_norm_rope"),
-    *(
-        Case(
-            "qk_norm_rope",
-            f"sequence-major, {name}",
-            dtype,
-            size,
-            {"sequence_major": True, "layout": layout},
-            default=name == "bf16",
-        )
-        for name, dtype, size, layout in (
-            ("bf16", BF16, PACKED, "rows"),
-            ("fp32", FP32, MODEL, "rows"),
-            ("offset", BF16, MODEL, "offset"),
-            *((f"head_dim {size.head_dim}", BF16, size, "rows") for size in (MIDDLE, TINY, TINIEST)),
-        )
-    ),
     *_cases_of_heads("joint_attention"),
-    Case("joint_attention", "text lengths", BF16, PACKED, {"used": True}, default=True),
     Case("joint_attention", "key mask", BF16, PACKED, {"masked": True}, default=True),
     *(
-        Case("joint_attention", f"key mask and text lengths, {name}", dtype, size, {"masked": True, "used": True, **layout})
+        Case("joint_attention", f"key mask, {name}", dtype, size, {"masked": True, **layout})
         for name, dtype, size, layout in (
-            ("bf16", BF16, PACKED, {}),
             ("fp32", FP32, PACKED, {}),
             ("offset", BF16, PACKED, {"layout": "offset"}),
             ("head_dim 64", BF16, MIDDLE, {}),
+            ("head_dim 32", BF16, TINY, {}),
         )
     ),
     *_cases_of_token_rows("linear_gelu"),

@@ -7,15 +7,18 @@ and rotate through buffers larger than the caches.
 """
 
 import argparse
+import dataclasses
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qwen_fast.attention import kernel_is_right
 from qwen_fast.hardware import unsupported_reason
 from qwen_fast_kernels import joint_attention
 
@@ -92,6 +95,7 @@ def measure_ceilings(
     shape: Shape = QWEN_IMAGE,
     tokens: int = 4096 + 128,
     copy_bytes: int | None = None,
+    own: bool = True,
 ) -> Ceilings:
     """Measure them.
 
@@ -101,6 +105,7 @@ def measure_ceilings(
         shape: of the model.
         tokens: rows of the products and length of the attention; 1024x1024 with 128 tokens of text by default.
         copy_bytes: size of a copied buffer; default 1 GiB on a GPU, 64 MiB on a CPU.
+        own: our attention is a candidate; not where it was found to be wrong.
     Raises:
         RuntimeError: no attention runs, or the device is out of memory.
     """
@@ -124,7 +129,7 @@ def measure_ceilings(
         except RuntimeError as error:  # a build of torch without them, or widths that they do not take
             refused[name_of(eight_bit)] = str(error).strip().splitlines()[0]
 
-    fastest, calls, tried = _fastest_attention(shape, tokens, normal, device, dtype, min(seconds, _PROBE_SECONDS))
+    fastest, calls, tried = _fastest_attention(shape, tokens, normal, device, dtype, min(seconds, _PROBE_SECONDS), own)
     attended, clock = sustained(calls, seconds, device)
     return Ceilings(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
@@ -138,6 +143,33 @@ def measure_ceilings(
         clock=clock,
         refused=refused,
     )
+
+
+def kept_ceilings(path: Path | None, device: torch.device | str, dtype: torch.dtype, **how: Any) -> Ceilings:
+    """Those that another process of a run measured and left in a file, or measured now, and left there.
+
+    Args:
+        path: of the file; None keeps nothing. A file of another device or dtype, or none of ours, is written anew.
+        how: for `measure_ceilings`.
+    """
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    try:
+        known = Ceilings(**json.loads(path.read_text()))
+        if (known.device, known.dtype) == (name, name_of(dtype)):
+            return known
+    except (AttributeError, OSError, TypeError, ValueError):
+        pass  # no file is named, there is none, or it is cut off
+    found = measure_ceilings(device, dtype, **how, own=not (path and _attention_is_wrong(path.with_name("environment.json"))))
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n")
+    return found
+
+
+def _attention_is_wrong(environment: Path) -> bool:
+    """Whether the run-book's first stage found no right way to launch it."""
+    return environment.exists() and json.loads(environment.read_text()).get("way", "") is None
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -207,7 +239,7 @@ def _attention_flops(shape: Shape, tokens: int) -> float:
     return 4.0 * tokens * tokens * shape.heads * shape.head_dim
 
 
-def _fastest_attention(shape: Shape, tokens: int, normal, device, dtype, seconds: float):
+def _fastest_attention(shape: Shape, tokens: int, normal, device, dtype, seconds: float, own: bool):
     """Its name, its calls, and what each did in a short probe. One that gives another result than the rest is no candidate."""
     inputs = [[normal(tokens, shape.heads, shape.head_dim) for _ in range(3)] for _ in range(_ROTATED)]
 
@@ -215,16 +247,15 @@ def _fastest_attention(shape: Shape, tokens: int, normal, device, dtype, seconds
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(*(row[None].transpose(1, 2) for row in rows))[0].transpose(0, 1)
 
-    text = min(128, tokens // 2)
-    cu_txt, cu_img = (torch.tensor([0, length], dtype=torch.int32, device=device) for length in (text, tokens - text))
+    spans = torch.tensor([[0, tokens]], dtype=torch.int32, device=device)
 
     def ours(rows: list[torch.Tensor]) -> torch.Tensor:
-        return joint_attention(*rows, cu_txt, cu_img, text, text, tokens - text)
+        return joint_attention(*rows, spans, tokens)
 
     ways: dict[str, Callable[[list[torch.Tensor]], torch.Tensor]] = {
         name: (lambda rows, backend=backend: through(backend, rows)) for name, backend in _BACKENDS.items()
     }
-    if device.type == "cuda" and unsupported_reason(device) is None and kernel_is_right(device, dtype, shape.head_dim):
+    if own and device.type == "cuda" and unsupported_reason(device) is None:
         ways["qwen_fast"] = ours
     tried: dict[str, float | str] = {}
     expected, candidates = None, {}
@@ -233,6 +264,9 @@ def _fastest_attention(shape: Shape, tokens: int, normal, device, dtype, seconds
             result = way(inputs[0])
         except Exception as error:  # torch's refusals, and whatever a compiler raises
             tried[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            continue
+        if not result.isfinite().all():
+            tried[name] = "the result is not finite"
             continue
         expected = result if expected is None else expected
         apart = Difference.between(result, expected).largest

@@ -7,7 +7,8 @@
     python -m benchmarks.compile_table --check                    compiles nothing: are the committed rows those of the sources?
 
 One row per Triton version, case, kernel and architecture. A run replaces the rows of its own version, architectures and
-operators only. Needs torch and Triton, neither diffusers nor the installed package.
+operators only. Needs torch and Triton, neither diffusers nor the installed package. `tiles_kept` is what
+benchmarks/warp_specialised.py says of a kernel with warp specialisation: "yes" or "no".
 """
 
 import argparse
@@ -27,10 +28,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from .warp_specialised import early_releases
+
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "kernels" / "qwen_fast_kernels"
 TABLE = ROOT / "benchmarks" / "results" / "compile_table.csv"
-NOT_OPS = {"tuning"}
+NOT_OPS = {"proof", "tuning"}
 VERSIONS = ("3.6.0", "3.9.0")  # of Triton; every operator has rows of both
 # Compute capability -> bytes of shared memory that one program may have.
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -42,11 +45,11 @@ FAMILIES = ("HMMA", "HGMMA", "QMMA", "QGMMA", "UTCMMA")
 TENSOR_MEMORY_COLUMNS = 512  # a kernel that wants more compiles to a trap
 SYSTEM_SHARED = 1024  # reserved by the system from sm_90 on, counted as static
 KEY = ("triton", "op", "case", "kernel", "arch")
-TEXTS = ("triton", "op", "case", "kernel", "dtype", "size", "config", "source")
+TEXTS = ("triton", "op", "case", "kernel", "dtype", "size", "config", "tiles_kept", "source")
 FIELDS = (
     *KEY, "dtype", "size", "config", "registers", "warps", "spill_stores", "spill_loads", "stack", "local",
     "static_shared", "dynamic_shared", "shared_limit", "tensor_memory", *FAMILIES, "FFMA", "UTMALDG", "UTMASTG", "LDGSTS",
-    "LDG", "LDG.wide", "STG", "STG.wide", "instructions", "source",
+    "LDG", "LDG.wide", "STG", "STG.wide", "instructions", "tiles_kept", "source",
 )  # fmt: skip
 
 
@@ -119,6 +122,7 @@ def stale(rows: list[dict]) -> list[str]:
 
 def missing(rows: list[dict]) -> list[str]:
     """Cases without a row for some version and architecture, and rows without a case."""
+    sys.path.append(str(KERNELS.parent))  # for a checkout that is not installed
     from .cases import CASES
 
     there = {(row["op"], row["case"], row["arch"], row["triton"]) for row in rows}
@@ -136,6 +140,8 @@ def faults(row: dict) -> list[str]:
         found.append(f"{shared} bytes of shared memory of {row['shared_limit']}")
     if row["tensor_memory"] > TENSOR_MEMORY_COLUMNS:
         found.append(f"{row['tensor_memory']} columns of tensor memory of {TENSOR_MEMORY_COLUMNS}")
+    if row["tiles_kept"] == "no":
+        found.append("a tile may be overwritten before the product that reads it")
     if row["instructions"] <= 20:
         found.append(f"an empty kernel ({row['instructions']} instructions)")
     return found
@@ -145,7 +151,7 @@ def faults(row: dict) -> list[str]:
 
 
 def compile_cases(arch: int, cases: list, *, ir: bool = False) -> Iterator[dict]:
-    """One result per case: its rows, or the error; with `ir` also PTX and Triton's IR of its kernels."""
+    """One result per case: its rows, or the error; with `ir` also PTX and Triton's IRs of its kernels."""
     import triton
 
     from .cases import Maker
@@ -175,7 +181,11 @@ def compile_cases(arch: int, cases: list, *, ir: bool = False) -> Iterator[dict]
                     )
                 result["rows"] = rows
                 if ir:
-                    result |= {"ptx": [one.ptx for one in log], "ttir": [one.ttir for one in log]}
+                    result |= {
+                        "ptx": [one.ptx for one in log],
+                        "ttir": [one.ttir for one in log],
+                        "ttgir": [one.ttgir for one in log],
+                    }
             except Exception as error:
                 while error.__cause__:  # what went wrong inside a helper function
                     error = error.__cause__
@@ -192,6 +202,7 @@ def sizes(arguments: tuple) -> str:
 def machine_code(compiled) -> dict:
     found, metadata = compiled.inspect(), compiled.kernel.metadata
     opcodes, sass = found["opcodes"], found["sass"]
+    early = early_releases(compiled.ttgir)
     return {
         "registers": found["registers"],
         "warps": metadata.num_warps,
@@ -207,6 +218,7 @@ def machine_code(compiled) -> dict:
         **{name: opcodes[name] for name in ("FFMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDG", "STG")},
         **{f"{name}.wide": len(re.findall(rf"\b{name}\.[\w.]*\b(?:128|256)\b", sass)) for name in ("LDG", "STG")},
         "instructions": opcodes.total(),
+        "tiles_kept": {None: "", True: "no", False: "yes"}[early if early is None else bool(early)],
     }
 
 

@@ -3,7 +3,7 @@
 import importlib.util
 
 from .grid import STEPS_MEASURED, Case
-from .ladder import COMPARED, OURS, STOCK, Rung
+from .ladder import ENABLED, GRAPH, OURS, STEPS, STOCK, Rung
 from .session import COMPARED_STEPS
 
 _PRODUCTS, _ATTENTION, _FP32 = 790e12, 500e12, 45e12  # FLOP/s in bf16, and of everything in fp32
@@ -28,9 +28,9 @@ def step_seconds(case: Case, *, stock: bool) -> float:
     return max(seconds, forwards * case.shape.layers * _LAUNCH_SECONDS)
 
 
-def rung_seconds(case: Case, rung: Rung, repeats: int, whole: bool) -> float:
-    """One row: first image, comparison, pairs with stock."""
-    stock = rung is STOCK or rung in COMPARED or rung not in OURS
+def rung_seconds(case: Case, rung: Rung, repeats: int, whole: bool, stay: bool = False) -> float:
+    """One row: first image, comparison, pairs with stock. `stay`: no weights are moved to the host."""
+    stock = rung not in OURS
     decode = case.batch * case.width * case.height / 2**20 * _DECODE_FLOPS / (0.1 * _PRODUCTS)
     steps = case.steps if whole or not rung.steady else min(case.steps, STEPS_MEASURED)
     step, reference = step_seconds(case, stock=stock), step_seconds(case, stock=True)
@@ -40,18 +40,28 @@ def rung_seconds(case: Case, rung: Rung, repeats: int, whole: bool) -> float:
         pairs += steps * reference + 2 * decode + step + _ENTER
     if "compile" in rung.name or rung.name == "torchao":
         seconds += _COMPILE
-    if rung in OURS[2:]:  # modulation weights go to the host and come back, once
+    if rung in OURS and rung not in STEPS[:2] and not stay:  # modulation weights go to the host and come back, once
         seconds += _MOVE
-    if "graph" in rung.name or rung is OURS[-1]:
+    if rung in (GRAPH, ENABLED):
         pairs += _CAPTURE
     return seconds + repeats * pairs
 
 
-def case_seconds(case: Case, rungs: list[Rung], repeats: int, whole: bool, random: bool) -> float:
+def case_seconds(case: Case, rungs: list[Rung], repeats: int, whole: bool, random: bool, stay: bool = False) -> float:
     """All rows of a case, and the exact latents that they are compared with; `random`: of weights."""
     work = case.work()
     exact = COMPARED_STEPS * (work.product_flops + work.attention_flops) / _FP32
-    return exact + sum(rung_seconds(case, rung, repeats, whole) for rung in rungs if _runs(rung, random))
+    return exact + sum(rung_seconds(case, rung, repeats, whole, stay) for rung in rungs if _runs(rung, random))
+
+
+def changing_seconds(cases: list[Case], rungs: list[Rung]) -> float:
+    """Each of the cases once and the last one twice by every rung, without the VAE."""
+    seconds = 0.0
+    for rung in rungs:
+        seconds += _ENTER + len(cases) * (_CAPTURE if rung is ENABLED else 0.0)
+        for case in (*cases, cases[-1]):
+            seconds += min(case.steps, STEPS_MEASURED) * step_seconds(case, stock=rung not in OURS)
+    return seconds
 
 
 def start_seconds(ceiling_seconds: float) -> float:

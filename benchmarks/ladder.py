@@ -1,7 +1,7 @@
-"""The rungs: stock diffusers first, then ways to be faster, each adding one thing to the one before.
+"""The rungs: stock diffusers, ours as enabled, and what lies between them, each adding one thing to the one before.
 
 A rung changes a stock pipeline in place while it is entered and leaves it as it was. A mode that is new is a `Rung` more in
-`OURS` or `LOSSY`.
+`STEPS` or `LOSSY`.
 """
 
 import contextlib
@@ -11,19 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
+from diffusers.models.attention_dispatch import attention_backend
 
 import qwen_fast
 from qwen_fast.reporting import logger
 
-from .ceilings import sustained
 from .grid import Case
-from .measure import Difference
-
-_PROBE_SECONDS = 0.05
-# Exact implementations that diffusers can dispatch to. The hub's are downloads, and no part of a measurement.
-_BACKENDS = ("_native_flash", "_native_cudnn", "_native_efficient", "flash", "_flash_3", "xformers")
 
 
 class NotMeasured(Exception):
@@ -70,54 +63,46 @@ def compiled_blocks(pipe: Any, case: Case) -> Iterator[str]:
             block._compiled_call_impl = None
 
 
+def _stock_attention(name: str):
+    """Stock with one of diffusers' attention backends, by its name there."""
+
+    @contextlib.contextmanager
+    def enter(pipe: Any, case: Case) -> Iterator[str]:
+        with _backend(name, pipe, case):
+            yield name
+
+    return enter
+
+
 @contextlib.contextmanager
-def _fastest_backend(pipe: Any, case: Case) -> Iterator[str]:
-    name = pipe.__dict__.setdefault("_benchmark_backends", {}).get(case)
-    if name is None:
-        name = pipe.__dict__["_benchmark_backends"][case] = fastest_backend(pipe, case)
-    with attention_backend(name):
-        yield name
-
-
-def fastest_backend(pipe: Any, case: Case) -> str:
-    """The fastest of diffusers' exact attention backends that run here, its own default aside, at the case's shape.
+def _backend(name: str, pipe: Any, case: Case) -> Iterator[None]:
+    """That backend of diffusers for all attention inside.
 
     Raises:
-        NotMeasured: naming why each does not run.
+        NotMeasured: torch has it for GPUs only, or it takes no mask, which prompts of different lengths need in stock.
     """
-    dtype, device, shape = pipe.transformer.dtype, pipe.device, case.shape
-    tokens, batch = case.image_tokens + max(case.text_lengths), case.batch
-    generator = torch.Generator(device).manual_seed(0)
-    size = (batch, tokens, shape.heads, shape.head_dim)
-    rows = [torch.randn(*size, generator=generator, device=device).to(dtype) for _ in range(3)]
-    mask = None
-    if len(set(case.text_lengths)) > 1:  # stock's path for prompts of different lengths
-        text = torch.arange(max(case.text_lengths)) < torch.tensor(case.text_lengths)[:, None]
-        image = torch.ones(batch, case.image_tokens, dtype=torch.bool)
-        mask = torch.cat([text, image], dim=1)[:, None, None].to(device)
-    expected = dispatch_attention_fn(*rows, attn_mask=mask)
-    rates, refused = {}, {}
-    for name in _BACKENDS:
-        if name not in {backend.value for backend in AttentionBackendName}:
-            continue
-
-        def call(name: str = name) -> torch.Tensor:
-            return dispatch_attention_fn(*rows, attn_mask=mask, backend=AttentionBackendName(name))
-
-        try:
-            if not Difference.between(call(), expected).largest <= 8 * torch.finfo(dtype).eps:
-                refused[name] = "another result"
-                continue
-            rates[name] = sustained([call], _PROBE_SECONDS, device)[0]
-        except Exception as error:  # a library that is missing, or refuses shape, mask, dtype or GPU, in its own way
-            refused[name] = (str(error).strip().splitlines() or [type(error).__name__])[0][:80]
-    if not rates:
-        raise NotMeasured("no other attention backend runs: " + "; ".join(f"{name}: {why}" for name, why in refused.items()))
-    return max(rates, key=rates.get)
+    if name == "_native_cudnn" and pipe.device.type != "cuda":
+        raise NotMeasured("needs a CUDA device")
+    if name == "_native_flash" and len(set(case.text_lengths)) > 1:
+        raise NotMeasured(f"{name} takes no mask, which prompts of different lengths need in stock")
+    with attention_backend(name):
+        yield
 
 
-def ours(*, fused: bool = True, packed: bool = True, cuda_only: bool = False, guided_only: bool = False, **options: Any):
-    """`enable` with `options`; `fused=False` leaves stock's transformer in, `packed=False` forwards one prompt at a time."""
+def ours(
+    *,
+    fused: bool = True,
+    packed: bool = True,
+    beside: bool = True,
+    cuda_only: bool = False,
+    guided_only: bool = False,
+    **options: Any,
+):
+    """`enable` with `options`.
+
+    `fused=False` leaves stock's transformer in, `packed=False` forwards one prompt at a time, `beside=False` lets the text
+    wait for the image instead of running on a second stream.
+    """
 
     @contextlib.contextmanager
     def enter(pipe: Any, case: Case) -> Iterator[str]:
@@ -126,6 +111,8 @@ def ours(*, fused: bool = True, packed: bool = True, cuda_only: bool = False, gu
         if guided_only and not case.cfg:
             raise NotMeasured("there is one prediction a step")
         with ExitStack() as stack:
+            if not beside:
+                stack.enter_context(mock.patch("qwen_fast.transformer.TEXT_BESIDE", False))
             if not packed:
                 stack.enter_context(mock.patch("qwen_fast.forwards.fits_in_memory", lambda *_: False))
             if not fused:
@@ -161,29 +148,45 @@ def weights_stay():
 
 
 STOCK = Rung("stock diffusers", _stock)
-OURS = (
+_PACKED = {"cuda_graph": False, "vae": "diffusers", "guided_only": True}
+ENABLED = Rung("qwen_fast as enabled", ours())
+# Packing with each attention: what packing gains can be told from what the attention does.
+PACKED = (
+    Rung("packed, diffusers' attention", ours(attention="diffusers", **_PACKED)),
+    Rung("packed, cuDNN attention", ours(attention="cudnn", cuda_only=True, **_PACKED)),
+    Rung("packed, flash attention", ours(attention="flash", **_PACKED)),
+    Rung("packed, our attention", ours(attention="triton", **_PACKED)),
+)
+IN_TURN = (
+    Rung("text in turn with the image", ours(beside=False, cuda_only=True)),
+    Rung("graph, text in turn", ours(beside=False, cuda_graph=True, cuda_only=True)),
+)
+GRAPH = Rung("+ CUDA graph", ours(cuda_graph=True, cuda_only=True))
+# Each adds one thing to the one before.
+STEPS = (
     Rung("qwen_fast: schedule, sampler", ours(fused=False, modulation="layers", cuda_graph=False, vae="diffusers")),
     Rung("+ fused transformer", ours(packed=False, modulation="layers", cuda_graph=False, vae="diffusers")),
     Rung("+ modulation table", ours(packed=False, cuda_graph=False, vae="diffusers")),
-    Rung("+ packed CFG", ours(cuda_graph=False, vae="diffusers", guided_only=True)),
+    Rung("+ packed CFG", ours(**_PACKED)),
     Rung("+ VAE of pictures", ours(cuda_graph=False)),
-    Rung("+ CUDA graph", ours(cuda_graph=True, cuda_only=True)),
-    Rung("qwen_fast as enabled", ours()),
 )
+OURS = (*STEPS, GRAPH, *IN_TURN, *PACKED, ENABLED)
 LOSSY: tuple[Rung, ...] = ()  # no lossy mode exists yet
+COMPILED = Rung("stock + regional compile", compiled_blocks)
 COMPARED = (
-    Rung("stock + regional compile", compiled_blocks),
-    Rung("stock + fastest attention", _fastest_backend),
+    Rung("stock + cuDNN attention", _stock_attention("_native_cudnn")),
+    Rung("stock + flash attention", _stock_attention("_native_flash")),
+    COMPILED,
 )
 
 
 def all_rungs() -> list[Rung]:
-    """The whole ladder in its order, peers last."""
+    """The whole ladder in the order of its worth: a run that is cut short has its most telling rows. What compiles is last."""
     from .peers import PEERS
 
-    return [STOCK, *COMPARED, *OURS, *LOSSY, *PEERS]
+    return [STOCK, ENABLED, *PACKED, GRAPH, *IN_TURN, *STEPS, *COMPARED[:-1], *LOSSY, *PEERS, COMPILED]
 
 
 def chosen_rungs() -> list[Rung]:
     """What a case gets that does not get the whole ladder."""
-    return [STOCK, OURS[-1]]
+    return [STOCK, ENABLED]

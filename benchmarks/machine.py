@@ -6,13 +6,10 @@ import platform
 import statistics
 import subprocess
 import threading
-from pathlib import Path
 
 import torch
 
-import qwen_fast
-
-from .wheels import carried_commit
+from .sources import source_key
 
 PROVENANCE = (
     *("date", "commit", "dirty", "machine", "driver", "sm_clock_mhz", "sm_clock_max_mhz", "memory_clock_mhz"),
@@ -30,28 +27,16 @@ _STATIC = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.
 _SAMPLED = ("clocks.sm", "power.draw", "temperature.gpu", "clocks_throttle_reasons.active")
 
 
-def git(*arguments: str) -> str:
-    """Output of a git command in this repository, empty where there is none: an installation may lie in another's."""
-    root = Path(__file__).parents[1]
-    if not (root / "kernels" / "qwen_fast_kernels").is_dir():
-        return ""
-    try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-    except OSError:
-        return ""
-    return done.stdout.strip()
-
-
 def provenance(device: torch.device | str = "cpu") -> dict[str, str]:
     """Where and with what a row was measured, by the names in `PROVENANCE`; what does not apply or is not known is empty.
 
     Clocks are those of this moment, in MHz; `Sampler` records them during a run.
     """
-    device, commit = torch.device(device), git("rev-parse", "--short", "HEAD")
+    device, (key, dirty) = torch.device(device), source_key()
     known = {
         "date": datetime.date.today().isoformat(),
-        "commit": commit or carried_commit() or f"qwen_fast {qwen_fast.__version__}",
-        "dirty": str(bool(git("status", "--porcelain"))) if commit else "",
+        "commit": key,  # and a hash of the sources
+        "dirty": dirty,
         "machine": machine_name(device),
         "cuda": (torch.version.cuda or "") if device.type == "cuda" else "",
     }

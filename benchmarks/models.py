@@ -93,20 +93,26 @@ def check_memory(cases: list[Case], device: torch.device, dtype: torch.dtype, be
     Raises:
         ValueError: saying what is needed, what there is, and what would fit.
     """
-    free = free_memory(device)
-    if free is None:
-        return
+    free, layers = free_memory(device), layers_that_fit(cases, device, dtype, beside)
     case = max(cases, key=lambda one: memory_needed(one, dtype))
-    needed = memory_needed(case, dtype) + beside
-    if needed <= free:
+    if free is None or layers >= case.shape.layers:
         return
-    layer = dtype.itemsize * case.shape.parameters / case.shape.layers
-    layers = case.shape.layers - math.ceil((needed - free) / layer)
+    needed = memory_needed(case, dtype) + beside
     hint = f"--layers {layers} would fit" if layers > 0 else "a smaller --size or --batch may fit"
     raise ValueError(
         f"{case} with {case.shape.layers} layers needs about {needed / 2**30:.1f} GiB on {device}, where "
         f"{free / 2**30:.1f} GiB are free; nothing was allocated. {hint}."
     )
+
+
+def layers_that_fit(cases: list[Case], device: torch.device, dtype: torch.dtype, beside: int = 0) -> int:
+    """How many of the model's layers there is room for, for the largest case; 0 or less where none fits."""
+    free, case = free_memory(device), max(cases, key=lambda one: memory_needed(one, dtype))
+    needed = memory_needed(case, dtype) + beside
+    if free is None or needed <= free:
+        return case.shape.layers
+    layer = dtype.itemsize * case.shape.parameters / case.shape.layers
+    return case.shape.layers - math.ceil((needed - free) / layer)
 
 
 def free_memory(device: torch.device) -> int | None:

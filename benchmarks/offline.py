@@ -43,6 +43,10 @@ class Compiled:
     def ttir(self) -> str:
         return self.kernel.asm["ttir"]
 
+    @property
+    def ttgir(self) -> str:
+        return self.kernel.asm["ttgir"]
+
     def inspect(self) -> dict:
         return inspect(self.kernel.asm["cubin"])
 

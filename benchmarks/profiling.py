@@ -32,7 +32,7 @@ class Files:
 
     def __post_init__(self) -> None:
         names = {"trace": "trace.json.gz", "kernels": "kernels.csv", "memory": "memory.csv", "plot": "memory.png"}
-        names |= {"snapshot": "memory_snapshot.pickle", "report": "report.txt"}
+        names |= {"snapshot": "memory_snapshot.pickle", "report": "report.txt", "summary": "summary.txt"}
         for name, file in names.items():
             setattr(self, name, self.folder / file)
 
@@ -51,29 +51,35 @@ class Files:
             ) from error
 
 
-def profile_call(call: Callable[[], object], files: Files, device: torch.device) -> Trace:
-    """Run `call` under the profiler and write its trace; on CUDA the allocator's history too.
+def profile_call(call: Callable[[], object], files: Files, device: torch.device, *, snapshot: bool = False) -> Trace:
+    """Run `call` under the profiler and write its trace.
 
     Args:
         call: draws the picture; it has run before.
         files: `files.prepare()` was called.
+        snapshot: on CUDA the allocator's history too.
     """
     on_gpu = device.type == "cuda"
+    snapshot = snapshot and on_gpu
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     if on_gpu:
         torch.cuda.synchronize(device)
+    if snapshot:
         torch.cuda.memory._record_memory_history(max_entries=_MEMORY_EVENTS)
     try:
         with profile(activities=activities, record_shapes=True, profile_memory=True) as profiler:
             call()
             if on_gpu:
                 torch.cuda.synchronize(device)
-        if on_gpu:
+        if snapshot:
             with files.snapshot.open("wb") as file:
                 pickle.dump(torch.cuda.memory._snapshot(), file)
     finally:
-        if on_gpu:
+        if snapshot:
             torch.cuda.memory._record_memory_history(enabled=None)
+    # At once: to write the trace and to read it again takes longer than the picture, and a run may be cut short there.
+    order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    files.summary.write_text(profiler.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=90))
     profiler.export_chrome_trace(str(files.trace))
     return read(load(files.trace))
 

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .machine import git
+from .machine import machine_name
+from .sources import git, source_key
 
-__all__ = ["Rows", "append", "damage", "git", "read"]
+__all__ = ["Rows", "append", "damage", "git", "of_this_state", "read"]
 
 
 def damage(path: Path, fields: list[str]) -> str | None:
@@ -45,6 +46,14 @@ def read(path: Path) -> list[dict[str, str]]:
         raise ValueError(f"{path}: {problem}. The rows before it are intact; delete that line or restore the file.")
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def of_this_state(path: Path, device: Any) -> list[dict[str, str]]:
+    """The rows of a file that were measured with these sources on this kind of device; none where there is no file."""
+    if not path.exists() or not path.stat().st_size:
+        return []
+    here = {"commit": source_key()[0], "machine": machine_name(device)}
+    return [row for row in read(path) if here.items() <= row.items()]
 
 
 class Rows:

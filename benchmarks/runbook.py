@@ -1,150 +1,50 @@
-"""Everything that a borrowed GPU has to tell, in one command: tests, ceilings, ladder, operators, profile, in one folder.
+"""Everything that a borrowed GPU has to tell, in one command: correctness, operators, ladder, profile, tests, in one folder.
 
-On a machine with a network, once, in the repository's root (the folder is ignored by git; 26 MiB):
+On a machine with a network, once, in the repository's root (the folder is ignored by git; 26 MiB), and before every run the
+second line, which takes a moment and notes the commit of the sources that go along:
 
     python -m benchmarks.runbook --prepare wheels
+    python -m benchmarks.runbook --stamp wheels
 
-On the GPU machine, which may have none, in a copy of the repository with that folder:
+On the GPU machine, which may have no network and no git, in a copy of the repository with that folder:
 
-    python3 -m benchmarks.runbook --wheels wheels --out /tmp/book --archives $OUT              at most 9 minutes
-    python3 -m benchmarks.runbook --wheels wheels --out /tmp/book --archives $OUT --tune       then: tunes, and the ladder again
+    python3 -m benchmarks.runbook --wheels wheels --out /tmp/book --archives $OUT              at most 8 minutes
+    python3 -m benchmarks.runbook --wheels wheels --out /tmp/book --archives $OUT --next       then: what the repository lacks
+    python3 -m benchmarks.runbook --wheels wheels --out /tmp/book --archives $OUT --tune       tunes, and the ladder again
+    python3 -m benchmarks.runbook ... --only environment,operators,memory                      some stages, also of later ones
 
-The stages come in the order of their worth, each in a process of its own with its own log and time. What is done is kept
-when the run is cut short: the same command goes on behind it, on another machine after `tar -xzf rows.tar.gz -C DIR`. After
-every stage `--archives` gets rows.tar.gz (rows, logs, reports) and traces.tar.gz, of at most 16 MiB each.
+The stages (runbook_stages.py) come in the order of their worth, each in a process of its own with its own log and limit:
+what hangs or crashes costs its own stage. What is done is kept when the run is cut short: the same command goes on behind
+it, on another machine after `tar -xzf rows.tar.gz -C DIR`. While a stage runs, and after it, `--archives` gets rows.tar.gz
+(rows, logs, reports) and traces.tar.gz, of at most 16 MiB each.
+
+`--next` goes on where earlier borrowed machines stopped: what benchmarks/results lacks for this machine, then what is of other
+sources (next_stages.py has the rule), as much as fits by the estimates. `--plan` prints that and runs nothing:
+
+    python -m benchmarks.runbook --next --plan --machine "NVIDIA H100 80GB HBM3" --minutes 3
 
     python -m benchmarks.runbook --dry-run --out DIR      every stage at a small size on a CPU
 
-Exit codes: 0 all stages done, 1 a stage failed or is not done, 2 bad input.
+Exit codes: 0 all stages done, 1 a stage failed or is not done, 2 bad input, or a machine that lacks what every stage needs.
 """
 
 import argparse
-import contextlib
-import ctypes
-import hashlib
+import importlib.util
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from . import archives, wheels
+from . import archives, next_stages, sources, wheels
+from .processes import ROOT, execute
+from .runbook_stages import GO_ON, LATER, STAGES, TIMEOUT, TUNING, Stage
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "kernels" / "qwen_fast_kernels" / "configs"
 FINAL = ("done", "failed")  # a stage that was cut short is run again
-_GRACE = 5.0  # seconds between asking a stage to stop and killing it
 _LEAST = 5.0  # with less time left no stage begins
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A command with its time.
-
-    Attributes:
-        seconds: it is stopped then, or when the run's own time is over.
-        command: of the interpreter; "{out}" is the folder, "{ptxas}" the assembler that was carried along, or nothing.
-        small: what a dry run does instead; None: it needs a CUDA device.
-        under: a program that runs the interpreter, with its arguments; where it is not installed the stage is not run.
-    """
-
-    name: str
-    seconds: float
-    command: tuple[str, ...]
-    small: tuple[str, ...] | None = None
-    under: tuple[str, ...] = ()
-
-
-# It takes all memory that is free: nothing may run beside it.
-ALONE = "tests/test_host_weights.py::test_on_cuda_too_little_memory_is_noticed_before_anything_moves"
-_PYTEST = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors")
-_CLI = ("-m", "qwen_fast.cli")
-_LADDER = (*_CLI, "bench", "--size", "1024x1024", "--steps", "50", "--out", "{out}/ladder")
-_PROFILE = (*_CLI, "profile", "--shape", "qwen-image", "--size", "1024x1024", "--steps", "3", "--out", "{out}/profile")
-# Most of their time goes into compilers, one for each of the machine's 16 cores. test_ptx needs no GPU.
-_OPERATOR_TESTS = (
-    *(*_PYTEST, "tests/ops", "-m", "not gpu", "-n", "14", "--ignore", "tests/ops/test_ptx.py"),
-    *("--junitxml", "{out}/tests-ops.xml"),
-)
-
-STAGES = (
-    Stage(
-        "environment",
-        60,
-        ("-m", "benchmarks.environment", "--out", "{out}/environment.json", "--device", "cuda", "--ptxas", "{ptxas}"),
-        ("-m", "benchmarks.environment", "--out", "{out}/environment.json", "--device", "cpu"),
-    ),
-    Stage(
-        "tests-gpu",
-        80,
-        (*_PYTEST, "tests", "-m", "gpu", "-n", "4", "--deselect", ALONE, "--junitxml", "{out}/tests-gpu.xml"),
-    ),
-    Stage(
-        "tests-ops",
-        110,
-        _OPERATOR_TESTS,
-        (*_PYTEST, "tests/ops/test_flow_match_schedule.py", "-k", "timesteps_of_20_steps", "--junitxml", "{out}/tests-ops.xml"),
-    ),
-    Stage("tests-alone", 25, (*_PYTEST, ALONE, "--junitxml", "{out}/tests-alone.xml")),
-    Stage(
-        "ceilings",
-        25,
-        ("-m", "benchmarks.ceilings", "--seconds", "1"),
-        ("-m", "benchmarks.ceilings", "--seconds", "0.02", "--device", "cpu"),
-    ),
-    Stage(
-        "ladder",
-        230,
-        _LADDER,
-        (*_CLI, "bench", "--shape", "tiny", "--size", "64x64", "--steps", "2", "--repeats", "1", "--seconds", "0.02")
-        + ("--device", "cpu", "--out", "{out}/ladder"),
-    ),
-    Stage(
-        "profile",
-        50,
-        _PROFILE,
-        (*_CLI, "profile", "--shape", "tiny", "--size", "64x64", "--steps", "1", "--device", "cpu", "--out", "{out}/profile"),
-    ),
-    Stage(
-        "operators",
-        90,
-        (*_PYTEST, "benchmarks/bench_operators.py", "-k", "not compiled", "--benchmark-only", "--benchmark-max-time", "0.05")
-        + ("--benchmark-json", "{out}/operators.json"),
-        (*_PYTEST, "benchmarks/bench_operators.py", "-k", "cfg_euler_step-bf16-op", "--benchmark-only")
-        + ("--benchmark-max-time", "0.01", "--benchmark-json", "{out}/operators.json"),
-    ),
-    Stage(
-        "sanitizer",
-        60,
-        ("-m", "benchmarks.environment", "--launch-all"),
-        under=("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"),
-    ),
-)
-TUNING = (
-    Stage("tune", 240, (*_CLI, "tune", "--minutes", "3.5", "--record", "{out}/tuning.jsonl")),
-    Stage("tests-ops-tuned", 60, tuple(part.replace("tests-ops.xml", "tests-ops-tuned.xml") for part in _OPERATOR_TESTS)),
-    Stage("ladder-tuned", 230, tuple(part.replace("{out}/ladder", "{out}/ladder-tuned") for part in _LADDER)),
-    Stage("profile-tuned", 60, tuple(part.replace("{out}/profile", "{out}/profile-tuned") for part in _PROFILE)),
-)
-
-
-# What is done ---------------------------------------------------------------------------------------------------------
-
-
-def source_key(root: Path = ROOT) -> str:
-    """The commit, and a hash of the sources: a GPU machine gets them without their history."""
-    digest = hashlib.sha256()
-    for folder in ("kernels", "qwen_fast", "benchmarks", "tests"):
-        for path in sorted((root / folder).rglob("*.py")):
-            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
-    commit = done.stdout.strip() or wheels.carried_commit() or "no commit"
-    return f"{commit} {digest.hexdigest()[:12]}"
 
 
 class State:
@@ -177,55 +77,18 @@ class State:
 # One run --------------------------------------------------------------------------------------------------------------
 
 
-def _as_child() -> None:
-    """In the child: it takes SIGINT also where the run-book was started in the background, and dies with the run-book."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no stage lives on beside the next run's
-
-
-def execute(command: Sequence[str], log: Path, seconds: float, environment: dict[str, str]) -> tuple[int | None, float]:
-    """Run a command with its output in `log`; (exit code, seconds), the code None where the time was over."""
-    begin = time.monotonic()
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as file:
-        file.write(f"$ {' '.join(command)}\n".encode())
-        file.flush()
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=_as_child,
-        )
-        try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            _stop(process)
-    return code, time.monotonic() - begin
-
-
-def _stop(process: subprocess.Popen) -> None:
-    """End a stage and what it started: as Ctrl-C does, so that it writes what it has, then for good."""
-    for number, patience in ((signal.SIGINT, _GRACE), (signal.SIGKILL, None)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        if process.returncode is not None and number == signal.SIGKILL:
-            return
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
-
-
 def chosen_ptxas(out: Path) -> dict[str, str]:
-    """The assembler with which the first stage found attention to be right, where that is not Triton's own."""
+    """The assembler with which attention was found to be right, where that is not Triton's own."""
     path = out / "environment.json"
     ptxas = json.loads(path.read_text()).get("ptxas") if path.exists() else None
     return {"TRITON_PTXAS_PATH": ptxas} if ptxas else {}
+
+
+def words_of(command: Sequence[str], out: Path, ptxas: str) -> list[str]:
+    """A stage's command with its places filled."""
+    timeout = TIMEOUT if importlib.util.find_spec("pytest_timeout") else ()
+    words = [word for part in command for word in (timeout if part == "{timeout}" else (part,))]
+    return [word.replace("{out}", str(out)).replace("{ptxas}", ptxas) for word in words]
 
 
 def run(
@@ -237,15 +100,20 @@ def run(
     minutes: float,
     small: bool = False,
     ptxas: str = "",
-    after: Callable[[], None] = lambda: None,
-) -> None:
-    """Run the stages that are not done; `after` each.
+    pack: Callable[[], None] = lambda: None,
+    every: float = 25.0,
+    noted: Callable[[str, dict], None] = lambda name, entry: None,
+) -> bool:
+    """Run the stages that are not done; whether nothing is missing that all of them need.
 
     Args:
         environment: of the stages.
         minutes: of the whole run.
         small: a dry run, which proves that the stages run and has no time of theirs to keep.
-        ptxas: path of another assembler for the first stage to try.
+        ptxas: path of another assembler to try.
+        pack: saves the results; called behind every stage, and while one runs.
+        every: seconds between two such calls.
+        noted: gets the name and the outcome of a stage that has run, before the results are saved.
     """
     deadline = time.monotonic() + 60 * minutes
     for stage in stages:
@@ -260,16 +128,54 @@ def run(
         elif left < _LEAST:
             state.set(stage.name, "not run", why="the time is over")
         else:
-            words = [word.replace("{out}", str(out)).replace("{ptxas}", ptxas) for word in command]
-            allowed = left if small else min(left, stage.seconds)
+            allowed = left if small else min(left, stage.limit)
             state.set(stage.name, "running")
-            print(f"{stage.name}: at most {allowed:.0f} s", flush=True)
+            expected = f"about {stage.estimate:.0f} s, " if stage.estimate and not small else ""
+            print(f"{stage.name}: {expected}at most {allowed:.0f} s, {left:.0f} s are left of the run", flush=True)
             log = out / "logs" / f"{stage.name}.log"
-            code, seconds = execute([*stage.under, sys.executable, *words], log, allowed, environment | chosen_ptxas(out))
-            status = "timed out" if code is None else "done" if code == 0 else "failed"
+            command = [*stage.under, sys.executable, *words_of(command, out, ptxas)]
+            status, code, seconds = attempts(
+                stage, command, log, allowed, environment | chosen_ptxas(out), lambda: protected(pack), every
+            )
             state.set(stage.name, status, seconds=round(seconds, 1), code=code)
-        after()
+            protected(lambda name=stage.name: noted(name, state.stages[name]))
+        protected(pack)
         print(f"{stage.name}: {describe(state.stages[stage.name])}", flush=True)
+        status = state.status(stage.name)
+        if lines := max(stage.shown * (status == "done"), 12 if status in ("failed", "timed out") else 0):
+            print(tail(out / "logs" / f"{stage.name}.log", lines), flush=True)
+        if stage.needed and status == "failed":
+            return False
+    return True
+
+
+def attempts(stage, command, log, allowed, environment, tick, every) -> tuple[str, int | None, float]:
+    """Run a stage, again where it says that it goes on by itself: (status, exit code, seconds)."""
+    begin = time.monotonic()
+    for number in range(stage.tries):
+        left = allowed - (time.monotonic() - begin)
+        if number:
+            log = log.with_name(f"{stage.name}-{number + 1}.log")
+            print(f"{stage.name}: something hung; it goes on behind that, {left:.0f} s are left of it", flush=True)
+        code, _ = execute(command, log, left, environment, grace=stage.grace, every=every, tick=tick)
+        if code != GO_ON or allowed - (time.monotonic() - begin) < _LEAST:
+            break
+    return "timed out" if code is None else "done" if code == 0 else "failed", code, time.monotonic() - begin
+
+
+def protected(pack: Callable[[], None]) -> None:
+    """A full disk, or a file that goes while it is packed, costs that archive or line and not the run."""
+    try:
+        pack()
+    except Exception as error:
+        print(f"not packed: {type(error).__name__}: {error}", flush=True)
+
+
+def tail(log: Path, lines: int) -> str:
+    """The last lines of a log, or of its last attempt, cut to the width of a table."""
+    logs = [log, *sorted(log.parent.glob(f"{log.stem}-[0-9].log"))]
+    text = [each.read_text(errors="replace") for each in logs if each.exists()]
+    return "\n".join(f"    {line[:180]}" for line in (text or [""])[-1].splitlines()[-lines:])
 
 
 def describe(stage: dict) -> str:
@@ -289,30 +195,66 @@ def stage_environment(site: Path | None, small: bool) -> dict[str, str]:
     before = os.environ.get("PYTHONPATH")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join([*paths, *([before] if before else [])])}
-    environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+    environment |= {"TORCHINDUCTOR_COMPILE_THREADS": "8"}  # of each process that compiles; by default one a core
     return environment | ({"OMP_NUM_THREADS": "1"} if small else {})
 
 
-def sees_cuda(environment: dict[str, str]) -> bool:
-    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).returncode == 0
+def selected(options: argparse.Namespace, machine: str = "", key: str = "", seconds: float = 480.0) -> tuple[Stage, ...]:
+    """The stages that were asked for, in their order; with `--next` those that it chooses, of which it prints why.
+
+    Args:
+        machine, key, seconds: of `--next`: the machine's name, the sources', and the time that there is.
+    Raises:
+        ValueError: a name that is none of theirs, or no machine to look for.
+    """
+    every, stages = (*STAGES, *LATER, *TUNING), TUNING if options.tune else STAGES
+    names = [stage.name for stage in every]
+    for option in ("only", "skip", "again"):
+        unknown = [name for name in getattr(options, option) if name not in names]
+        if unknown:
+            raise ValueError(f"--{option}: {', '.join(unknown)} is none of {', '.join(names)}.")
+    if options.only:
+        stages = tuple(stage for stage in every if stage.name in options.only or stage.needed)
+    stages = tuple(stage for stage in stages if stage.name not in options.skip)
+    if options.next:
+        if not machine:
+            raise ValueError("--next: nvidia-smi names no GPU here; --machine NAME says which one is meant.")
+        candidates = stages if options.only or options.tune else tuple(s for s in every if s.name not in options.skip)
+        picked, lines = next_stages.chosen(candidates, machine, key, seconds)
+        print("\n".join([f"what {machine} lacks, for {seconds:.0f} s:", *lines]), flush=True)
+        return tuple(picked)
+    return stages
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.runbook", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+
+    def names(text: str) -> list[str]:
+        return text.split(",")
+
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of everything; the same one goes on")
     parser.add_argument("--archives", type=Path, metavar="DIR", help="where the two archives go (default: --out)")
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="install these first, into DIR/site of --out")
-    parser.add_argument("--minutes", type=float, help="of the whole run (default: 9; of a dry run 60)")
-    parser.add_argument("--tune", action="store_true", help="tune, then tests, ladder and profile again")
-    parser.add_argument("--again", metavar="STAGE,STAGE", help="run these again, done or not")
+    parser.add_argument("--minutes", type=float, help="of the whole run (default: 8; of a dry run 60)")
+    parser.add_argument("--tune", action="store_true", help="tune, then ladder, tests and profile again")
+    parser.add_argument("--only", type=names, default=[], metavar="STAGE,STAGE", help="these, also those that come later")
+    parser.add_argument("--skip", type=names, default=[], metavar="STAGE,STAGE", help="all but these")
+    parser.add_argument("--again", type=names, default=[], metavar="STAGE,STAGE", help="run these again, done or not")
+    parser.add_argument("--next", action="store_true", help="what the committed rows lack for this machine, of all stages")
+    parser.add_argument("--machine", help="look for the rows of this one (default: the GPU that nvidia-smi names)")
+    parser.add_argument("--plan", action="store_true", help="print the stages and their estimates, and end")
     parser.add_argument("--dry-run", action="store_true", help="every stage at a small size on the CPU")
     parser.add_argument("--prepare", type=Path, metavar="DIR", help="download into DIR what a GPU machine lacks, and end")
+    parser.add_argument("--stamp", type=Path, metavar="DIR", help="note the commit of the sources in DIR, and end")
     options = parser.parse_args(argv)
     try:
         if options.prepare:
             print("\n".join(wheels.prepare(options.prepare)))
+            return 0
+        if options.stamp:
+            print(sources.stamp(options.stamp))
             return 0
         return _run(options, parser)
     except KeyboardInterrupt:
@@ -324,32 +266,46 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    begin, stages = time.monotonic(), TUNING if options.tune else STAGES
-    again = options.again.split(",") if options.again else []
+    begin, (key, dirty) = time.monotonic(), sources.source_key()
+    machine = options.machine or next_stages.machine_at_hand(options.dry_run)
+    minutes = options.minutes or (60.0 if options.dry_run else 8.0)
+    stages = selected(options, machine, key, 60 * minutes)
+    if options.plan:
+        shown = [f"{stage.name}: about {stage.estimate or stage.limit:.0f} s" for stage in stages]
+        total = sum(stage.estimate or stage.limit for stage in stages)
+        print("\n".join([*([] if options.next else shown), f"about {total:.0f} s, of {60 * minutes:.0f} s"]))
+        return 0
     if options.out is None:
         parser.error("--out DIR is needed")
-    if unknown := set(again) - {stage.name for stage in stages}:
-        raise ValueError(f"--again: {', '.join(sorted(unknown))} is none of {', '.join(stage.name for stage in stages)}.")
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    state = State(out / "state.json", source_key() + (" dry run" if options.dry_run else ""))
-    for name in again:
+    state = State(out / "state.json", key + (" dry run" if options.dry_run else ""))
+    print(f"sources: {key}{', which differ from the commit' if dirty == 'True' else ''}", flush=True)
+    for name in options.again:
         state.set(name, "not run", why="asked for again")
     site = None
     if options.wheels:
         site = out / "site"
         wheels.install(options.wheels, site)
-    environment = stage_environment(site, options.dry_run)
-    if not options.dry_run and not sees_cuda(environment):
-        raise ValueError("torch sees no CUDA device here; --dry-run does every stage at a small size on the CPU.")
+        print(f"wheels: installed after {time.monotonic() - begin:.1f} s", flush=True)
     ptxas = str(site / "ptxas") if site is not None and (site / "ptxas").exists() else ""
 
     def pack() -> None:
         for line in archives.write_archives(out, options.archives or out, more=[CONFIGS] if CONFIGS.is_dir() else []):
             print(f"left out: {line}", flush=True)
 
-    minutes = (options.minutes or (60.0 if options.dry_run else 9.0)) - (time.monotonic() - begin) / 60
-    run(stages, out, state, environment, minutes=minutes, small=options.dry_run, ptxas=ptxas, after=pack)
+    def noted(name: str, entry: dict) -> None:
+        next_stages.note(out, (key, dirty), machine, name, entry)
+
+    minutes -= (time.monotonic() - begin) / 60
+    if not options.dry_run:
+        print(f"about {sum(stage.estimate or 0 for stage in stages):.0f} s, of {60 * minutes:.0f} s that there are", flush=True)
+    environment = stage_environment(site, options.dry_run)
+    how = {"minutes": minutes, "small": options.dry_run, "ptxas": ptxas, "pack": pack, "noted": noted}
+    if not run(stages, out, state, environment, **how):
+        state.set(stages[0].name, "not run", why="something was missing")  # the next run looks again
+        print("runbook: error: this machine lacks what every stage needs", file=sys.stderr)
+        return 2
     left = [s.name for s in stages if state.status(s.name) != "done" and not state.stages[s.name].get("lacking")]
     print(f"not done: {', '.join(left)}" if left else "all that this machine can do is done")
     return int(bool(left))

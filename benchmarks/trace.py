@@ -7,6 +7,7 @@ where nothing is launched, the operators take the kernels' place.
 import ast
 import bisect
 import gzip
+import itertools
 import json
 import re
 from collections.abc import Iterable
@@ -269,10 +270,10 @@ def _arguments(args: dict) -> list:
 
 def _ours(op: str, arguments: list) -> tuple[int, int]:
     if op == "joint_attention":
-        # Lengths lie on the device: those that the call allows for at most, cut to the rows there are. Exact for equal ones.
-        sequences, txt_rows, rows = arguments[3].numel() - 1, arguments[5], arguments[0].shape[0]
-        for index, longest, most in ((3, arguments[6], txt_rows), (4, arguments[7], rows - txt_rows)):
-            arguments[index] = torch.tensor([min(n * longest, most) for n in range(sequences + 1)])
+        # Spans lie on the device: as long as the call allows for, cut to the rows there are. Exact for equal ones.
+        sequences, rows, longest = arguments[3].shape[0], arguments[0].shape[0], arguments[4]
+        bounds = [min(n * longest, rows) for n in range(sequences + 1)]
+        arguments[3] = torch.tensor(list(itertools.pairwise(bounds)))
     moved, flops = TRAFFIC[op](*arguments)
     return int(moved), int(flops)
 

@@ -8,18 +8,6 @@ PIXELS = 1024 * 1024
 WIDTHS = (96, 192, 384, 768, 144, 288, 576, 1152)
 
 
-def rms_norm_silu(make, dtype, size, bias=False, residual=False, silu=True, offset=0) -> tuple:
-    shape = size.rows, size.channels
-    gamma, x_bias = (make.normal(size.channels, dtype=dtype) for _ in range(2))
-    return (
-        make.normal(*shape, dtype=dtype, offset=offset),
-        gamma,
-        x_bias if bias else None,
-        make.normal(*shape, dtype=dtype) if residual else None,
-        silu,
-    )
-
-
 def rms_norm_silu_traffic(x, gamma, x_bias, residual, *_) -> tuple[int, int]:
     passes = 4 if isinstance(residual, torch.Tensor) else 2  # `silu` has that place in the overload without a residual
     return passes * x.numel() * x.element_size(), 10 * x.numel()

@@ -12,13 +12,14 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-# diffusers, what it needs that the machine does not have, and the peers that install from wheels.
-PINNED = ("diffusers==0.42.1", "importlib_metadata==10.2.0", "cache-dit==1.5.3", "torchao==0.18.0", "sageattention==1.0.6")
+from . import sources
+
+# diffusers and the peers that install from wheels. Python has what diffusers needs of importlib_metadata.
+PINNED = ("diffusers==0.42.1", "cache-dit==1.5.3", "torchao==0.18.0", "sageattention==1.0.6")
 # Its assembler for Blackwell takes sm_90 too, and is newer than the one of the Triton that the machine has.
 PTXAS_WHEEL, PTXAS = "triton==3.9.0", "triton/backends/nvidia/bin/ptxas-blackwell"
 _PLATFORMS = [f"--platform=manylinux_2_{minor}_x86_64" for minor in (17, 24, 27, 28)] + ["--platform=manylinux2014_x86_64"]
 _TARGET = ["--no-deps", "--only-binary=:all:", "--python-version=3.12", "--implementation=cp", *_PLATFORMS]
-_COMMIT = "commit.txt"
 
 
 def prepare(folder: Path) -> list[str]:
@@ -36,11 +37,7 @@ def prepare(folder: Path) -> list[str]:
         (wheel,) = Path(aside).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive, archive.open(PTXAS) as source, gzip.open(folder / "ptxas.gz", "wb") as target:
             shutil.copyfileobj(source, target)
-    from .machine import git  # not above: where this installs, what it imports is not there yet
-
-    (folder / _COMMIT).write_text(
-        git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain") else "") + "\n"
-    )
+    sources.stamp(folder)
     files = sorted(folder.iterdir(), key=lambda path: -path.stat().st_size)
     return [f"{path.name} ({path.stat().st_size / 2**20:.1f} MiB)" for path in files]
 
@@ -65,12 +62,6 @@ def install(folder: Path, target: Path) -> None:
             shutil.copyfileobj(source, unpacked)
         os.chmod(target / "ptxas", 0o755)
     done.write_text("\n".join(wheels))
-
-
-def carried_commit(folder: Path = Path(__file__).parents[1] / "wheels") -> str:
-    """The commit that `prepare` noted: where the sources arrive without their history; "" if it noted none."""
-    path = folder / _COMMIT
-    return path.read_text().strip() if path.exists() else ""
 
 
 def _pip(*arguments: str) -> None:

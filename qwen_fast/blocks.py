@@ -41,7 +41,7 @@ class Rows:
         block: any block, for the sizes.
         residual: `[R, C]`.
         layout: where the sequences lie.
-        attention: the option, "auto" | "triton" | "diffusers".
+        attention: the option, see `attention.attend`.
     """
 
     def __init__(self, block: nn.Module, residual: torch.Tensor, layout: Layout, address: Address, attention: str):
@@ -50,7 +50,8 @@ class Rows:
         self.split = layout.txt_rows
         self.normed: torch.Tensor | None = None
         self.head_dim = attn.inner_dim // attn.heads
-        self.qkv = residual.new_empty(3, layout.rows, attn.inner_dim)
+        self.qkv = residual.new_empty(3, layout.rows, attn.inner_dim)  # in the order of attention
+        self.text = residual.new_empty(3, layout.txt_rows, attn.inner_dim)
         self.branch = torch.empty_like(residual)
         # diffusers clips at the end of each block, and in fp16 only.
         self.clip = residual.dtype == torch.float16
@@ -67,20 +68,24 @@ class Rows:
             drop_text: keep the image rows only from here on: nothing reads the text that the last block would give.
         """
         attn, split, layout = block.attn, self.split, self.layout
+        image, branch = self.normed[split:], self.branch[split:]
         projections = ((attn.to_q, attn.add_q_proj), (attn.to_k, attn.add_k_proj), (attn.to_v, attn.add_v_proj))
-        for rows, (image, text) in zip(self.qkv, projections, strict=True):
-            linear_into(text, self.normed[:split], rows[:split])
-            linear_into(image, self.normed[split:], rows[split:])
+        for rows, text, (of_image, of_text) in zip(self.qkv, self.text, projections, strict=True):
+            linear_into(of_text, self.normed[:split], text)
+            for own, places in layout.images:
+                linear_into(of_image, image[own], rows[places])
         query, key, value = self.qkv.unflatten(-1, (-1, self.head_dim))
         weights = (attn.norm_q.weight, attn.norm_k.weight, attn.norm_added_q.weight, attn.norm_added_k.weight)
-        qk_norm_rope(query, key, *weights, layout.rope, split, attn.norm_q.eps)
-        attended = attend(query, key, value, layout, attn.processor, self.attention).flatten(1)
-        linear_into(attn.to_out[0], attended[split:], self.branch[split:])
+        text = self.text.unflatten(-1, (-1, self.head_dim))
+        qk_norm_rope(query, key, *weights, layout.rope, split, attn.norm_q.eps, value, text, layout.places)
+        attended = attend(query, key, value, layout, attn.processor, self.attention)
+        for own, piece, places in layout.images_of(attended):
+            linear_into(attn.to_out[0], piece[places], branch[own])
         if drop_text:
             self.residual, self.branch = self.residual[split:], self.branch[split:]
             self.address, self.split = self.address.image(split), 0
         else:
-            linear_into(attn.to_add_out, attended[:split], self.branch[:split])
+            linear_into(attn.to_add_out, layout.text_of(attended), self.branch[:split])
         self._gate_and_norm(modulation.gate1, modulation.shift2, modulation.scale2, clip=False)
 
     def feed_forward(self, block: nn.Module) -> None:

@@ -8,11 +8,12 @@ re-uses the graph. What a graph bakes in (sizes, weights' addresses, adapters, g
 import copy
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from .attention import chosen_backend, kernel_is_right
+from .attention import chosen_backend
 from .calls import ATTACHED, Call, Packed, accelerated
 from .conditions import TableConditions
 from .forwards import Forwards, Task, sampler_step
@@ -20,12 +21,14 @@ from .hooks import is_hooked
 from .host_weights import host_bytes
 from .layout import build_layout, check_image_shapes
 from .modulation import weights_signature
+from .proofs import attention_is_right
 
 DEVICES = ("cuda",)
 _BUCKETS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)  # text tokens; longer prompts in steps of 512
 _KEPT = 2  # graphs of one model; each keeps the activations of a step
-# "auto": others measured a gain for 512x512 and for few-step models, and 1.6 % of loss at 1024x1024 on an H200.
-_FEW_TOKENS, _FEW_STEPS = 1024, 8
+# "auto", image tokens of all predictions of a step: at 512x512 with guidance (2048) a graph gains a fifth and more on an
+# H100, where the host is slower than the device; at 1024x1024 it loses 3 %, because cuDNN's attention is out of its reach.
+_FEW_TOKENS = 3072
 
 
 def bucket(length: int) -> int:
@@ -35,7 +38,7 @@ def bucket(length: int) -> int:
 
 def reason_against(pipe: Any, forwards: Forwards, callback: Any) -> str | None:
     """Why the steps of this call are not captured, or None."""
-    option, task = pipe.fast_state.cuda_graph, forwards.task
+    option, _task = pipe.fast_state.cuda_graph, forwards.task
     if option is False:
         return "cuda_graph=False"
     if forwards.step_index.device.type not in DEVICES:
@@ -51,17 +54,16 @@ def reason_against(pipe: Any, forwards: Forwards, callback: Any) -> str | None:
     if any(chosen_backend(block.attn.processor) is not None for block in pipe.transformer.transformer_blocks):
         return "an attention backend chosen in diffusers"
     attn = pipe.transformer.transformer_blocks[0].attn
-    if pipe.fast_state.attention == "diffusers":
-        return "attention='diffusers' cannot read true prompt lengths on the device"
-    if pipe.fast_state.attention == "auto" and forwards.step_index.is_cuda:
-        if not kernel_is_right(forwards.step_index.device, forwards.timesteps.dtype, attn.inner_dim // attn.heads):
-            return "the attention kernel is wrong on this GPU"
+    if pipe.fast_state.attention not in ("auto", "triton"):
+        return f"attention={pipe.fast_state.attention!r} cannot read true prompt lengths on the device"
+    if not attention_is_right(forwards.step_index.device, forwards.timesteps.dtype, attn.inner_dim // attn.heads):
+        return "the attention kernel is wrong on this GPU"
     if forwards.call.conditions is None and host_bytes(pipe.transformer):
         return "the modulation weights stay on the host for another pipeline"
     if option == "auto":
-        tokens = forwards.packs[0].layout.img_lengths[0]
-        if tokens > _FEW_TOKENS and task.schedule.num_inference_steps > _FEW_STEPS:
-            return f"auto: {tokens} image tokens and {task.schedule.num_inference_steps} steps are not limited by launches"
+        tokens = forwards.packs[0].layout.img_rows
+        if tokens > _FEW_TOKENS:
+            return f"auto: {tokens} image tokens a step are not limited by launches"
     return None
 
 
@@ -101,8 +103,7 @@ class CapturedStep:
         self.capacities = tuple(bucket(length) for length in pack.layout.txt_lengths)
         self.latents, self.sigmas = torch.empty_like(latents), torch.empty_like(task.schedule.sigmas)
         self.step_index = torch.zeros(1, dtype=torch.int32, device=device)
-        lengths = torch.zeros(len(self.capacities), dtype=torch.int32, device=device)
-        layout = build_layout(model.pos_embed, shapes, self.capacities, device, seqused_txt=lengths)
+        layout = replace(build_layout(model.pos_embed, shapes, self.capacities, device), padded=True)
         text = torch.zeros(layout.txt_rows, model.inner_dim, dtype=forwards.timesteps.dtype, device=device)
         self.pack = Packed(layout, pack.embeds.new_empty(0), pack.copies, text)
         conditions = None
@@ -139,12 +140,13 @@ class CapturedStep:
         if pack.text is None:
             pack.text = model.text_rows(pack)
         self.pack.text.zero_()
-        layout.seqused_txt.copy_(torch.tensor(own.txt_lengths, dtype=torch.int32), non_blocking=True)
-        start = place = 0
-        for length, capacity in zip(own.txt_lengths, self.capacities, strict=True):
+        layout.spans.copy_(layout.spans_of(own.txt_lengths))
+        start = 0
+        for n, length in enumerate(own.txt_lengths):
+            place = layout.text_start(n, length)
             self.pack.text[place : place + length] = pack.text[start : start + length]
             layout.rope[place : place + length] = own.rope[start : start + length]
-            start, place = start + length, place + capacity
+            start += length
 
     def run(self, state: Any) -> torch.Tensor:
         """One step; the latents after it, in the static buffer."""

@@ -4,11 +4,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .schedule import check_num_inference_steps, check_sigmas
 
 OPTIONS = {
     "modulation": ("table", "layers"),
-    "attention": ("auto", "triton", "diffusers"),
+    "attention": ("auto", "triton", "cudnn", "flash", "efficient", "diffusers"),
     "cuda_graph": ("auto", True, False),
     "vae": ("image", "diffusers"),
     "text_encoder": ("keep", "offload", "free"),
@@ -55,6 +57,12 @@ def writable_folder(name: str, folder: str | Path | None) -> Path | None:
     except OSError as error:
         raise ValueError(f"`{name}` is {folder}, where nothing can be written: {error}; give a folder of your own.") from error
     return folder
+
+
+def check_attention(option: str, device: torch.device) -> None:
+    """A ValueError where the attention that was named is not there on the device of a call."""
+    if option in ("cudnn", "efficient") and device.type != "cuda":
+        raise ValueError(f"`attention` is {option!r}, which torch has for CUDA devices only, not for {device}; use 'auto'.")
 
 
 def check_call(pipe: Any, arguments: dict[str, Any]) -> None:

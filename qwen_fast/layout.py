@@ -1,10 +1,12 @@
-"""Where each token of a batch lies: one row axis for all sequences, their text rows first, then their image rows.
+"""Where each token of a batch lies: in the token rows that the projections and norms work on, and in those of attention.
 
-Every projection then writes one contiguous slice of a joint buffer, text weights see text rows only, and sequences of
-different lengths lie side by side without padding.
+Token rows are the text rows of all sequences, then their image rows: text weights see one block of rows and image weights
+another, and sequences of different lengths lie side by side without padding. Attention wants each sequence in one piece. It
+gets them in pairs, `text image | image text`: the images of a pair are adjacent there too, so that one product writes both
+their queries in place, and only the few text rows are moved.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -17,22 +19,23 @@ ImageShapes = tuple[tuple[int, int, int], ...]  # (frames, height, width) in pat
 
 @dataclass(frozen=True)
 class Layout:
-    """Token rows of N sequences.
+    """Token rows of N sequences, and their rows in attention.
 
     Attributes:
-        txt_lengths, img_lengths (tuple[int, ...]): rows of each sequence.
-        cu_seqlens_txt, cu_seqlens_img (Tensor): `[N + 1]` int32, where each sequence's text and image rows start.
-        rope (Tensor): `[R, head_dim]` fp32, cosine and sine of each token, interleaved.
-        seqused_txt (Tensor): `[N]` int32, true text lengths where the rows are padded to a bucket; None: all are used.
-        key_mask (Tensor): `[R]` bool, False for rows that no query attends to; None: all are keys.
+        txt_lengths, img_lengths (tuple[int, ...]): token rows of each sequence.
+        rope (Tensor): `[R, head_dim]` fp32, cosine and sine of each token, interleaved, in the order of token rows.
+        places (Tensor): `[R]` int32, the row of each token in attention.
+        spans (Tensor): `[N, 2]` int32, first row and end of each sequence in attention.
+        padded (bool): the text lengths are capacities, and `spans`, which may change, leaves the padding out.
+        key_mask (Tensor): `[R]` bool, False for attention rows that no query attends to; None: all are keys.
     """
 
     txt_lengths: tuple[int, ...]
     img_lengths: tuple[int, ...]
-    cu_seqlens_txt: torch.Tensor
-    cu_seqlens_img: torch.Tensor
     rope: torch.Tensor
-    seqused_txt: torch.Tensor | None = None
+    places: torch.Tensor
+    spans: torch.Tensor
+    padded: bool = False
     key_mask: torch.Tensor | None = None
 
     @cached_property
@@ -55,22 +58,87 @@ class Layout:
         """N."""
         return len(self.txt_lengths)
 
-    @property
-    def uniform(self) -> bool:
-        """All sequences have the same lengths: the rows are a batch `[N, S_txt]` and a batch `[N, S_img]`."""
-        return len(set(self.txt_lengths)) == len(set(self.img_lengths)) == 1
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Rows of each sequence, text and image."""
+        return tuple(text + image for text, image in zip(self.txt_lengths, self.img_lengths, strict=True))
 
-    @property
-    def contiguous(self) -> bool:
-        """One sequence of which every row is a key: plain attention over all rows."""
-        return self.sequences == 1 and self.seqused_txt is None and self.key_mask is None
+    @cached_property
+    def pieces(self) -> tuple[slice, ...]:
+        """Attention rows of each sequence, its padding among them."""
+        return tuple(_slices(self.lengths))
+
+    @cached_property
+    def images(self) -> tuple[tuple[slice, slice], ...]:
+        """Image rows, counted from the first one, and the attention rows where they lie: one entry for each pair."""
+        entries = []
+        for n, (own, (image, within)) in enumerate(zip(self.pieces, self.images_apart, strict=True)):
+            first, end = own.start + within.start, own.start + within.stop
+            if n % 2 == 0:
+                entries.append((image, slice(first, end)))
+            else:
+                before = entries.pop()
+                entries.append((slice(before[0].start, image.stop), slice(before[1].start, end)))
+        return tuple(entries)
+
+    @cached_property
+    def images_apart(self) -> tuple[tuple[slice, slice], ...]:
+        """Image rows of each sequence, counted from the first one, and where they lie within its attention rows."""
+        entries = []
+        for n, image in enumerate(_slices(self.img_lengths)):
+            first = self.txt_lengths[n] if n % 2 == 0 else 0
+            entries.append((image, slice(first, first + self.img_lengths[n])))
+        return tuple(entries)
+
+    def images_of(self, attended: list[torch.Tensor]) -> Iterator[tuple[slice, torch.Tensor, slice]]:
+        """Image rows, counted from the first one, with the piece of `attended` that holds them and their rows there.
+
+        Args:
+            attended: one tensor of all attention rows, or one of each sequence.
+        """
+        whole = len(attended) == 1
+        pieces = attended * len(self.images) if whole else attended
+        for (own, places), piece in zip(self.images if whole else self.images_apart, pieces, strict=True):
+            yield own, piece, places
+
+    def text_of(self, attended: list[torch.Tensor]) -> torch.Tensor:
+        """`[R_txt, C]`, the text rows of `attended`, see `images_of`."""
+        if len(attended) == 1:
+            return attended[0].index_select(0, self.text_places)
+        ends = (slice(length) if n % 2 == 0 else slice(self.img_lengths[n], None) for n, length in enumerate(self.txt_lengths))
+        return torch.cat([piece[end] for piece, end in zip(attended, ends, strict=True)])
+
+    @cached_property
+    def text_places(self) -> torch.Tensor:
+        """`[R_txt]` int64, the row of each text token in attention."""
+        return self.places[: self.txt_rows].long()
+
+    def text_start(self, sequence: int, length: int) -> int:
+        """First text row of a sequence whose text has `length` tokens of its capacity: beside its image rows in attention."""
+        capacity = self.txt_lengths[sequence]
+        return sum(self.txt_lengths[:sequence]) + (capacity - length if sequence % 2 == 0 else 0)
+
+    def spans_of(self, txt_lengths: Sequence[int]) -> torch.Tensor:
+        """`spans` on the CPU where the texts are only so long, the rest of their rows being padding."""
+        spans = [
+            (own.start + capacity - length, own.stop) if n % 2 == 0 else (own.start, own.stop - capacity + length)
+            for n, (own, capacity, length) in enumerate(zip(self.pieces, self.txt_lengths, txt_lengths, strict=True))
+        ]
+        return torch.tensor(spans, dtype=torch.int32)
 
     def with_key_mask(self, text_mask: torch.Tensor | None) -> "Layout":
         """This layout with the text rows of `text_mask` `[N, S_txt]` as its only text keys. No host synchronisation."""
         if text_mask is None:
             return self
-        image = torch.ones(self.img_rows, dtype=torch.bool, device=text_mask.device)
-        return replace(self, key_mask=torch.cat([text_mask.bool().flatten(), image]))
+        mask = torch.ones(self.rows, dtype=torch.bool, device=text_mask.device)
+        mask[self.text_places] = text_mask.bool().flatten()
+        return replace(self, key_mask=mask)
+
+
+def _slices(lengths: Sequence[int]) -> Iterator[slice]:
+    """Adjacent slices of these lengths, from 0 on."""
+    ends = list(accumulate(lengths))
+    return (slice(end - length, end) for end, length in zip(ends, lengths, strict=True))
 
 
 def check_image_shapes(img_shapes: Sequence, sequences: int) -> tuple[ImageShapes, ...]:
@@ -102,8 +170,6 @@ def build_layout(
     img_shapes: Sequence[ImageShapes],
     text_positions: Sequence[int | tuple[int, ...]],
     device: torch.device,
-    *,
-    seqused_txt: torch.Tensor | None = None,
 ) -> Layout:
     """The rows of `len(text_positions)` sequences, with their rotary table.
 
@@ -113,7 +179,6 @@ def build_layout(
         text_positions: per sequence its number of text tokens, or their positions in the prompt where a mask with holes
             took some out.
         device: where the tables are put.
-        seqused_txt: `[N]` int32 on `device`, where the text rows given are buckets of which only so many are used.
     Raises:
         ValueError: more text tokens than the rotary table has positions.
     """
@@ -137,14 +202,17 @@ def build_layout(
     # Complex numbers lie in memory as (cosine, sine).
     rope = torch.view_as_real(torch.cat([*text, *image])).flatten(-2).float().contiguous()
 
-    def starts(values: tuple[int, ...]) -> torch.Tensor:
-        return torch.tensor([0, *accumulate(values)], dtype=torch.int32, device=device)
-
-    return Layout(
+    places_txt, places_img = [], []
+    for n, own in enumerate(_slices([sum(pair) for pair in lengths])):
+        middle = own.start + lengths[n][n % 2]
+        parts = torch.arange(own.start, middle), torch.arange(middle, own.stop)
+        places_txt.append(parts[n % 2])
+        places_img.append(parts[1 - n % 2])
+    layout = Layout(
         txt_lengths=text_lengths,
         img_lengths=image_lengths,
-        cu_seqlens_txt=starts(text_lengths),
-        cu_seqlens_img=starts(image_lengths),
         rope=rope,
-        seqused_txt=seqused_txt,
+        places=torch.cat([*places_txt, *places_img]).to(device, torch.int32),
+        spans=rope.new_empty(0),
     )
+    return replace(layout, spans=layout.spans_of(text_lengths).to(device))

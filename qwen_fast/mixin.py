@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from . import text
+from . import proofs, text
 from . import vae as fast_vae
 from .reporting import STATE, State, logger
 from .schedule import check_device
@@ -112,6 +112,18 @@ class AcceleratedPipeline:
         reason = attach(model, state)
         state.transformer = model if reason is None else None
         return reason
+
+    def require_kernels(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Let all kernels of a call prove themselves that have not yet done so on this device, in one go."""
+        state, model = self.fast_state, self.transformer
+        flags = proofs.ScheduleFlags.of(self.scheduler.config)
+        problems = [*proofs.sampler_problems(dtype, model.config.in_channels, flags, state.precise_sampler)]
+        if state.transformer is not None:
+            config = model.config
+            problems += proofs.transformer_problems(dtype, config.num_attention_heads, config.attention_head_dim)
+        if state.vae is not None:
+            problems += proofs.vae_problems(self.vae.dtype, proofs.vae_norms(self.vae))
+        proofs.require(state, problems, device)
 
     def _images(self):
         """Context in which the VAE codes single frames as pictures."""

@@ -19,7 +19,7 @@ from .conditions import ScheduledConditions
 from .denoise import denoise
 from .forwards import Task
 from .hardware import unsupported_reason
-from .inputs import check_call, check_options, check_text_options, check_vae_memory, writable_folder
+from .inputs import check_attention, check_call, check_options, check_text_options, check_vae_memory, writable_folder
 from .loading import load
 from .mixin import AcceleratedPipeline
 from .modulation import table_reason
@@ -44,7 +44,9 @@ def _stock_loop(stock: type) -> Callable[..., Any]:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         check_call(self, bound.arguments)
-        reason = unsupported_reason(self._execution_device)
+        device = self._execution_device
+        check_attention(self.fast_state.attention, device)
+        reason = unsupported_reason(device)
         if reason is None:
             reason = self.install_scheduler()
         else:
@@ -57,6 +59,8 @@ def _stock_loop(stock: type) -> Callable[..., Any]:
         if reason is not None:
             self.fast_state.fall_back(reason)
             return in_stages(self, *args, **kwargs)
+        if self.transformer.dtype.is_floating_point:  # else it is known in the forward, which asks too
+            self.require_kernels(self.transformer.dtype, self._execution_device)
         texts = texts_of_call(self, bound.arguments)
         with texts, self._images(), accelerated(self.transformer, self.fast_state) as forwards:
             forwards.changing = bound.arguments.get("callback_on_step_end") is not None
@@ -171,6 +175,7 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
         bound.apply_defaults()
         check_call(self, bound.arguments)
         device = self._execution_device  # asks every module for its hooks: once a call
+        check_attention(self.fast_state.attention, device)
         reason = self._fallback_reason(device)
         if reason is not None:
             self.fast_state.fall_back(reason)
@@ -268,6 +273,7 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
             generator,
             latents,
         )
+        self.require_kernels(latents.dtype, device)
         grid_size = (1, height // self.vae_scale_factor // 2, width // self.vae_scale_factor // 2)
         with stage("schedule"):
             scheduled = functools.partial(

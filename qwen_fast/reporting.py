@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from qwen_fast_kernels.proof import Problem, Verdict
+
 logger = logging.getLogger("qwen_fast")
 
 STATE = "_qwen_fast_state"  # the one attribute that an enabled pipeline carries
@@ -21,7 +23,7 @@ class State:
         precise_sampler: latents and step size stay fp32 between steps.
         modulation: "table" (once per schedule, its weights on the host) or "layers" (in each forward, as stock).
         modulation_cache: folder in which modulation tables are kept for other processes, or None.
-        attention: "auto", "triton" or "diffusers".
+        attention: "auto", "triton", "cudnn", "flash", "efficient" or "diffusers".
         cuda_graph: "auto", True or False.
         vae_option: "image" or "diffusers".
         texts: what is kept of prompts and of the text encoder, see text.Texts.
@@ -36,6 +38,8 @@ class State:
         vae_note: how the last picture was coded, or None.
         nan_note: what `check_nan` found in the last call, or None.
         no_table: why the last call computed its modulations in each forward all the same, or None.
+        verdicts: of the kernels that it needs on a GPU, see proofs.py.
+        proved: devices and dtypes for which its transformer's kernels have verdicts.
     """
 
     precise_sampler: bool = False
@@ -57,6 +61,8 @@ class State:
     vae_note: str | None = None
     nan_note: str | None = None
     no_table: str | None = None
+    verdicts: dict[Problem, Verdict] = field(default_factory=dict)
+    proved: set[tuple[torch.device, torch.dtype]] = field(default_factory=set)
 
     def fall_back(self, reason: str) -> None:
         """Count a call that goes to stock diffusers; log the reason the first time; raise it in strict mode."""
@@ -81,6 +87,7 @@ class Report:
         memory (dict[str, int]): bytes of each component's parameters and buffers, which of them stay in host memory, and
             what qwen_fast adds.
         prompt_cache (dict[str, int]): hits and misses so far, and bytes in memory.
+        kernels (dict[str, str]): those that did not prove themselves on this GPU and that torch's operators replace, and why.
     """
 
     pipeline: str
@@ -91,6 +98,7 @@ class Report:
     lossy: list[str]
     memory: dict[str, int]
     prompt_cache: dict[str, int]
+    kernels: dict[str, str]
 
     def __str__(self) -> str:
         if not self.enabled:
@@ -101,6 +109,7 @@ class Report:
         lines += [f"  replaced:  {part}" for part in self.replaced]
         lines += [f"  calls:     {count:6d} x {name}" for name, count in sorted(self.calls.items())]
         lines += [f"  fallback:  {count:6d} x {reason}" for reason, count in self.fallbacks.items()]
+        lines += [f"  by torch:  {kernel} is wrong here: {reason}" for kernel, reason in self.kernels.items()]
         lines += [f"  lossy:     {', '.join(self.lossy) or 'nothing'}"]
         lines += [f"  memory:    {size / 2**20:10.1f} MiB {name}" for name, size in self.memory.items()]
         return "\n".join(lines)
@@ -114,7 +123,7 @@ def report(pipe: Any) -> Report:
     Returns:
         Report: a snapshot; later calls do not change it.
     """
-    from . import vae  # which needs the state from here
+    from . import attention, vae  # which need the state from here
 
     state = getattr(pipe, "__dict__", {}).get(STATE)
     alone = isinstance(pipe, torch.nn.Module)  # a VAE
@@ -132,6 +141,8 @@ def report(pipe: Any) -> Report:
         if state.transformer is not None:
             modulation = f"layers, since {state.no_table}" if state.no_table else state.modulation
             replaced.append(f"transformer (fused blocks, modulation {modulation}, attention {state.attention})")
+            if state.attention == "auto":
+                replaced += attention.described()
             if state.stock_scheduler is None:
                 graphs = f"no CUDA graph: {state.graph}" if state.graph else f"CUDA graph {state.cuda_graph}"
                 replaced.append(f"steps ({graphs})")
@@ -141,6 +152,10 @@ def report(pipe: Any) -> Report:
             memory["prompt cache"] = state.texts.cache.nbytes
         if state.check_nan:
             replaced.append(f"check for NaN after each step (last call: {state.nan_note or 'none yet'})")
+    verdicts = state.verdicts if state is not None else {}
+    wrong = {problem: verdict for problem, verdict in verdicts.items() if not verdict.right}
+    if verdicts:
+        replaced.append(f"kernels ({len(verdicts) - len(wrong)} of {len(verdicts)} proved right on this GPU)")
     if state is not None and state.vae is not None:
         replaced.append(f"VAE ({vae.description(state.vae, state)})")
     return Report(
@@ -152,6 +167,7 @@ def report(pipe: Any) -> Report:
         lossy=[],
         memory=memory,
         prompt_cache=_counted(state),
+        kernels={str(problem): verdict.reason for problem, verdict in wrong.items()},
     )
 
 

@@ -43,10 +43,11 @@ def enable(
             stock, on weights that stay where they are.
         modulation_cache: a folder that keeps the tables, so that other processes need not compute them: 4.4 MB a step for
             Qwen-Image. None: in memory only.
-        attention: "auto": the fastest lossless implementation known for the GPU and the shapes. "triton": the joint
-            attention kernel. "diffusers": diffusers' dispatcher. A backend chosen in diffusers itself is always used.
-        cuda_graph: capture a whole step in a CUDA graph: "auto" where launches limit the speed, True wherever nothing
-            forbids it, False never.
+        attention: "auto": the fastest lossless implementation, measured once on the GPU at hand. "triton": the joint
+            attention kernel. "cudnn", "flash", "efficient": torch's scaled_dot_product_attention by that name, sequence by
+            sequence. "diffusers": diffusers' dispatcher. A backend chosen in diffusers itself is always used.
+        cuda_graph: capture a whole step in a CUDA graph: "auto" where launches limit the speed (up to 3072 image tokens a
+            step, 512x512 with guidance), True wherever nothing forbids it, False never.
         vae: "image": single frames through 2-D convolutions, which is what the VAE's causal 3-D ones are for them.
             "diffusers": as it is.
         prompt_cache: "memory": the last prompts stay encoded, up to 64 MiB, for as long as the text encoder's weights are

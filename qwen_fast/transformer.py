@@ -27,6 +27,7 @@ from .hooks import OURS, is_hooked, rebind_forward
 from .host_weights import disk_reason, host_bytes, keep_on_host, return_to_device
 from .layout import ImageShapes, Layout, build_layout, check_image_shapes
 from .modulation import TableCache, modules_signature
+from .proofs import require_transformer
 from .reporting import State
 
 STOCK = diffusers.QwenImageTransformer2DModel
@@ -100,6 +101,8 @@ class QwenImageTransformer2DModel(STOCK):
         if reason is not None:
             call.state.fall_back(reason)
             return super().forward(*args, **kwargs)
+        rows = arguments["hidden_states"]
+        require_transformer(call.state, self, rows.dtype, rows.device)
         with lora_scale(self, arguments["attention_kwargs"]):
             if call.packed is not None:
                 output = self._packed_forward(call, arguments["hidden_states"], arguments["timestep"])

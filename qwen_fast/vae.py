@@ -20,6 +20,7 @@ from torch import nn
 
 from .hooks import OURS, rebind_forward
 from .inputs import check_vae_memory
+from .proofs import require_vae
 from .reporting import STATE, State, logger
 from .vae_bands import MOST_ON_CUDA, choose, memory_limit, run, whole_peak
 from .vae_layers import Layer, decoder_layers, encoder_layers
@@ -97,6 +98,7 @@ class _Pictures:
             state.vae_note = f"{what}: along diffusers' modules, since {layers}"
             with _active(self, state):
                 return along_modules()
+        require_vae(state, self, x.dtype, x.device)
         with torch.no_grad():
             return _in_memory(what, layers, x[:, :, 0], state)[:, :, None]
 

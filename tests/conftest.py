@@ -109,3 +109,34 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint") / "qwen-image-tiny"
     build_checkpoint(path, seed=0)
     return path
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch):
+    """A proof's stand-in for a GPU in this process, without a fault: the CPU, whose kernels are interpreted."""
+    import stand_in
+
+    stand_in.interpret(monkeypatch.setattr, {})
+    return torch.device("cpu")
+
+
+@pytest.fixture
+def child(monkeypatch: pytest.MonkeyPatch):
+    """Seeds faults into a proof's child process, or (None) forbids one; returns the list of children started so far."""
+    import stand_in
+    from qwen_fast_kernels import proof
+    from qwen_fast_kernels._child import NoChild
+
+    started: list[str] = []
+
+    def of(faults: dict[str, str] | None) -> list[str]:
+        def command(module: str) -> list[str]:
+            if faults is None:
+                raise NoChild("the test forbids it")
+            started.append(module)
+            return stand_in.child(faults)
+
+        monkeypatch.setattr(proof, "command", command)
+        return started
+
+    return of

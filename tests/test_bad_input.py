@@ -137,7 +137,7 @@ def test_a_folder_for_tables_that_cannot_be_written(checkpoint, tmp_path):
         qwen_fast.enable(stock(checkpoint), modulation_cache=tmp_path / "file")
 
 
-@pytest.mark.parametrize(("name", "value"), [("modulation", "tables"), ("attention", "flash"), ("cuda_graph", 1)])
+@pytest.mark.parametrize(("name", "value"), [("modulation", "tables"), ("attention", "flash3"), ("cuda_graph", 1)])
 def test_unknown_values_of_options(checkpoint, name, value):
     pipe = stock(checkpoint)
     with pytest.raises(ValueError, match=f"`{name}` is {value!r}; use one of"):
@@ -145,3 +145,10 @@ def test_unknown_values_of_options(checkpoint, name, value):
     assert type(pipe) is diffusers.QwenImagePipeline
     with pytest.raises(ValueError, match=f"`{name}` is"):
         qwen_fast.QwenImagePipeline(**pipe.components, **{name: value})
+
+
+@pytest.mark.parametrize("attention", ["cudnn", "efficient"])
+def test_an_attention_that_the_device_lacks_is_named(checkpoint, attention):
+    pipe = qwen_fast.enable(stock(checkpoint), attention=attention)
+    with pytest.raises(ValueError, match=f"`attention` is '{attention}', .* not for cpu; use 'auto'"):
+        draw(pipe, prompt="a red circle", **SMALL)

@@ -3,6 +3,10 @@
 import contextlib
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -11,10 +15,13 @@ import torch
 import qwen_fast
 from benchmarks import bench, ladder, models
 from benchmarks.grid import SHAPES, Case
-from benchmarks.ladder import COMPARED, OURS, STOCK, NotMeasured, Rung
+from benchmarks.ladder import COMPARED, COMPILED, ENABLED, GRAPH, IN_TURN, OURS, PACKED, STEPS, STOCK, NotMeasured, Rung
 from benchmarks.rows import read
+from benchmarks.runbook_stages import GO_ON
 from qwen_fast.cli import main
 
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])}
 TINY = SHAPES["tiny"]
 CPU = torch.device("cpu")
 CASE = Case(32, 48, 3, True, 1, 8, TINY)
@@ -65,8 +72,9 @@ def test_every_rung_is_reached_and_leaves_the_pipeline_as_it_was(session, monkey
     monkeypatch.setattr(qwen_fast, "disable", noted)
     rows, said, folder = session(ladder.all_rungs())
     by_name = {row["rung"]: row for row in rows}
-    assert list(by_name) == [rung.name for rung in ladder.all_rungs()] and len(by_name) == 13
-    stay_out = {"+ CUDA graph": "needs a CUDA device"}
+    assert list(by_name) == [rung.name for rung in ladder.all_rungs()] and len(by_name) == 20
+    on_gpus = (GRAPH, *IN_TURN, PACKED[1], COMPARED[0])
+    stay_out = dict.fromkeys([rung.name for rung in on_gpus], "needs a CUDA device")
     for row in rows:
         if row["rung"] in stay_out or row["reason"].startswith(("not installed", "random weights", "sageattention")):
             assert row["status"] == "not measured" and not row.get("step_ms_p50")
@@ -82,19 +90,21 @@ def test_every_rung_is_reached_and_leaves_the_pipeline_as_it_was(session, monkey
     assert {row["what"] for row in read(folder / "ceilings.csv")} == {"copy", "matrix product", "attention"}
     assert all(row["torch"] == torch.__version__ and row["commit"] for row in rows)
 
-    # A rung is entered twice, for the first image and for the pairs; the last one once more, for the stage table.
-    assert len(reports) == 2 * (len(OURS) - 1) + 1
+    # A rung is entered twice, for the first image and for the pairs; the first one once more, for the stage table.
+    measured = [ENABLED, PACKED[0], *PACKED[2:], *STEPS]
+    assert len(reports) == 2 * len(measured) + 1
     told = reports.pop()
     assert told.calls["packed transformer"] and not told.fallbacks
-    sampler, fused, table, packed, pictures, enabled = reports[::2]
+    enabled, diffusers_attention, flash, our_attention, sampler, fused, table, packed, pictures = reports[::2]
     assert "cfg_euler_step" in sampler.calls and "transformer" not in sampler.calls and "vae decode" not in sampler.calls
     for report in (fused, table):
         assert report.calls["transformer"] and "packed transformer" not in report.calls and not report.fallbacks
-    tables = [report.memory["modulation tables"] for report in reports[2::2]]
-    assert tables[0] == 0 and all(size > 0 for size in tables[1:])
-    assert packed.calls["packed transformer"] and "vae decode" not in packed.calls
+    assert fused.memory["modulation tables"] == 0
+    for report in (table, packed, pictures, enabled):
+        assert report.memory["modulation tables"] > 0 and report.memory["modulation weights that stay on the host"]
+    for report in (packed, diffusers_attention, flash, our_attention):
+        assert report.calls["packed transformer"] and "vae decode" not in report.calls
     assert pictures.calls["vae decode"] and enabled.calls["vae decode"]
-    assert all(report.memory["modulation weights that stay on the host"] for report in reports[4::2])
 
     fresh = pipelines.__wrapped__(TINY, CPU, torch.float32)
     assert type(pipe) is type(fresh) and type(pipe.transformer) is type(fresh.transformer)
@@ -124,7 +134,7 @@ def test_a_wrong_result_gets_no_speed_up(session, dtype, size):
 
 
 def test_below_fp32_the_error_is_a_part_of_stock_s(session):
-    rows, _, _ = session([STOCK, OURS[-1], disturbed(0.0)], dtype=torch.bfloat16)
+    rows, _, _ = session([STOCK, ENABLED, disturbed(0.0)], dtype=torch.bfloat16)
     assert [row["status"] for row in rows] == ["ok"] * 3
     assert rows[0]["error_to_stock"] == rows[2]["error_to_stock"] == "1.000"
     assert 0.3 < float(rows[1]["error_to_stock"]) < 1.25 and float(rows[1]["max_difference"]) > 0
@@ -152,7 +162,7 @@ def failing(error: BaseException, *, inside: bool = True) -> Rung:
 @pytest.mark.parametrize("inside", [True, False])
 def test_a_failing_rung_has_its_error_in_its_row_and_the_next_goes_on(session, inside):
     error = torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB")
-    rows, said, folder = session([STOCK, failing(error, inside=inside), OURS[-1]])
+    rows, said, folder = session([STOCK, failing(error, inside=inside), ENABLED])
     assert [row["status"] for row in rows] == ["ok", "failed", "ok"] and bench.is_fault(rows[1])
     assert rows[1]["reason"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB" and rows[1]["reason"] in said
     assert [row["status"] for row in read(folder / "ladder.csv")] == ["ok", "failed", "ok"]
@@ -160,18 +170,18 @@ def test_a_failing_rung_has_its_error_in_its_row_and_the_next_goes_on(session, i
 
 def test_a_silent_fallback_to_stock_is_no_measurement(session, monkeypatch):
     monkeypatch.setattr(qwen_fast.QwenImagePipeline, "_fallback_reason", lambda *_: "a reason")
-    rows, _, _ = session([STOCK, OURS[-1]])
+    rows, _, _ = session([STOCK, ENABLED])
     assert rows[1]["status"] == "failed" and "stock diffusers ran instead: a reason" in rows[1]["reason"]
 
 
 def test_an_interruption_keeps_the_rows_and_says_where_they_are(session):
-    rows, said, folder = session([STOCK, failing(KeyboardInterrupt()), OURS[-1]])
+    rows, said, folder = session([STOCK, failing(KeyboardInterrupt()), ENABLED])
     assert rows is None and f"interrupted: 1 rows are finished and in {folder / 'ladder.csv'}" in said
     assert [row["rung"] for row in read(folder / "ladder.csv")] == [STOCK.name]
 
 
 def test_a_checkpoint_is_measured_with_its_prompts(session, checkpoint):
-    rows, _, _ = session([STOCK, OURS[-1]], dataclasses.replace(CASE, batch=2), model=str(checkpoint))
+    rows, _, _ = session([STOCK, ENABLED], dataclasses.replace(CASE, batch=2), model=str(checkpoint))
     assert [row["status"] for row in rows] == ["ok", "ok"] and {row["model"] for row in rows} == {checkpoint.name}
     assert all(float(row["text_s"]) > 0 for row in rows)
     arguments = models.call_arguments(models.load_pipeline(checkpoint, CPU, torch.float32), dataclasses.replace(CASE, batch=2))
@@ -180,25 +190,89 @@ def test_a_checkpoint_is_measured_with_its_prompts(session, checkpoint):
 
 
 def test_stages_of_stock_and_ours_are_told_once_each(session, checkpoint):
-    _, said, _ = session([STOCK, OURS[-1]], dataclasses.replace(CASE, steps=6), model=str(checkpoint))
-    for rung, own in ((STOCK, {"text", "schedule", "denoise", "vae"}), (OURS[-1], {"text", "schedule", "modulation", "vae"})):
+    _, said, _ = session([STOCK, ENABLED], dataclasses.replace(CASE, steps=6), model=str(checkpoint))
+    for rung, own in ((STOCK, {"text", "schedule", "denoise", "vae"}), (ENABLED, {"text", "schedule", "modulation", "vae"})):
         table = said.split(f"{rung.name}, stages of a call of 4 steps:\n")[1].split("total")[0]
         seconds = {line.split()[0]: float(line.split()[1]) for line in table.splitlines()[1:]}
         assert own | {"denoise", "other"} <= set(seconds) and seconds["denoise"] > 0
 
 
+def test_what_was_measured_before_is_not_measured_again(session):
+    first, _, folder = session([STOCK, failing(ValueError("no"))])
+    rows, said, _ = session([STOCK, failing(ValueError("yes")), ENABLED], resume=True)
+    assert [row["status"] for row in rows] == ["ok", "failed", "ok"] and rows[1]["reason"] == "ValueError: no"
+    assert said.count("measured before") == 2 and len(read(folder / "ladder.csv")) == 3
+
+
+def test_without_exact_latents_rows_are_judged_by_their_distance_from_stock(session, monkeypatch):
+    def refuse(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("benchmarks.session.exact_latents", refuse)
+    rows, said, _ = session([STOCK, ENABLED, disturbed(0.5)], dtype=torch.bfloat16)
+    assert [row["status"] for row in rows] == ["ok", "ok", "wrong result"]
+    assert "not compared with fp32: OutOfMemoryError" in rows[1]["detail"] and "no exact latents" in said
+
+
+def test_a_failing_stage_table_costs_nothing(session, monkeypatch):
+    monkeypatch.setattr("benchmarks.session.stage_table", lambda *_: 1 / 0)
+    rows, said, _ = session([STOCK, ENABLED])
+    assert [row["status"] for row in rows] == ["ok", "ok"] and "no stages: ZeroDivisionError" in said
+
+
+def test_a_rung_that_hangs_has_its_row_and_the_next_run_goes_on_behind_it(tmp_path):
+    """In a process of its own, since it ends."""
+    code = """
+import contextlib, sys, time, torch
+from benchmarks import bench, ladder
+from benchmarks.grid import SHAPES, Case
+
+@contextlib.contextmanager
+def hang(pipe, case):
+    time.sleep(60)
+    yield ""
+
+case = Case(32, 48, 2, False, 1, 8, SHAPES["tiny"])
+bench.plan = lambda _: [(case, [ladder.STOCK, ladder.Rung("hanging", hang), ladder.STEPS[0]])]
+options = bench.Options(torch.device("cpu"), torch.float32, shape=SHAPES["tiny"], repeats=1, ceiling_seconds=1e-3)
+options.out, options.limit, options.resume = sys.argv[1], 12.0, True
+bench.run(options)
+"""
+    codes = [
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=ENVIRONMENT).returncode for _ in range(2)
+    ]
+    rows = read(tmp_path / "ladder.csv")
+    assert codes == [GO_ON, 0] and [row["status"] for row in rows] == ["ok", "failed", "ok"]
+    assert rows[1]["rung"] == "hanging" and rows[1]["reason"] == "no end within 12 s"
+
+
+def test_the_process_ends_with_its_output_and_without_taking_the_interpreter_apart():
+    code = (
+        "import atexit; from benchmarks import bench; atexit.register(print, 'taken apart'); print('all of it'); bench.leave(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, "all of it\n"), done.stderr
+
+
 def test_stages_are_not_told_of_a_wrong_result(session):
-    _, said, _ = session([STOCK, dataclasses.replace(OURS[-1], enter=failing(ValueError("no")).enter)])
+    _, said, _ = session([STOCK, dataclasses.replace(ENABLED, enter=failing(ValueError("no")).enter)])
     assert said.count("stages of a call") == 1
 
 
 def test_memory_is_checked_before_anything_is_allocated(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "free_memory", lambda device: 30 * 2**30)
     monkeypatch.setattr(models, "random_pipeline", lambda *_: pytest.fail("allocated"))
-    monkeypatch.setattr(bench, "measure_ceilings", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(bench, "kept_ceilings", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(models, "free_memory", lambda device: 2**28)
     options = bench.Options(CPU, torch.bfloat16, cases=[Case()], out=tmp_path)
-    with pytest.raises(ValueError, match=r"60 layers needs about 4\d\.\d GiB.*30\.0 GiB are free.*--layers 4\d would fit"):
+    with pytest.raises(ValueError, match=r"60 layers needs about 4\d\.\d GiB.*0\.2 GiB are free; nothing was allocated"):
         bench.run(options)
+    monkeypatch.setattr(models, "free_memory", lambda device: 30 * 2**30)
+    said = []
+    assert 40 <= bench.smaller(options, said.append).cases[0].shape.layers < 50
+    assert "SMALLER MODEL" in said[0] and "of the 60 layers" in said[0]
+    with pytest.raises(ValueError, match=r"--layers 4\d would fit"):
+        models.check_memory([Case()], CPU, torch.bfloat16)
     assert models.memory_needed(Case(shape=dataclasses.replace(Case().shape, layers=40)), torch.bfloat16) < 30 * 2**30
     assert models.memory_needed(Case(), torch.float32) > 1.9 * models.memory_needed(Case(), torch.bfloat16) - 2**32
 
@@ -206,9 +280,11 @@ def test_memory_is_checked_before_anything_is_allocated(tmp_path, monkeypatch):
 def test_skipped_rungs_and_unknown_ones():
     options = bench.Options(CPU, torch.float32, shape=TINY, cases=[CASE], skip=("compile", "cache"))
     ((_, rungs),) = bench.plan(options)
-    assert COMPARED[0] not in rungs and STOCK in rungs and len(rungs) == len(ladder.all_rungs()) - 2
+    assert COMPILED not in rungs and STOCK in rungs and len(rungs) == len(ladder.all_rungs()) - 2
     with pytest.raises(ValueError, match="--skip nothing: no rung has that"):
         bench.plan(dataclasses.replace(options, skip=("nothing",)))
+    ((_, rungs),) = bench.plan(dataclasses.replace(options, skip=(), only=("compile", "as enabled")))
+    assert rungs == [STOCK, ENABLED, COMPILED], "in the ladder's order"
 
 
 def test_the_default_takes_less_than_eight_minutes_by_arithmetic(capsys):
@@ -255,7 +331,7 @@ def test_arguments_that_contradict_or_make_no_sense(arguments, capsys):
 
 
 def test_the_command_prints_one_table_and_tells_a_fault_by_its_exit_code(tmp_path, capsys):
-    skip = [part for name in ("compile", "attention", "+", "as enabled") for part in ("--skip", name)]
+    skip = [part for name in ("compile", "attention", "+", "as enabled", "in turn") for part in ("--skip", name)]
     command = ["bench", "--shape", "tiny", "--size", "32x32", "--steps", "2", "--no-cfg", "--text", "4", "--repeats", "1"]
     assert main([*command, "--seconds", "0.001", *skip, "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out

@@ -15,7 +15,6 @@ import qwen_fast
 from benchmarks import machine, models
 from benchmarks.ceilings import Ceilings, measure_ceilings, sustained
 from benchmarks.grid import NEGATIVE_TOKENS, QWEN_IMAGE, SHAPES, Case, default_cases, full_cases
-from benchmarks.ladder import fastest_backend
 from benchmarks.measure import Difference, Spread, clocked, exact_latents, interleaved, ratio
 from benchmarks.rows import Rows, append, read
 
@@ -247,6 +246,30 @@ def test_an_attention_that_computes_something_else_is_no_candidate(monkeypatch):
     assert "differs from flash" in tried["math"] and tried["flash"] > 0
 
 
+def test_an_attention_that_is_not_finite_is_no_candidate(monkeypatch):
+    from benchmarks import ceilings
+
+    nowhere = types.SimpleNamespace(**vars(torch.nn.functional))
+    nowhere.scaled_dot_product_attention = lambda *rows: rows[0] * float("nan")
+    monkeypatch.setattr(ceilings, "F", nowhere)
+    with pytest.raises(RuntimeError, match="no attention runs on cpu.*not finite"):
+        measure_ceilings(CPU, torch.float32, seconds=1e-3, shape=TINY, tokens=48, copy_bytes=2**16)
+
+
+def test_ceilings_are_measured_once_and_again_where_the_file_is_of_something_else(tmp_path, monkeypatch):
+    from benchmarks import ceilings
+
+    how = {"seconds": 1e-3, "shape": TINY, "tokens": 48, "copy_bytes": 2**16}
+    path = tmp_path / "new" / "ceilings.json"
+    first = ceilings.kept_ceilings(path, CPU, torch.float32, **how)
+    monkeypatch.setattr(ceilings, "measure_ceilings", lambda *_, **__: pytest.fail("measured again"))
+    assert ceilings.kept_ceilings(path, CPU, torch.float32, **how) == first
+    monkeypatch.undo()
+    assert ceilings.kept_ceilings(path, CPU, torch.bfloat16, **how).dtype == "bfloat16"
+    path.write_text("{")
+    assert ceilings.kept_ceilings(path, CPU, torch.float32, **how).dtype == "float32"
+
+
 def test_the_grid_holds_what_was_asked_for():
     cases = full_cases(QWEN_IMAGE)
     assert len(cases) == len(set(cases)) == 5 * 4 * 2 * 2 * 3 and cases[0] == Case()
@@ -345,9 +368,11 @@ def test_medians_and_pairs():
     assert order == ["b", "a", "a", "b", "b", "a"] and [len(times) for times in seconds.values()] == [2, 2]
 
 
-def test_the_backend_of_a_masked_batch_is_one_that_takes_masks(pipe):
-    from benchmarks.ladder import NotMeasured
+def test_a_backend_that_takes_no_mask_is_not_measured_where_stock_needs_one(pipe):
+    from benchmarks.ladder import COMPARED, NotMeasured
 
-    assert fastest_backend(pipe, Case(32, 32, 2, True, 1, 6, TINY)) == "_native_flash"
-    with pytest.raises(NotMeasured, match="attn_mask"):
-        fastest_backend(pipe, Case(32, 32, 2, True, 2, 6, TINY))
+    (flash,) = (rung for rung in COMPARED if "flash" in rung.name)
+    with flash.enter(pipe, Case(32, 32, 2, True, 1, 6, TINY)) as detail:
+        assert detail == "_native_flash"
+    with pytest.raises(NotMeasured, match="takes no mask"), flash.enter(pipe, Case(32, 32, 2, True, 2, 6, TINY)):
+        pass

@@ -115,6 +115,14 @@ def test_no_committed_row_spills_or_exceeds_its_architecture(op):
     assert not found, "\n".join(f"{name}: {', '.join(texts)}" for name, texts in found.items())
 
 
+def test_committed_rows_say_of_every_warp_specialised_kernel_whether_it_keeps_its_tiles():
+    asked = {label(row) for row in ROWS if json.loads(row["config"]).get("WARP_SPECIALIZE")}
+    assert asked == {label(row) for row in ROWS if row["tiles_kept"]}
+    assert {(row["triton"], row["dtype"]) for row in ROWS if row["tiles_kept"] == "yes"} >= set(
+        itertools.product(VERSIONS, ("bfloat16", "float16"))
+    )
+
+
 def test_committed_rows_use_tensor_cores():
     assert not without_tensor_cores(ROWS), "\n".join(without_tensor_cores(ROWS))
 
@@ -130,8 +138,10 @@ def test_default_configurations_compile_as_the_table_says(arch, tmp_path_factory
     found = {label(row): faults(row) for row in rows if faults(row)}
     assert not found, "\n".join(f"{name}: {', '.join(texts)}" for name, texts in found.items())
     assert not without_tensor_cores(rows), "\n".join(without_tensor_cores(rows))
+    specialised = {label(row) for row in rows if row["tiles_kept"]}
+    assert specialised == {label(row) for row in rows if json.loads(row["config"]).get("WARP_SPECIALIZE")}
 
-    compared = ("config", "registers", "warps", "stack", "dynamic_shared", *FAMILIES)
+    compared = ("config", "registers", "warps", "stack", "dynamic_shared", "tiles_kept", *FAMILIES)
     version = rows[0]["triton"]
     committed = {row_key(row): row for row in ROWS if row["arch"] == arch and row["triton"] == version}
     for row in rows if committed else []:
@@ -146,7 +156,8 @@ def test_default_configurations_compile_as_the_table_says(arch, tmp_path_factory
 GOOD = {
     "triton": "3.9.0", "op": "joint_attention", "case": "bf16", "kernel": "0", "arch": 90, "dtype": "bfloat16", "config": "{}",
     "stack": 0, "local": 0, "spill_stores": 0, "spill_loads": 0, "static_shared": 1024, "dynamic_shared": 100000,
-    "shared_limit": 232448, "tensor_memory": 0, "instructions": 900, "source": "", **dict.fromkeys(FAMILIES, 0), "HGMMA": 12,
+    "shared_limit": 232448, "tensor_memory": 0, "instructions": 900, "tiles_kept": "yes", "source": "",
+    **dict.fromkeys(FAMILIES, 0), "HGMMA": 12,
 }  # fmt: skip
 
 
@@ -161,6 +172,7 @@ GOOD = {
         {"static_shared": 140000},
         {"tensor_memory": 576},
         {"instructions": 4},
+        {"tiles_kept": "no"},
     ],
     ids=str,
 )

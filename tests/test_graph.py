@@ -215,12 +215,14 @@ def test_memory_too_short_for_one_forward(pair, captures, monkeypatch):
     assert not captures and "memory is too short" in pair[1].fast_state.graph
 
 
-@pytest.mark.parametrize(("height", "steps", "captured"), [(512, 20, True), (528, 20, False), (528, 8, True)])
-def test_auto_decides_by_tokens_and_steps(checkpoint, captures, monkeypatch, height, steps, captured):
+@pytest.mark.parametrize(
+    ("height", "guided", "captured"), [(1536, {}, True), (1552, {}, False), (768, GUIDED, True), (784, GUIDED, False)]
+)
+def test_auto_decides_by_the_image_tokens_of_a_step(checkpoint, captures, monkeypatch, height, guided, captured):
     pipe = qwen_fast.enable(stock(checkpoint))
     monkeypatch.setattr(graph.CapturedStep, "run", lambda self, state: self.latents)
-    monkeypatch.setattr("qwen_fast.forwards.Forwards.predict", lambda self, latents: (latents,))
-    draw(pipe, **PROMPT, **(SMALL | {"height": height, "width": 512, "num_inference_steps": steps}))
+    monkeypatch.setattr("qwen_fast.forwards.Forwards.predict", lambda self, latents: (latents,) * len(self.task.prompts))
+    draw(pipe, **PROMPT, **(SMALL | guided | {"height": height, "width": 512, "num_inference_steps": 2}))
     assert bool(captures) is captured and (pipe.fast_state.graph is None) is captured
 
 
@@ -291,7 +293,7 @@ def test_every_step_reads_the_same_addresses(pair, captures, monkeypatch):
         captured.sigmas,
         captured.step_index,
         pack.layout.rope,
-        pack.layout.seqused_txt,
+        pack.layout.spans,
         pack.text,
     ):
         assert static.data_ptr() in persistent

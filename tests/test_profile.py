@@ -124,9 +124,9 @@ def op_event(name: str, *shapes, kind: str = BF16, concrete=()) -> dict:
 
 def test_work_of_operators():
     qkv = (4126, 24, 128)
-    attention = op_event("qwen_fast::joint_attention", qkv, qkv, qkv, (2,), (2,), concrete=(30, 30, 4096))
+    attention = op_event("qwen_fast::joint_attention", qkv, qkv, qkv, (1, 2), concrete=(4126,))
     assert work_of(attention) == (4 * 4126 * 3072 * 2, 4 * 4126**2 * 3072)
-    packed = op_event("qwen_fast::joint_attention", *[(8252, 24, 128)] * 3, (3,), (3,), concrete=(60, 30, 4096))
+    packed = op_event("qwen_fast::joint_attention", *[(8252, 24, 128)] * 3, (2, 2), concrete=(4126,))
     assert work_of(packed)[1] == 2 * 4 * 4126**2 * 3072
     assert work_of(op_event("aten::bmm", (3, 8, 4), (3, 4, 5), kind="float")) == (4 * 3 * (32 + 20 + 40), 2 * 3 * 8 * 4 * 5)
     for name, shape in (
@@ -234,7 +234,7 @@ def test_an_empty_trace_is_no_error(tmp_path):
 
 @pytest.mark.parametrize("stock", [False, True], ids=["fast", "stock"])
 def test_a_picture_is_profiled(checkpoint, tmp_path, capsys, monkeypatch, stock):
-    monkeypatch.setattr("qwen_fast.cli.profile._ceilings", lambda device, dtype: None)
+    monkeypatch.setattr("qwen_fast.cli.profile._ceilings", lambda path, device, dtype: None)
     arguments = ["--model", str(checkpoint), "--size", "64x64", "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "p")]
     assert main(["profile", *arguments, *["--stock"] * stock]) == 0
     out = capsys.readouterr().out
@@ -274,6 +274,7 @@ def test_bad_input_is_refused_before_anything_is_drawn(capsys, tmp_path, monkeyp
 @pytest.mark.gpu
 def test_a_picture_is_profiled_on_a_gpu(checkpoint, tmp_path, capsys):
     arguments = ["--model", str(checkpoint), "--size", "256x256", "--steps", "2", "--device", "cuda", "--out", str(tmp_path)]
+    arguments += ["--snapshot"]
     assert main(["profile", *arguments]) == 0
     out = capsys.readouterr().out
     assert "host synchronisations in the loop" in out and "device idle for" in out

@@ -176,4 +176,5 @@ register(
     cuda=_ada_layer_norm_cuda,
     cpu=_ada_layer_norm_cpu,
     fake=_ada_layer_norm_fake,
+    by_torch=ada_layer_norm_reference,
 )

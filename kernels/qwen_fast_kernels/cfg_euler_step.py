@@ -198,4 +198,5 @@ register(
     cuda=_cfg_euler_step_cuda,
     cpu=_cfg_euler_step_cpu,
     fake=_cfg_euler_step_fake,
+    by_torch=cfg_euler_step_reference,
 )

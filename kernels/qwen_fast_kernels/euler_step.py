@@ -134,4 +134,5 @@ register(
     cuda=_euler_step_cuda,
     cpu=_euler_step_cpu,
     fake=_euler_step_fake,
+    by_torch=euler_step_reference,
 )

@@ -224,4 +224,5 @@ register(
     cuda=_flow_match_schedule_cuda,
     cpu=_flow_match_schedule_cpu,
     fake=_flow_match_schedule_fake,
+    by_torch=flow_match_schedule_reference,
 )

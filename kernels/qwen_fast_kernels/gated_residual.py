@@ -175,4 +175,5 @@ register(
     cuda=_gated_residual_cuda,
     cpu=_gated_residual_cpu,
     fake=_gated_residual_fake,
+    by_torch=gated_residual_reference,
 )

@@ -228,4 +228,5 @@ register(
     cuda=_gated_residual_ada_layer_norm_cuda,
     cpu=_gated_residual_ada_layer_norm_cpu,
     fake=_gated_residual_ada_layer_norm_fake,
+    by_torch=gated_residual_ada_layer_norm_reference,
 )

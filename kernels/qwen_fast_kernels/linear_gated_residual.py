@@ -240,4 +240,5 @@ register(
     cuda=_linear_gated_residual_cuda,
     cpu=_linear_gated_residual_cpu,
     fake=_linear_gated_residual_fake,
+    by_torch=linear_gated_residual_reference,
 )

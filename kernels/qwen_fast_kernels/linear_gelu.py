@@ -127,4 +127,5 @@ register(
     cuda=_linear_gelu_cuda,
     cpu=_linear_gelu_cpu,
     fake=_linear_gelu_fake,
+    by_torch=_linear_gelu_cpu,
 )

@@ -1,9 +1,9 @@
-"""RMSNorm of every query and key head, then rotary embedding, for the text and the image rows in one launch.
+"""RMSNorm of every query and key head, then rotary embedding, and the text rows put where attention reads them, in one launch.
 
     n = x * rsqrt(mean(x * x) + eps) * weight,   (x[2i], x[2i+1]) = (n[2i] + j n[2i+1]) * (rope[2i] + j rope[2i+1])
 
-In place for all rows; or in place for the image rows, while the text rows are read from a buffer of their own and written to
-where they belong, those of the value unchanged.
+In place for the image rows. The text rows are read from a buffer of their own and written to where they belong, those of the
+value unchanged.
 
 Grid: one program per token row and BLOCK_H heads, of query and key both.
 """
@@ -40,35 +40,28 @@ def qk_norm_rope_reference(
     norm_added_k: torch.Tensor,
     rope: torch.Tensor,
     txt_rows: int,
-    eps: float = 1e-6,
-    value: torch.Tensor | None = None,
-    text: torch.Tensor | None = None,
-    places: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """New tensors for what the operator writes into `query` and `key`, and into `value` where there is one."""
+    eps: float,
+    value: torch.Tensor,
+    text: torch.Tensor,
+    places: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """New tensors for what the operator writes into `query`, `key` and `value`."""
     compute_dtype = torch.promote_types(query.dtype, torch.float32)
     cos, sin = rope.to(compute_dtype).unflatten(-1, (-1, 2)).unsqueeze(1).unbind(-1)  # [R, 1, D / 2]
+    places = places.long()
 
-    def normed_and_rotated(x: torch.Tensor, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        normed = x.to(compute_dtype)
+    def normed_and_rotated(x: torch.Tensor, text_rows: torch.Tensor, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        normed = torch.cat([text_rows, x.index_select(0, places[txt_rows:])]).to(compute_dtype)
         normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + eps)
         image, text = image.to(compute_dtype), text.to(compute_dtype)
         normed = torch.cat([normed[:txt_rows] * text, normed[txt_rows:] * image])
         real, imaginary = normed.unflatten(-1, (-1, 2)).unbind(-1)
         rotated = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
-        return rotated.flatten(-2).to(x.dtype)
-
-    if text is None:
-        return normed_and_rotated(query, norm_q, norm_added_q), normed_and_rotated(key, norm_k, norm_added_k)
-    places = places.long()
-
-    def placed(x: torch.Tensor, own_text: torch.Tensor, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        joint = torch.cat([own_text, x.index_select(0, places[txt_rows:])])
-        return x.index_copy(0, places, normed_and_rotated(joint, image, text))
+        return x.index_copy(0, places, rotated.flatten(-2).to(x.dtype))
 
     return (
-        placed(query, text[0], norm_q, norm_added_q),
-        placed(key, text[1], norm_k, norm_added_k),
+        normed_and_rotated(query, text[0], norm_q, norm_added_q),
+        normed_and_rotated(key, text[1], norm_k, norm_added_k),
         value.index_copy(0, places[:txt_rows], text[2]),
     )
 
@@ -108,18 +101,15 @@ def _qk_norm_rope_kernel(
     text_row_stride,
     text_head_stride,
     D: tl.constexpr,
-    HAS_TEXT: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]  # [BLOCK_H, 1]
     channel = tl.arange(0, D).to(tl.int64)[None, :]  # [1, D]
     is_text = row < txt_rows
-    place = row
-    if HAS_TEXT:
-        place = tl.load(places_ptr + row).to(tl.int64)
-        heads = tl.where((place >= 0) & (place < rows), heads, 0)  # a place outside the buffers must not be written
-        txt_heads = tl.where(is_text, heads, 0)
+    place = tl.load(places_ptr + row).to(tl.int64)
+    heads = tl.where((place >= 0) & (place < rows), heads, 0)  # a place outside the buffers must not be written
+    txt_heads = tl.where(is_text, heads, 0)
     mask = head < heads
 
     query_ptrs = query_ptr + (place * query_row_stride + head * query_head_stride + channel)  # [BLOCK_H, D]
@@ -128,14 +118,10 @@ def _qk_norm_rope_kernel(
     weight_k_ptr = tl.where(is_text, norm_added_k_ptr, norm_k_ptr)
 
     # All loads before the first store: behind it nothing could be moved up, for all the compiler knows they overlap.
-    if HAS_TEXT:
-        text_ptrs = text_ptr + (row * text_row_stride + head * text_head_stride + channel)
-        query = tl.load(tl.where(is_text, text_ptrs, query_ptrs), mask=mask, other=0.0)
-        key = tl.load(tl.where(is_text, text_ptrs + text_stride, key_ptrs), mask=mask, other=0.0)
-        value = tl.load(text_ptrs + 2 * text_stride, mask=head < txt_heads, other=0.0)
-    else:
-        query = tl.load(query_ptrs, mask=mask, other=0.0)
-        key = tl.load(key_ptrs, mask=mask, other=0.0)
+    text_ptrs = text_ptr + (row * text_row_stride + head * text_head_stride + channel)
+    query = tl.load(tl.where(is_text, text_ptrs, query_ptrs), mask=mask, other=0.0)
+    key = tl.load(tl.where(is_text, text_ptrs + text_stride, key_ptrs), mask=mask, other=0.0)
+    value = tl.load(text_ptrs + 2 * text_stride, mask=head < txt_heads, other=0.0)
     rope = tl.load(rope_ptr + (row * D + tl.arange(0, D)))
     weight_q = tl.load(weight_q_ptr + tl.arange(0, D))
     weight_k = tl.load(weight_k_ptr + tl.arange(0, D))
@@ -143,9 +129,8 @@ def _qk_norm_rope_kernel(
     cos, sin = cos[None, :], sin[None, :]  # [1, D / 2]
 
     dtype = query_ptr.dtype.element_ty
-    if HAS_TEXT:
-        value_ptrs = value_ptr + (place * value_row_stride + head * value_head_stride + channel)
-        tl.store(value_ptrs, value, mask=head < txt_heads)
+    value_ptrs = value_ptr + (place * value_row_stride + head * value_head_stride + channel)
+    tl.store(value_ptrs, value, mask=head < txt_heads)
     query = _normed_and_rotated(query, weight_q, cos, sin, eps, BLOCK_H, D)
     tl.store(query_ptrs, query.to(dtype), mask=mask)
     key = _normed_and_rotated(key, weight_k, cos, sin, eps, BLOCK_H, D)
@@ -161,25 +146,21 @@ def launch_qk_norm_rope(
     norm_added_k: torch.Tensor,
     rope: torch.Tensor,
     txt_rows: int,
-    eps: float = 1e-6,
-    value: torch.Tensor | None = None,
-    text: torch.Tensor | None = None,
-    places: torch.Tensor | None = None,
+    eps: float,
+    value: torch.Tensor,
+    text: torch.Tensor,
+    places: torch.Tensor,
     *,
     config: dict,
 ) -> None:
     rows, heads, head_dim = query.shape
-    grid = (rows, -(-heads // config["BLOCK_H"]))
-    has_text = text is not None
-    others, strides = ((value, text, places), text.stride()[:3]) if has_text else ((query, query, rope), (0, 0, 0))
     launch(
         _qk_norm_rope_kernel,
-        grid,
-        (query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, *others),
+        (rows, -(-heads // config["BLOCK_H"])),
+        (query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, value, text, places),
         (rows, txt_rows, eps),
-        (heads, *query.stride()[:2], *key.stride()[:2], *others[0].stride()[:2], *strides),
+        (heads, *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *text.stride()[:3]),
         D=head_dim,
-        HAS_TEXT=has_text,
         **config,
         enable_fp_fusion=True,
     )
@@ -194,17 +175,16 @@ def qk_norm_rope(
     norm_added_k: torch.Tensor,
     rope: torch.Tensor,
     txt_rows: int,
-    eps: float = 1e-6,
-    value: torch.Tensor | None = None,
-    text: torch.Tensor | None = None,
-    places: torch.Tensor | None = None,
+    eps: float,
+    value: torch.Tensor,
+    text: torch.Tensor,
+    places: torch.Tensor,
 ) -> None:
     """RMSNorm over the channels of every head, times weight, then complex rotation of channel pairs.
 
-    Without `value`, `text` and `places` the rows of `query` and `key` are joint, the text rows of all sequences first, and all
-    of them change in place. With them, joint row r is row `places[r]` of `query`, `key` and `value`, whose rows may lie
-    sequence by sequence; the image rows of query and key change in place, and the text rows of all three are written, from
-    `text`. The value's image rows stay as they are.
+    Joint rows are the text rows of all sequences, then their image rows. Joint row r is row `places[r]` of `query`, `key` and
+    `value`, whose rows may lie sequence by sequence. The image rows of query and key change in place, the text rows of all
+    three are written from `text`, and the value's image rows stay as they are.
 
     Args:
         query (Tensor): `[R, H, D]`, bf16|fp16|fp32 (fp64 on the CPU), any strides with adjacent channels, for example
@@ -218,11 +198,10 @@ def qk_norm_rope(
             `torch.view_as_real(freqs_cis).flatten(-2)`.
         txt_rows (int): number of text rows T, in [0, R].
         eps (float): added to the mean square.
-        value (Tensor): like `query`; its text rows are overwritten. Must not overlap with the others. None: not moved.
+        value (Tensor): like `query`; its text rows are overwritten. Must not overlap with the others.
         text (Tensor): `[3, T, H, D]`, dtype of `query`, any strides with adjacent channels: query, key and value of the text
-            rows. Must not overlap with the three that are written. None: the text rows are in `query` and `key`.
-        places (Tensor): `[R]` int32, contiguous: every row of the buffers once. None: the buffers are joint. These last three
-            come together.
+            rows. Must not overlap with the three that are written.
+        places (Tensor): `[R]` int32, contiguous: every row of the buffers once.
     Returns:
         None. `query`, `key` and `value` hold the result.
     Raises:
@@ -231,20 +210,13 @@ def qk_norm_rope(
         RuntimeError: CUDA tensors without Triton.
     Error: computed in fp32 and rounded once: in bf16 RMS 1.7e-3 of the RMS against float64; stock diffusers, which rounds
         after the norm and after the weight too, 2.9e-3.
-    Traffic: 4 * R * H * D * itemsize + 4 * R * D bytes, and 2 * T * H * D * itemsize + 4 * R with `text`;
-        14 * R * H * D FLOPs.
+    Traffic: (4 * R + 2 * T) * H * D * itemsize + 4 * R * (D + 1) bytes; 14 * R * H * D FLOPs.
     Source: diffusers 0.42.1, models/transformers/transformer_qwenimage.py, QwenDoubleStreamAttnProcessor2_0 and
         apply_rotary_emb_qwen (use_real=False); models/normalization.py, RMSNorm.
     """
-    normed = (query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, txt_rows, eps)
-    if value is text is places is None:
-        torch.ops.qwen_fast.qk_norm_rope(*normed)
-    elif value is None or text is None or places is None:
-        given = {"value": value, "text": text, "places": places}
-        missing = [name for name, tensor in given.items() if tensor is None]
-        raise ValueError(f"{missing[0]}: None, but value, text and places come together.")
-    else:
-        torch.ops.qwen_fast.qk_norm_rope.text(*normed, value, text, places)
+    torch.ops.qwen_fast.qk_norm_rope(
+        query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, txt_rows, eps, value, text, places
+    )
 
 
 def _check(query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, txt_rows, value, text, places) -> None:
@@ -258,8 +230,6 @@ def _check(query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, txt_row
     if rows == 0 or heads == 0:
         raise ValueError(f"query: shape {tuple(shape)} holds no element; at least one row and one head are needed.")
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if x is None:
-            continue
         if x.shape != shape or x.dtype != dtype:
             raise ValueError(
                 f"{name}: got {tuple(x.shape)} {x.dtype}, but query is {tuple(shape)} {dtype}; they have to agree."
@@ -286,23 +256,19 @@ def _check(query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, txt_row
         )
     if not 0 <= txt_rows <= rows:
         raise ValueError(f"txt_rows: {txt_rows} is outside [0, {rows}], the number of token rows.")
-    others = {"key": key, **weights, "rope": rope}
-    if text is not None:
-        others |= {"value": value, "text": text, "places": places}
-        if text.shape != (3, txt_rows, heads, head_dim) or text.dtype != dtype:
-            raise ValueError(f"text: got {tuple(text.shape)} {text.dtype}; {(3, txt_rows, heads, head_dim)} {dtype} is needed.")
-        if text.stride(3) != 1:
-            raise ValueError(f"text: stride {text.stride(3)} between channels; they have to be adjacent.")
-        if places.shape != (rows,) or places.dtype != torch.int32 or not places.is_contiguous():
-            raise ValueError(f"places: got {tuple(places.shape)} {places.dtype}; a contiguous int32 [{rows}] is needed.")
+    if text.shape != (3, txt_rows, heads, head_dim) or text.dtype != dtype:
+        raise ValueError(f"text: got {tuple(text.shape)} {text.dtype}; {(3, txt_rows, heads, head_dim)} {dtype} is needed.")
+    if text.stride()[3] != 1:
+        raise ValueError(f"text: stride {text.stride(3)} between channels; they have to be adjacent.")
+    if places.shape != (rows,) or places.dtype != torch.int32 or not places.is_contiguous():
+        raise ValueError(f"places: got {tuple(places.shape)} {places.dtype}; a contiguous int32 [{rows}] is needed.")
+    others = {"key": key, **weights, "rope": rope, "value": value, "text": text, "places": places}
     for name, tensor in others.items():
         if tensor.device != device:
             raise ValueError(f"{name}: on {tensor.device}, but query is on {device}; move it there first.")
 
 
-def _qk_norm_rope_cuda(
-    query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, txt_rows, eps=1e-6, value=None, text=None, places=None
-):
+def _qk_norm_rope_cuda(query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, txt_rows, eps, value, text, places):
     arguments = query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, txt_rows
     _check(*arguments, value, text, places)
     require_triton("qk_norm_rope")
@@ -322,14 +288,14 @@ def _normed_and_rotated_cpu(x: torch.Tensor, weight: torch.Tensor, rotation: tor
         x.copy_(buffer)
 
 
-def _runs(places: torch.Tensor | None, start: int, stop: int, rows: int) -> list[tuple[slice, slice]]:
+def _runs(places: torch.Tensor, start: int, stop: int) -> list[tuple[slice, slice]]:
     """Joint rows from `start` to `stop` as stretches that lie together in the buffers too: of joint rows, and of places.
 
     Raises a ValueError for places that do not exist.
     """
-    if places is None or start == stop:
-        return [(slice(start, stop), slice(start, stop))]
-    own = places[start:stop]
+    if start == stop:
+        return []
+    own, rows = places[start:stop], len(places)
     if not 0 <= int(own.min()) <= int(own.max()) < rows:
         raise ValueError(f"places: {int(own.min())} to {int(own.max())} are not all in [0, {rows}), the rows of query.")
     bounds = [0, *(torch.nonzero(own.diff() != 1).flatten() + 1).tolist(), stop - start]
@@ -340,12 +306,10 @@ def _runs(places: torch.Tensor | None, start: int, stop: int, rows: int) -> list
     ]
 
 
-def _qk_norm_rope_cpu(
-    query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, txt_rows, eps=1e-6, value=None, text=None, places=None
-):
+def _qk_norm_rope_cpu(query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, txt_rows, eps, value, text, places):
     _check(query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, txt_rows, value, text, places)
-    text_runs, image_runs = (_runs(places, *ends, len(query)) for ends in ((0, txt_rows), (txt_rows, len(query))))
-    for index, x in enumerate(() if text is None else (query, key, value)):
+    text_runs, image_runs = _runs(places, 0, txt_rows), _runs(places, txt_rows, len(places))
+    for index, x in enumerate((query, key, value)):
         for joint, place in text_runs:
             x[place] = text[index, joint]
     rope = rope.to(torch.promote_types(query.dtype, torch.float32), copy=rope.storage_offset() % 2 == 1)
@@ -356,22 +320,25 @@ def _qk_norm_rope_cpu(
                 _normed_and_rotated_cpu(x[place], weight, rotation[joint], eps)
 
 
-def _qk_norm_rope_fake(
-    query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, txt_rows, eps=1e-6, value=None, text=None, places=None
-):
+def _qk_norm_rope_torch(*arguments):
+    query, key, *_, value, _text, _places = arguments
+    for x, result in zip((query, key, value), qk_norm_rope_reference(*arguments), strict=True):
+        x.copy_(result)
+
+
+def _qk_norm_rope_fake(query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, txt_rows, eps, value, text, places):
     _check(query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, txt_rows, value, text, places)
     # Under dynamic shapes Inductor takes the storage offset of a mutated view for 0 (pytorch/pytorch#198068): key would
     # silently be written over query. As constants they are right; a program with such views is compiled per number of rows.
-    for x in (query, key) if value is None else (query, key, value):
+    for x in (query, key, value):
         int(x.storage_offset())
 
 
-_IMPLEMENTATIONS = {"cuda": _qk_norm_rope_cuda, "cpu": _qk_norm_rope_cpu, "fake": _qk_norm_rope_fake}
-_WEIGHTS = "Tensor norm_q, Tensor norm_k, Tensor norm_added_q, Tensor norm_added_k, Tensor rope, int txt_rows"
-register(f"qk_norm_rope(Tensor(a!) query, Tensor(b!) key, {_WEIGHTS}, float eps=1e-6) -> ()", **_IMPLEMENTATIONS)
-# An overload: Inductor cannot lower an operator whose changed argument is optional and left out (torch 2.13).
 register(
-    f"qk_norm_rope.text(Tensor(a!) query, Tensor(b!) key, {_WEIGHTS}, float eps, Tensor(c!) value, Tensor text, "
-    "Tensor places) -> ()",
-    **_IMPLEMENTATIONS,
+    "qk_norm_rope(Tensor(a!) query, Tensor(b!) key, Tensor norm_q, Tensor norm_k, Tensor norm_added_q, Tensor norm_added_k, "
+    "Tensor rope, int txt_rows, float eps, Tensor(c!) value, Tensor text, Tensor places) -> ()",
+    cuda=_qk_norm_rope_cuda,
+    cpu=_qk_norm_rope_cpu,
+    fake=_qk_norm_rope_fake,
+    by_torch=_qk_norm_rope_torch,
 )

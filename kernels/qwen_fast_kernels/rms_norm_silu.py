@@ -238,10 +238,12 @@ register(
     cuda=_without_residual(_rms_norm_silu_cuda),
     cpu=_without_residual(_rms_norm_silu_cpu),
     fake=_without_residual(_rms_norm_silu_fake),
+    by_torch=_without_residual(rms_norm_silu_reference),
 )
 register(
     "rms_norm_silu.residual(Tensor x, Tensor gamma, Tensor? x_bias, Tensor(a!) residual, bool silu=True) -> Tensor",
     cuda=_rms_norm_silu_cuda,
     cpu=_rms_norm_silu_cpu,
     fake=_rms_norm_silu_fake,
+    by_torch=rms_norm_silu_reference,
 )

@@ -80,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: `--help` and `--version` (0), arguments that argparse refuses (2).
     """
     args = build_parser().parse_args(argv)
+    args.own_process = argv is None  # nothing comes behind the command
     try:
         code = args.run(args)
         sys.stdout.flush()  # here, where a closed pipe is still handled

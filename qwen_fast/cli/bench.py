@@ -17,6 +17,8 @@ EPILOG = """\
 examples:
   qwen-fast bench                                   the ladder at 1024x1024, stock and ours for other sizes
   qwen-fast bench --size 1328x1328 --steps 8 --no-cfg   the ladder for one case
+  qwen-fast bench --case 512x512,20 --case 1024x1024,8,no-cfg   the ladder for two, on one model
+  qwen-fast bench --changing 512x512,20             another size and prompt each call
   qwen-fast bench --layers 30                       half the model, for a GPU with less memory
   qwen-fast bench --model path/to/Qwen-Image        a checkpoint, prompts through its text encoder
   qwen-fast bench --full --estimate                 how long the whole grid would take
@@ -47,6 +49,13 @@ def _size(text: str) -> tuple[int, int]:
     return pixels(width), pixels(height)
 
 
+def _case(text: str) -> tuple[tuple[int, int], int, bool]:
+    size, *more = text.lower().split(",")
+    if not more or more[1:] not in ([], ["no-cfg"]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WxH,STEPS or WxH,STEPS,no-cfg, such as 512x512,20")
+    return _size(size), positive_int(more[0]), len(more) == 1
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     model = parser.add_argument_group("model")
@@ -62,15 +71,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--no-cfg", action="store_true", help="without guidance: one prediction a step")
     what.add_argument("--batch", type=positive_int, metavar="N", help="prompts at once, of different lengths")
     what.add_argument("--text", type=positive_int, metavar="N", help="tokens of the longest prompt")
+    what.add_argument(
+        "--case", action="append", default=[], type=_case, metavar="WxH,STEPS[,no-cfg]", help="such a case; repeat it"
+    )
+    what.add_argument(
+        "--changing",
+        action="append",
+        default=[],
+        type=_case,
+        metavar="WxH,STEPS[,no-cfg]",
+        help="about that size, but another size and prompt each call, instead of the ladder or after --case; repeat it",
+    )
     what.add_argument("--full", action="store_true", help="every size, step count, guidance, batch and text length: hours")
     what.add_argument("--whole", action="store_true", help="do every step, instead of taking the later ones for equal")
     what.add_argument("--repeats", type=positive_int, default=3, metavar="N", help="pairs (default: %(default)s)")
     what.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave out rungs, such as compile; repeat it")
+    what.add_argument("--only", action="append", default=[], metavar="NAME", help="stock and these rungs; repeat it")
+    what.add_argument(
+        "--weights-stay", action="store_true", help="leave idle weights on the device: quicker, no memory columns"
+    )
+    what.add_argument(
+        "--limit", type=_seconds, metavar="SECONDS", help="a rung that takes longer hangs: the run ends with code 7"
+    )
     what.add_argument("--seconds", type=_seconds, default=2.0, help="for which each ceiling is sustained (default: 2)")
     what.add_argument("--threads", type=positive_int, default=1, help="of the CPU; 1: CPU time, else wall time (default: 1)")
     what.add_argument("--estimate", action="store_true", help="print what would be measured and how long it takes on an H200")
 
     output = parser.add_argument_group("output")
+    output.add_argument("--resume", action="store_true", help="do not measure again what ladder.csv in --out has")
+    output.add_argument(
+        "--ceilings", type=Path, metavar="FILE", help="ceilings of this machine, measured before; or left there"
+    )
     output.add_argument("--out", metavar="DIR", help="folder of the rows (benchmarks/results, or ./qwen-fast-results)")
     drawn = "measure nothing: draw ladder, roofline and scaling from the rows in --out, as png (default) or svg"
     output.add_argument("--plot", nargs="?", const="png", choices=("png", "svg"), help=drawn)
@@ -79,8 +110,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure; everything that can be wrong with the arguments is said before any work."""
     custom = args.no_cfg or any((args.size, args.steps, args.batch, args.text))
-    if args.full and custom:
-        args.parser.error("--full is every case; it cannot go with --size, --steps, --no-cfg, --batch or --text")
+    several = bool(args.case or args.changing)
+    if args.full and (custom or several):
+        args.parser.error(
+            "--full is every case; it cannot go with --size, --steps, --no-cfg, --batch, --text, --case, --changing"
+        )
+    if several and (args.size or args.steps or args.no_cfg or args.batch):
+        args.parser.error(
+            "--case and --changing say size, steps and guidance; they cannot go with --size, --steps, --no-cfg, --batch"
+        )
     if args.model and (args.shape or args.layers):
         args.parser.error("--shape and --layers are of random weights; they cannot go with --model")
 
@@ -100,9 +138,14 @@ def run(args: argparse.Namespace) -> int:
     shape = grid.SHAPES[args.shape or ("qwen-image" if on_gpu else "middle")]
     if args.layers:
         shape = dataclasses.replace(shape, layers=args.layers)
-    cases = None
-    if custom:
-        default = grid.default_cases(shape)[0] if on_gpu else grid.small_cases(shape)[0]
+    cases, changing = None, ()
+    default = grid.default_cases(shape)[0] if on_gpu else grid.small_cases(shape)[0]
+    if several:
+        cases, changing = (
+            [grid.Case(*size, steps, cfg, default.batch, args.text or default.text, shape) for size, steps, cfg in given]
+            for given in (args.case, args.changing)
+        )
+    elif custom:
         (width, height), steps = args.size or (default.width, default.height), args.steps or default.steps
         text = args.text or default.text
         cases = [grid.Case(width, height, steps, not args.no_cfg, args.batch or default.batch, text, shape)]
@@ -112,11 +155,17 @@ def run(args: argparse.Namespace) -> int:
         shape=shape,
         model=args.model,
         cases=cases,
+        changing=tuple(changing),
         full=args.full,
         whole=args.whole,
         repeats=args.repeats,
         skip=tuple(args.skip),
+        only=tuple(args.only),
         ceiling_seconds=args.seconds,
+        ceilings=args.ceilings,
+        stay=args.weights_stay,
+        limit=args.limit,
+        resume=args.resume,
         out=Path(args.out).expanduser() if args.out else None,
     )
     if args.estimate:
@@ -125,7 +174,10 @@ def run(args: argparse.Namespace) -> int:
     if not on_gpu:
         torch.set_num_threads(args.threads)
     rows = bench.run(options, say=lambda text: print(text, flush=True))
-    return 1 if any(bench.is_fault(row) for row in rows) else 0
+    code = 1 if any(bench.is_fault(row) for row in rows) else 0
+    if on_gpu and args.own_process:
+        bench.leave(code)
+    return code
 
 
 def _plot(folder: Path, kind: str) -> int:

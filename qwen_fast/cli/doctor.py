@@ -1,18 +1,23 @@
 """`qwen-fast doctor`: what this machine has, what runs accelerated on it, and whether the arithmetic is right."""
 
 import argparse
+import dataclasses
+import functools
 import importlib.metadata
 import json
 import platform
+import sys
 from typing import Any
 
 SUMMARY = "versions, GPU, what is accelerated here and what is not, and a self-check"
 DESCRIPTION = """\
 Show versions and hardware, say what will be accelerated on this machine and what will not and why, and check
-that schedule and Euler step equal diffusers' own, bit for bit."""
+that schedule and Euler step equal diffusers' own, bit for bit. With --prove, every kernel proves itself on every GPU
+here: its result against float64, and the same bits in 20 launches, in a process of its own with a time limit."""
 EPILOG = """\
 examples:
   qwen-fast doctor
+  qwen-fast doctor --prove                 after a new driver, torch or Triton, or where a kernel was said to be wrong
   qwen-fast doctor --json > doctor.json    for a bug report
 
 Exit code: 0 healthy, 1 not."""
@@ -26,17 +31,24 @@ IMAGE_SEQ_LENS = (1024, 4096, 6889, 16384)  # 512, 1024, 1328 and 2048 pixels sq
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument(
+        "--prove", action="store_true", help="let every kernel prove itself anew on every GPU, and keep the verdicts"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """0 when all checks pass, 1 when one fails."""
-    findings = examine()
+    findings = examine(kernels=args.prove)
     print(json.dumps(findings, indent=1) if args.json else _text(findings))
     return 0 if findings["healthy"] else 1
 
 
-def examine() -> dict[str, Any]:
-    """Everything that the command reports, JSON-ready. Never raises: what is broken becomes a failed check."""
+def examine(kernels: bool = False) -> dict[str, Any]:
+    """Everything that the command reports, JSON-ready. Never raises: what is broken becomes a failed check.
+
+    Args:
+        kernels: let every kernel prove itself anew, before the checks run them in this process.
+    """
     findings: dict[str, Any] = {
         "versions": {"qwen_fast": None, "python": platform.python_version(), "platform": platform.platform()}
         | {name: _version(name) for name in (*PACKAGES, *OPTIONAL)},
@@ -53,11 +65,35 @@ def examine() -> dict[str, Any]:
     except Exception as error:  # the doctor exists for broken installations, of whatever kind
         findings["checks"].append({"name": "import", "ok": False, "detail": f"{type(error).__name__}: {error}"})
     else:
-        for device in ["cpu"] + [d["device"] for d in findings["devices"] if d["why_not"] is None]:
+        served = [d["device"] for d in findings["devices"] if d["why_not"] is None]
+        if kernels:
+            findings["kernels"] = {device: [] for device in served}
+            for device, rows in findings["kernels"].items():
+                findings["checks"].append(_attempt(functools.partial(prove, rows=rows), device, "kernels"))
+        for device in ["cpu", *served]:
             for check in (check_schedule, check_euler_step, check_transformer):
                 findings["checks"].append(_attempt(check, device))
     findings["healthy"] = all(check["ok"] for check in findings["checks"])
     return findings
+
+
+def prove(device: str, rows: list[dict[str, Any]]) -> tuple[bool, str]:
+    """A verdict on every kernel, added to `rows` and told on stderr as soon as it is there."""
+    from qwen_fast import proofs
+
+    def each(problem: Any, verdict: Any) -> None:
+        rows.append({"kernel": str(problem)} | dataclasses.asdict(verdict))
+        print(_kernel_line(rows[-1]), file=sys.stderr, flush=True)
+
+    proofs.prove_again(device, each)
+    right = sum(row["right"] for row in rows)
+    return right == len(rows), f"{right} of {len(rows)} proved right"
+
+
+def _kernel_line(row: dict[str, Any]) -> str:
+    figure = "" if row["error"] is None else f"error {row['error']:.1e} of {row['limit']:.1e} allowed"
+    verdict = "ok  " if row["right"] else "FAIL"
+    return f"  {verdict} {row['kernel']:95s} {figure:33s} {row['seconds']:5.1f} s  {row['reason']}".rstrip()
 
 
 def devices() -> list[dict[str, Any]]:
@@ -187,8 +223,8 @@ def check_transformer(device: str) -> tuple[bool, str]:
     return True, f"RMS error against float64, as a part of stock's: {', '.join(errors)}"
 
 
-def _attempt(check: Any, device: str) -> dict[str, Any]:
-    name = f"{check.__name__.removeprefix('check_')} on {device}"
+def _attempt(check: Any, device: str, name: str | None = None) -> dict[str, Any]:
+    name = f"{name or check.__name__.removeprefix('check_')} on {device}"
     try:
         ok, detail = check(device)
     except Exception as error:  # as above: a check that cannot run is a failed check, not a traceback
@@ -221,4 +257,8 @@ def _text(findings: dict[str, Any]) -> str:
     lines += ["", "self-check"]
     for check in findings["checks"]:
         lines.append(f"  {'ok  ' if check['ok'] else 'FAIL'} {check['name']}: {check['detail']}")
+    for device, rows in findings.get("kernels", {}).items():
+        lines += ["", f"kernels on {device}", *map(_kernel_line, rows)]
+    if findings.get("kernels") == {}:
+        lines += ["", "kernels: no CUDA device that serves; on the CPU torch's operators compute"]
     return "\n".join([*lines, "", "healthy" if findings["healthy"] else "NOT healthy: see the FAIL lines above"])

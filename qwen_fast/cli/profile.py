@@ -21,7 +21,8 @@ Draw one picture under torch's profiler, after it was drawn once to warm up, and
 
   trace.json.gz   for ui.perfetto.dev or chrome://tracing, with the stages and operators as ranges
   kernels.csv     every kernel of the denoising loop: launches, time, GB/s, TFLOP/s, share of this machine's ceilings
-  memory.csv      memory over time, and memory.png; on CUDA memory_snapshot.pickle for pytorch.org/memory_viz
+  memory.csv      memory over time, and memory.png; with --snapshot on CUDA memory_snapshot.pickle for
+                  pytorch.org/memory_viz
   report.txt      what is printed: stages, kernels, host synchronisations and idle gaps of the device in the loop
 
 A few steps are enough: all but the first are alike. On a CPU torch's operators take the kernels' place."""
@@ -51,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: cuda if there is one, else cpu)")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="default: bf16 on cuda, fp32 on the CPU")
     parser.add_argument("--out", type=Path, default=Path("profile"), metavar="DIR", help="folder (default: %(default)s)")
+    parser.add_argument("--ceilings", type=Path, metavar="FILE", help="of this machine, measured before; or left there")
+    parser.add_argument("--weights-stay", action="store_true", help="leave idle weights on the device, which is quicker")
+    parser.add_argument("--snapshot", action="store_true", help="memory_snapshot.pickle too: tens of MB")
     parser.add_argument("--nvtx", action="store_true", help="no trace and no files: NVTX ranges for nsys and ncu")
 
 
@@ -78,8 +82,10 @@ def run(args: argparse.Namespace) -> int:
 
     from qwen_fast.stages import record, stage_table, staged
 
+    stay = benchmarks("ladder").weights_stay if args.weights_stay else contextlib.nullcontext
+
     def draw() -> None:
-        with staged(pipe) if args.stock else contextlib.nullcontext():
+        with stay(), staged(pipe) if args.stock else contextlib.nullcontext():
             pipe(
                 **prompts,
                 true_cfg_scale=args.cfg,
@@ -105,8 +111,8 @@ def run(args: argparse.Namespace) -> int:
     table = stage_table(recorder, recorder.wall)
     print(f"{table}\n", flush=True)
     waits = profiling.host_waits(draw) if device.type == "cuda" else None
-    trace = profiling.profile_call(draw, files, device)
-    ceilings = _ceilings(device, dtype)
+    ceilings = _ceilings(args.ceilings, device, dtype)
+    trace = profiling.profile_call(draw, files, device, snapshot=args.snapshot)
     print(profiling.write(trace, files, ceilings, waits, table))
     print(f"\nwritten to {args.out.resolve()}; {files.trace.name} opens in ui.perfetto.dev")
     print("the same run under Nsight Systems and Nsight Compute, on a CUDA device:")
@@ -141,12 +147,12 @@ def _default_size(args: argparse.Namespace, device: "torch.device") -> tuple[int
     return (1024, 1024) if large else DEMO_SIZE
 
 
-def _ceilings(device: "torch.device", dtype: "torch.dtype") -> Any:
+def _ceilings(path: Path | None, device: "torch.device", dtype: "torch.dtype") -> Any:
     """What this machine can do at best; on a CPU at a size that takes a moment."""
     ceilings, grid = benchmarks("ceilings"), benchmarks("grid")
     if device.type == "cuda":
-        return ceilings.measure_ceilings(device, dtype, seconds=0.5)
-    return ceilings.measure_ceilings(device, dtype, seconds=0.05, shape=grid.SHAPES["middle"], tokens=256 + 16)
+        return ceilings.kept_ceilings(path, device, dtype, seconds=0.5)
+    return ceilings.kept_ceilings(path, device, dtype, seconds=0.05, shape=grid.SHAPES["middle"], tokens=256 + 16)
 
 
 def _arguments(args: argparse.Namespace) -> list[str]:

@@ -10,24 +10,9 @@ from qwen_fast_kernels.joint_attention import default_config, joint_attention_re
 HALF = [torch.bfloat16, torch.float16]
 LAYOUTS = ["buffer", "head-major", "spread", "mixed", "offset"]
 
-# (text lengths, image lengths) of the sequences; tiles are 128 queries, blocks 64 or 128 keys.
-ONE_SEQUENCE = [
-    ((1,), (0,)),
-    ((0,), (1,)),
-    ((1,), (63,)),
-    ((30,), (64,)),
-    ((65,), (0,)),
-    ((0,), (127,)),
-    ((64,), (128,)),
-    ((127,), (65,)),
-    ((31,), (129,)),
-    ((131,), (257,)),
-]
-PACKED = [
-    ((30, 5), (100, 100)),
-    ((1, 0, 129), (65, 130, 3)),
-    ((17, 64, 0), (0, 127, 128)),
-]
+# Lengths of the sequences; tiles are 128 queries, blocks 32 to 128 keys.
+ONE_SEQUENCE = [1, 2, 64, 65, 94, 127, 128, 160, 192, 388]
+PACKED = [(130, 105), (66, 130, 132), (0, 17, 0, 191, 128)]
 
 
 @dataclass
@@ -37,12 +22,8 @@ class Problem:
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    cu_seqlens_txt: torch.Tensor
-    cu_seqlens_img: torch.Tensor
-    txt_rows: int
-    max_seqlen_txt: int
-    max_seqlen_img: int
-    seqused_txt: torch.Tensor | None = None
+    spans: torch.Tensor
+    max_seqlen: int
     key_mask: torch.Tensor | None = None
     scale: float | None = None
 
@@ -55,50 +36,43 @@ class Problem:
     def oracle(self) -> torch.Tensor:
         return replace(self, query=self.query.double(), key=self.key.double(), value=self.value.double()).reference()
 
-    def rows_of(self, sequence: int) -> torch.Tensor:
-        txt, img = self.cu_seqlens_txt.tolist(), self.cu_seqlens_img.tolist()
-        text = range(txt[sequence], txt[sequence + 1])
-        image = range(self.txt_rows + img[sequence], self.txt_rows + img[sequence + 1])
-        return torch.tensor([*text, *image], dtype=torch.int64, device=self.query.device)
+    def rows_of(self, sequence: int) -> slice:
+        return slice(*self.spans[sequence].tolist())
+
+    def gaps(self) -> torch.Tensor:
+        """Which rows belong to no sequence."""
+        row = torch.arange(self.query.shape[0], device=self.query.device)
+        return ((row < self.spans[:, :1]) | (row >= self.spans[:, 1:])).all(dim=0)
 
     def alone(self, sequence: int) -> "Problem":
         """The same sequence in a launch of its own."""
         rows = self.rows_of(sequence)
-        txt, img = (torch.diff(cu)[sequence : sequence + 1] for cu in (self.cu_seqlens_txt, self.cu_seqlens_img))
-        return Problem(
-            *(x.index_select(0, rows) for x in (self.query, self.key, self.value)),
-            *(torch.cat([length.new_zeros(1), length]) for length in (txt, img)),
-            *(int(txt), int(txt), int(img)),
-            None if self.seqused_txt is None else self.seqused_txt[sequence : sequence + 1].clone(),
-            None if self.key_mask is None else self.key_mask.index_select(0, rows),
-            self.scale,
-        )
+        tensors = [x[rows].clone() for x in (self.query, self.key, self.value)]
+        mask = None if self.key_mask is None else self.key_mask[rows].clone()
+        return Problem(*tensors, self.spans.new_tensor([[0, len(tensors[0])]]), len(tensors[0]), mask, self.scale)
 
 
 def problem(
-    txt: tuple[int, ...],
-    img: tuple[int, ...],
+    lengths: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
     *,
     heads: int = 1,
     dim: int = 128,
-    spare: tuple[int, int] = (0, 0),
+    gaps: tuple[int, ...] | None = None,
     layout: str = "buffer",
     magnitude: float = 1.0,
     **optional,
 ) -> Problem:
-    """Random packed sequences of the given lengths, with `spare` text and image rows that belong to none."""
-    txt_rows, rows = sum(txt) + spare[0], sum(txt) + sum(img) + sum(spare)
+    """Random sequences of the given lengths. `gaps`: rows of no sequence, in front of each one and behind the last."""
+    gaps = gaps or (0,) * (len(lengths) + 1)
+    rows = sum(lengths) + sum(gaps)
     generator = torch.Generator().manual_seed(rows)
     tensors = (torch.randn(3, rows, heads, dim, generator=generator) * magnitude).to(device=device, dtype=dtype)
     tensors[2] += 0.5  # attention without a mean would hide weights that do not add up to 1
-    return Problem(
-        *(in_layout(tensors, layout)),
-        *(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device) for lengths in (txt, img)),
-        *(txt_rows, max(txt), max(img)),
-        **optional,
-    )
+    ends = list(itertools.accumulate(gap + length for gap, length in zip(gaps, lengths, strict=False)))
+    spans = [[end - length, end] for end, length in zip(ends, lengths, strict=True)]
+    return Problem(*in_layout(tensors, layout), torch.tensor(spans, dtype=torch.int32, device=device), max(lengths), **optional)
 
 
 def in_layout(tensors: torch.Tensor, layout: str) -> list[torch.Tensor]:
@@ -133,25 +107,20 @@ def config_of(body: str, problem: Problem) -> dict:
 
 
 def packed(**changes) -> dict:
-    """Good arguments on the CPU: two sequences of 3 + 4 and 2 + 5 tokens."""
-    int32 = torch.int32
+    """Good arguments on the CPU: sequences of 7 and 6 rows, and one row of none."""
     return {
         "query": torch.zeros(14, 2, 16),
         "key": torch.zeros(14, 2, 16),
         "value": torch.zeros(14, 2, 16),
-        "cu_seqlens_txt": torch.tensor([0, 3, 5], dtype=int32),
-        "cu_seqlens_img": torch.tensor([0, 4, 9], dtype=int32),
-        "txt_rows": 5,
-        "max_seqlen_txt": 3,
-        "max_seqlen_img": 5,
-        "seqused_txt": torch.tensor([3, 1], dtype=int32),
+        "spans": _spans((0, 7), (8, 14)),
+        "max_seqlen": 7,
         "key_mask": torch.ones(14, dtype=torch.bool),
         "scale": 0.5,
     } | changes
 
 
-def _int32(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
+def _spans(*spans: tuple[int, int]) -> torch.Tensor:
+    return torch.tensor(spans, dtype=torch.int32)
 
 
 # case -> argument, value, message
@@ -164,29 +133,26 @@ BAD = {
     "key of another dtype": ("key", torch.zeros(14, 2, 16).half(), r"key: .*torch.float16 differs"),
     "fewer value heads": ("value", torch.zeros(14, 1, 16), r"value: \(14, 1, 16\)"),
     "value elsewhere": ("value", torch.zeros(14, 2, 16, device="meta"), r"value: on meta"),
-    "no sequence": ("cu_seqlens_txt", _int32(0), r"cu_seqlens_txt: got \(1,\)"),
-    "int64 lengths": ("cu_seqlens_txt", torch.tensor([0, 3, 5]), r"cu_seqlens_txt: .*torch.int64"),
-    "lengths elsewhere": ("cu_seqlens_txt", _int32(0, 3, 5).to("meta"), r"cu_seqlens_txt: on meta"),
-    "other sequences": ("cu_seqlens_img", _int32(0, 9), r"cu_seqlens_img: got \(2,\)"),
-    "strided lengths": ("cu_seqlens_img", torch.zeros(6, dtype=torch.int32)[::2], r"cu_seqlens_img: .*contiguous"),
-    "text rows": ("txt_rows", 15, r"txt_rows: 15 is outside \[0, 14\]"),
-    "negative text rows": ("txt_rows", -1, r"txt_rows: -1 is outside"),
-    "negative text length": ("max_seqlen_txt", -1, r"max_seqlen_txt: -1"),
-    "negative image length": ("max_seqlen_img", -2, r"max_seqlen_img: -2"),
-    "used of one": ("seqused_txt", _int32(1), r"seqused_txt: got \(1,\)"),
-    "fp32 used": ("seqused_txt", torch.ones(2), r"seqused_txt: .*torch.float32"),
+    "no sequence": ("spans", torch.zeros(0, 2, dtype=torch.int32), r"spans: got \(0, 2\)"),
+    "cumulated lengths": ("spans", torch.tensor([0, 7, 14], dtype=torch.int32), r"spans: got \(3,\)"),
+    "starts only": ("spans", torch.zeros(2, 1, dtype=torch.int32), r"spans: got \(2, 1\)"),
+    "int64 spans": ("spans", _spans((0, 7), (8, 14)).long(), r"spans: .*torch.int64"),
+    "strided spans": ("spans", torch.zeros(2, 4, dtype=torch.int32)[:, ::2], r"spans: .*contiguous"),
+    "spans elsewhere": ("spans", _spans((0, 7), (8, 14)).to("meta"), r"spans: on meta"),
+    "negative length": ("max_seqlen", -1, r"max_seqlen: -1"),
     "integer mask": ("key_mask", torch.ones(14, dtype=torch.int32), r"key_mask: .*torch.int32"),
     "short mask": ("key_mask", torch.ones(13, dtype=torch.bool), r"key_mask: got \(13,\)"),
+    "strided mask": ("key_mask", torch.ones(28, dtype=torch.bool)[::2], r"key_mask: .*contiguous"),
     "mask elsewhere": ("key_mask", torch.ones(14, dtype=torch.bool, device="meta"), r"key_mask: on meta"),
     "scale 0": ("scale", 0.0, r"scale: 0.0"),
     "negative scale": ("scale", -1.0, r"scale: -1.0"),
     "scale NaN": ("scale", float("nan"), r"scale: nan"),
+    "endless scale": ("scale", float("inf"), r"scale: inf"),
     # Values, which only the CPU looks at.
-    "late start": ("cu_seqlens_txt", _int32(1, 3, 5), r"cu_seqlens_txt: \[1, 3, 5\]"),
-    "falling": ("cu_seqlens_img", _int32(0, 5, 4), r"cu_seqlens_img: \[0, 5, 4\]"),
-    "beyond the rows": ("cu_seqlens_img", _int32(0, 4, 10), r"cu_seqlens_img: \[0, 4, 10\] does not rise from 0 to at most 9"),
-    "text longer than said": ("max_seqlen_txt", 2, r"max_seqlen_txt: 2 is less than the longest sequence, 3 rows"),
-    "image longer than said": ("max_seqlen_img", 4, r"max_seqlen_img: 4 is less than"),
-    "more used than there is": ("seqused_txt", _int32(3, 3), r"seqused_txt: \[3, 3\]"),
-    "negative used": ("seqused_txt", _int32(-1, 1), r"seqused_txt: \[-1, 1\]"),
+    "before the rows": ("spans", _spans((-1, 7), (8, 14)), r"spans: \[\[-1, 7\], \[8, 14\]\] do not ascend within the 14 rows"),
+    "beyond the rows": ("spans", _spans((0, 7), (8, 15)), r"spans: .* do not ascend within the 14 rows"),
+    "overlapping": ("spans", _spans((0, 7), (6, 14)), r"spans: .* do not ascend"),
+    "end before start": ("spans", _spans((7, 0), (8, 14)), r"spans: .* do not ascend"),
+    "descending": ("spans", _spans((8, 14), (0, 7)), r"spans: .* do not ascend"),
+    "longer than said": ("max_seqlen", 6, r"max_seqlen: 6 is less than the longest sequence, 7 rows"),
 }

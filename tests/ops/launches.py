@@ -5,13 +5,18 @@ Through a driver that does nothing, on CPU tensors: every launch is noted with a
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import torch
 import triton
 
+from benchmarks.cases import Maker
 from benchmarks.host_time import IdleDriver, call, idle_driver, small_cases
 from qwen_fast_kernels import _launch
+from qwen_fast_kernels._library import replace_kernel, restore_kernels
+from qwen_fast_kernels.proof import Problem, examine
 from qwen_fast_kernels.rms_norm_silu import launch_rms_norm_silu
 
 CONFIG = {"BLOCK_ROWS": 4, "BLOCK_CHANNELS": 32, "num_warps": 1}
@@ -48,6 +53,36 @@ def without_outputs(launched: list[tuple], inputs: set[int]) -> list[tuple]:
         )
         for args in launched
     ]
+
+
+def proofs(launches: Launches) -> dict[str, bool]:
+    """A proof launches what the pipeline does: the first time through Triton, afterwards past it."""
+    seen = {}
+    for case in [case for case in small_cases() if case.name in ("bf16", "Qwen-Image")]:
+        _launch._COMPILED.clear()
+        problem = Problem.of(case.op, case.dtype, case.size, **case.variant)
+        launched, count = launches.of(partial(examine, problem, torch.device("cpu"), launches=4))
+        seen[f"{case}: a proof launches past Triton"] = (len(launched), count) == (4, 1)
+    return seen
+
+
+def replacements(launches: Launches) -> dict[str, bool]:
+    """A replaced kernel is not launched, however often it was before; that of another dtype is, past Triton."""
+    seen = {}
+    for case in [case for case in small_cases() if case.name == "bf16"]:
+        arguments = {dtype: replace(case, dtype=dtype).arguments(Maker("cpu")) for dtype in (torch.bfloat16, torch.float32)}
+        for _ in range(2):
+            for given in arguments.values():
+                getattr(case.module(), f"_{case.op}_cuda")(*given)
+        replace_kernel(case.op, torch.device("cpu"), torch.bfloat16)
+        try:
+            found = {dtype: launches.of(partial(case.operator(), *given)) for dtype, given in arguments.items()}
+        finally:
+            restore_kernels()
+        seen[f"{case}: not launched once it is replaced"] = found[torch.bfloat16] == ([], 0)
+        launched, count = found[torch.float32]
+        seen[f"{case}: launched for another dtype"] = (len(launched), count) == (1, 0)
+    return seen
 
 
 def main() -> None:
@@ -97,6 +132,7 @@ def main() -> None:
             launch()
         seen["launches that another took over"] = replacement.call_count == 1
         seen["and what he gave back is not kept"] = launches.of(launch)[1] == 0
+        seen |= proofs(launches) | replacements(launches)
     print(json.dumps(seen))
 
 

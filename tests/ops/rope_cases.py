@@ -1,19 +1,14 @@
-"""What the tests of qk_norm_rope share: dtypes, shapes, layouts, cases of joint rows."""
+"""What the tests of qk_norm_rope share: dtypes, shapes, layouts, cases."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-from budget import assert_bit_equal
-from qwen_fast_kernels.qk_norm_rope import (
-    _qk_norm_rope_kernel,
-    default_config,
-    launch_qk_norm_rope,
-    qk_norm_rope,
-    qk_norm_rope_reference,
-)
+from budget import assert_bit_equal, assert_within_budget
+from qwen_fast_kernels.qk_norm_rope import default_config, launch_qk_norm_rope, qk_norm_rope, qk_norm_rope_reference
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Rows, heads, head_dim, text rows: one of each, primes, no text, only text, Qwen-Image's heads, two blocks of heads.
@@ -27,37 +22,51 @@ def launch(query, key, *rest) -> None:
 
 LAYOUTS = ["head-major", "padded rows", "odd rows", "padded heads", "odd offset", "interleaved"]
 IMPLEMENTATIONS = [pytest.param(launch, id="launcher", marks=pytest.mark.triton), pytest.param(qk_norm_rope, id="op")]
-ARGUMENTS = ("query", "key", "norm_q", "norm_k", "norm_added_q", "norm_added_k", "rope", "txt_rows", "eps")
+WEIGHTS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+ARGUMENTS = ("query", "key", *WEIGHTS, "rope", "txt_rows", "eps", "value", "text", "places")
 
 
 @dataclass
 class Case:
-    """One buffer `[3, R, H * D]` of query, key and value, and the rest of the arguments."""
+    """Query, key and value of the joint rows, `[3, R, H, D]`, where those rows lie, and the rest of the arguments."""
 
-    qkv: torch.Tensor
-    heads: int
+    joint: torch.Tensor
     weights: tuple[torch.Tensor, ...]
     rope: torch.Tensor
     txt_rows: int
-    eps: float = 1e-6
+    eps: float
+    places: torch.Tensor
 
-    query = property(lambda self: self.qkv[0].unflatten(-1, (self.heads, -1)))
-    key = property(lambda self: self.qkv[1].unflatten(-1, (self.heads, -1)))
-    rest = property(lambda self: (*self.weights, self.rope, self.txt_rows, self.eps))
+    text = property(lambda self: self.joint[:, : self.txt_rows])
 
-    def clone(self) -> "Case":
-        return replace(self, qkv=self.qkv.clone())
+    def at(self, places: list[int]) -> "Case":
+        return replace(self, places=torch.tensor(places, dtype=torch.int32, device=self.joint.device))
 
-    def run(self, run) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `run` makes of a copy of the buffer, whose value part has to stay."""
-        own = self.clone()
-        run(own.query, own.key, *own.rest)
-        assert_bit_equal(own.qkv[2], self.qkv[2])
-        return own.query, own.key
+    def buffers(self) -> torch.Tensor:
+        """`[3, R, H, D]` with the image rows where they belong; the text rows are NaN."""
+        buffers, image = torch.full_like(self.joint, float("nan")), self.places[self.txt_rows :].long()
+        buffers[:, image] = self.joint[:, self.txt_rows :]
+        return buffers
+
+    def arguments(self, buffers, text: torch.Tensor | None = None) -> tuple:
+        query, key, value = buffers
+        text = self.text if text is None else text
+        return query, key, *self.weights, self.rope, self.txt_rows, self.eps, value, text, self.places
+
+    def run(self, run: Callable) -> tuple[torch.Tensor, torch.Tensor]:
+        buffers = self.buffers()
+        run(*self.arguments(buffers))
+        return self.results(buffers)
+
+    def results(self, buffers) -> tuple[torch.Tensor, torch.Tensor]:
+        """Query and key in the order of joint rows; the value's text rows have to be there, its others as they were."""
+        query, key, value = (buffer[self.places.long()] for buffer in buffers)
+        assert_bit_equal(value, self.joint[2])
+        return query, key
 
     def reference(self, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        dtype = dtype or self.qkv.dtype
-        return qk_norm_rope_reference(self.query.to(dtype), self.key.to(dtype), *self.rest)
+        own = replace(self, joint=self.joint.to(dtype or self.joint.dtype))
+        return own.results(qk_norm_rope_reference(*own.arguments(own.buffers())))
 
     def stock(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Text and image through stock's modules apart, as in its attention processor, then joined."""
@@ -71,24 +80,42 @@ class Case:
             return apply_rotary_emb_qwen(norm(x[None, rows]), freqs, use_real=False)[0]
 
         text, image = slice(None, self.txt_rows), slice(self.txt_rows, None)
+        query, key, _ = self.joint
         norm_q, norm_k, norm_added_q, norm_added_k = self.weights
-        query = torch.cat([apart(self.query, text, norm_added_q), apart(self.query, image, norm_q)])
-        return query, torch.cat([apart(self.key, text, norm_added_k), apart(self.key, image, norm_k)])
+        return (
+            torch.cat([apart(query, text, norm_added_q), apart(query, image, norm_q)]),
+            torch.cat([apart(key, text, norm_added_k), apart(key, image, norm_k)]),
+        )
+
+    def check(self, actual) -> None:
+        """Within the budget."""
+        for ours, reference, oracle in zip(actual, self.reference(), self.reference(torch.float64), strict=True):
+            assert_within_budget(ours, reference, oracle)
+
+    def check_aligned_otherwise(self, actual, aligned) -> None:
+        """The same bits as from aligned rows where kernels are interpreted. For rows that are aligned otherwise a GPU's
+        compiler contracts other products and sums: measured on an H100 in fp32, 287 of 960 elements differ by up to 2e-7."""
+        if self.joint.is_cuda:
+            self.check(actual)
+        else:
+            assert_pairs_equal(actual, aligned)
 
 
 def random_case(shape, dtype, device, weight_dtype=None, magnitude=1.0, eps=1e-6) -> Case:
-    """Rows of very different size, four distinct weights, and a distinct angle for every token and pair of channels."""
+    """Rows of very different size at random places, four distinct weights, and a distinct angle for every token and pair of
+    channels."""
     rows, heads, head_dim, txt_rows = shape
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(size, generator=generator, dtype=torch.float64)
 
-    qkv = magnitude * normal(3, rows, heads * head_dim) * torch.exp(normal(3, rows, 1))
+    joint = magnitude * normal(3, rows, heads, head_dim) * torch.exp(normal(3, rows, 1, 1))
     weights = tuple((1 + 0.5 * normal(head_dim)).to(device, weight_dtype or dtype) for _ in range(4))
     angles = 3 * normal(rows, head_dim // 2)
     rope = torch.view_as_real(torch.polar(torch.ones_like(angles), angles)).flatten(-2)
-    return Case(qkv.to(device, dtype), heads, weights, rope.to(device, torch.float32), txt_rows, eps)
+    places = torch.randperm(rows, generator=generator).to(device, torch.int32)
+    return Case(joint.to(device, dtype), weights, rope.to(device, torch.float32), txt_rows, eps, places)
 
 
 @functools.cache
@@ -122,10 +149,3 @@ def in_layout(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 def nan_in_storage(x: torch.Tensor) -> torch.Tensor:
     return x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0).isnan()
-
-
-def run_kernel(tensors, case: Case, rope, rows: int, txt_rows: int, strides: tuple, text: tuple | None = None) -> None:
-    """One program, which the interpreter takes for a far one; `text` is (value, text, places)."""
-    numbers = (rows, txt_rows, case.eps, case.heads, *strides, *(0,) * (9 - len(strides)))
-    others, config = text or (*tensors, rope), default_config(90, case.heads, 128, 4)
-    _qk_norm_rope_kernel[(1,)](*tensors, *case.weights, rope, *others, *numbers, 128, text is not None, **config)

@@ -1,7 +1,12 @@
 """joint_attention against float64, against each sequence alone, and against the attention of stock diffusers."""
 
 import contextvars
+import itertools
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -13,9 +18,16 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from budget import assert_bit_equal, assert_within_budget
 from canaries import Canaries, between_canaries
 from conftest import HAS_CUDA
-from qwen_fast_kernels._flash import fits_descriptors
-from qwen_fast_kernels.joint_attention import HEAD_DIMS, default_config, joint_attention, launch_joint_attention
+from qwen_fast_kernels.joint_attention import (
+    HEAD_DIMS,
+    default_config,
+    fits_descriptors,
+    joint_attention,
+    launch_joint_attention,
+)
 
+ROOT = Path(__file__).resolve().parents[2]
+attention = sys.modules["qwen_fast_kernels.joint_attention"]  # the package's attribute of this name is the operator
 pytestmark = pytest.mark.usefixtures("nan_filled_empties")
 
 launch = between_canaries(launch_joint_attention)
@@ -37,67 +49,80 @@ def check(implementation: str, given: Problem) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("txt", "img"), ONE_SEQUENCE, ids=str)
-def test_one_sequence(implementation, txt, img, device):
-    check(implementation, problem(txt, img, torch.bfloat16, device))
+@pytest.mark.parametrize("length", ONE_SEQUENCE)
+def test_one_sequence(implementation, length, device):
+    check(implementation, problem((length,), torch.bfloat16, device))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_other_dtypes(implementation, dtype, device):
-    check(implementation, problem((31,), (70,), dtype, device, heads=2))
+    check(implementation, problem((101,), dtype, device, heads=2))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("dim", [dim for dim in HEAD_DIMS if dim != 128])
 def test_other_head_dims(implementation, dim, dtype, device):
-    check(implementation, problem((7, 12), (45, 33), dtype, device, dim=dim, heads=2))
+    check(implementation, problem((52, 45), dtype, device, dim=dim, heads=2))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("txt", "img"), PACKED, ids=str)
-def test_packed_sequences_are_what_each_is_alone(implementation, txt, img, device):
-    given = problem(txt, img, torch.bfloat16, device)
+@pytest.mark.parametrize("lengths", PACKED, ids=str)
+def test_packed_sequences_are_what_each_is_alone(implementation, lengths, device):
+    given = problem(lengths, torch.bfloat16, device)
     out = check(implementation, given)
-    for n in range(len(txt)):
+    for n in [n for n, length in enumerate(lengths) if length]:
+        assert_bit_equal(out[given.rows_of(n)], run(implementation, given.alone(n)))
+
+
+# Rows in front of, between and behind the sequences: of a padded prompt, of whole tiles, of none at all.
+GAPS = [
+    ((31, 64, 72), (0, 11, 1, 2)),
+    ((36, 65), (150, 37, 300)),
+    ((0, 1, 0), (0, 31, 63, 2)),
+    ((101,), (20, 0)),
+    ((70,), (0, 9)),
+]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("lengths", "gaps"), GAPS, ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def test_gaps_are_no_keys_and_get_zeros(implementation, lengths, gaps, masked, device):
+    given = problem(lengths, torch.bfloat16, device, gaps=gaps)
+    gap = given.gaps()
+    assert int(gap.sum()) == sum(gaps)
+    for name in ("query", "key", "value"):
+        getattr(given, name)[gap] = float("nan")
+    if masked:
+        given.key_mask = torch.rand(len(gap), generator=torch.Generator().manual_seed(1)).to(device) < 0.5
+    out = check(implementation, given)
+    assert (out[gap] == 0).all()
+    for n in [n for n, length in enumerate(lengths) if length]:
         assert_bit_equal(out[given.rows_of(n)], run(implementation, given.alone(n)))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("used", "masked"), [((20, 64, 0), False), ((0, 1, 0), False), ((31, 63, 2), True)])
-def test_padding_is_no_key_and_gets_zeros(implementation, used, masked, device):
-    seqused = torch.tensor(used, dtype=torch.int32, device=device)
-    given = problem((31, 64, 2), (5, 70, 0), torch.bfloat16, device, seqused_txt=seqused)
-    padding = torch.cat([given.rows_of(n)[:length][u:] for n, (length, u) in enumerate(zip((31, 64, 2), used, strict=True))])
-    given.key[padding] *= 30.0  # would take all the weight
-    given.value[padding] = 3e4
-    if masked:
-        given.key_mask = torch.rand(given.query.shape[0], generator=torch.Generator().manual_seed(1)).to(device) < 0.5
-    out = check(implementation, given)
-    assert (out[padding] == 0).all()
+def test_no_sequence_has_a_row(implementation, device):
+    given = problem((0, 0), torch.bfloat16, device, gaps=(5, 0, 70))
+    assert (check(implementation, given) == 0).all()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_padding_of_the_only_sequence(implementation, device):
-    given = problem((31,), (40,), torch.bfloat16, device, seqused_txt=torch.tensor([20], dtype=torch.int32, device=device))
-    given.key[20:31] *= 30.0
-    assert (check(implementation, given)[20:31] == 0).all()
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("holes", ["random", "all text", "all image", "first block", "everything"])
+@pytest.mark.parametrize("holes", ["random", "first rows", "last rows", "first block", "all of one", "everything"])
 def test_masked_keys(implementation, holes, device):
-    given = problem((33, 9), (150, 66), torch.bfloat16, device)
+    given = problem((183, 75), torch.bfloat16, device)
     rows = torch.arange(given.query.shape[0], device=device)
     given.key_mask = {
         "random": (rows * 7919) % 5 > 1,
-        "all text": rows >= given.txt_rows,
-        "all image": rows < given.txt_rows,
-        "first block": (rows >= 33) & ((rows < given.txt_rows) | (rows >= given.txt_rows + 140)),
+        "first rows": ~((rows < 33) | ((rows >= 183) & (rows < 192))),
+        "last rows": (rows < 33) | ((rows >= 183) & (rows < 192)),
+        "first block": (rows >= 140) & (rows != 200),
+        "all of one": rows >= 183,
         "everything": torch.zeros_like(rows, dtype=torch.bool),
     }[holes]
-    given.key[~given.key_mask] *= 30.0
+    given.key[~given.key_mask] *= 30.0  # would take all the weight
     given.value[~given.key_mask] = 3e4
     out = check(implementation, given)
     if holes == "everything":
@@ -107,7 +132,7 @@ def test_masked_keys(implementation, holes, device):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(implementation, layout, device):
-    given = problem((9, 21), (70, 40), torch.bfloat16, device, heads=2, layout=layout)
+    given = problem((79, 61), torch.bfloat16, device, heads=2, gaps=(0, 3, 0), layout=layout)
     aligned = fits_descriptors(given.query, given.key, given.value)
     assert aligned == (layout != "offset")
     if implementation in ("descriptors", "specialised") and not aligned:
@@ -118,7 +143,7 @@ def test_layouts(implementation, layout, device):
 
 @pytest.mark.triton
 def test_tensors_that_descriptors_do_not_reach(device):
-    given = problem((9, 21), (70, 40), torch.bfloat16, device, heads=2, layout="offset")
+    given = problem((79, 61), torch.bfloat16, device, heads=2, layout="offset")
     config = default_config(90, 128, 2, aligned=False)
     assert_within_budget(launch(*given, config=config), given.reference(), given.oracle())
 
@@ -126,21 +151,21 @@ def test_tensors_that_descriptors_do_not_reach(device):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("scale", [1e-3, 1.0])
 def test_scale(implementation, scale, device):
-    check(implementation, problem((9,), (140,), torch.bfloat16, device, scale=scale))
+    check(implementation, problem((149,), torch.bfloat16, device, scale=scale))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_large_scores(implementation, dtype, device):
     """Scores in the thousands, whose exponential overflows, the largest of a row in a late block."""
-    given = problem((31,), (230,), dtype, device, magnitude=12.0)
+    given = problem((261,), dtype, device, magnitude=12.0)
     given.key[-20:] *= 2.0
     check(implementation, given)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_equal_scores_give_the_mean(implementation, device):
-    given = problem((31,), (100,), torch.bfloat16, device)
+    given = problem((131,), torch.bfloat16, device)
     given.query.fill_(1.0), given.key.fill_(1.0)
     check(implementation, given)
     given.value.fill_(1.0)
@@ -148,29 +173,23 @@ def test_equal_scores_give_the_mean(implementation, device):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_rows_of_no_sequence_get_zeros(implementation, device):
-    given = problem((9, 0, 30), (70, 1, 20), torch.bfloat16, device, spare=(150, 37))
-    out = check(implementation, given)
-    assert (out[39:189] == 0).all() and (out[-37:] == 0).all()
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_nan_stays_in_its_sequence(implementation, device):
-    given = problem((9, 12), (70, 40), torch.bfloat16, device)
-    alone = run(implementation, given.alone(0))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_nan_stays_in_its_sequence(implementation, dtype, device):
+    """The last tile of a sequence reaches into the next one, the first of the next begins behind it: neither shows."""
+    given = problem((79, 52, 30), dtype, device)
+    alone = [run(implementation, given.alone(n)) for n in (0, 2)]
     rows = given.rows_of(1)
-    given.query[rows], given.key[rows] = float("nan"), float("nan")
-    # A descriptor, which the operator takes where the GPU has them, reads the rows behind a span too: value has to be finite.
-    if implementation == "pointers" or (implementation == "op" and device.type == "cpu"):
-        given.value[rows] = float("nan")
-    out = run(implementation, given)
-    assert_bit_equal(out[given.rows_of(0)], alone)
-    assert out[rows].isnan().all()
+    for bad in (float("nan"), float("inf")):
+        given.query[rows], given.key[rows], given.value[rows] = bad, bad, bad
+        out = run(implementation, given)
+        assert_bit_equal(out[given.rows_of(0)], alone[0])
+        assert_bit_equal(out[given.rows_of(2)], alone[1])
+        assert out[rows].isnan().all()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_inputs_stay_and_the_output_is_new(implementation, device):
-    given = problem((9, 21), (70, 40), torch.bfloat16, device)
+    given = problem((79, 61), torch.bfloat16, device)
     inputs = [x for x in given if isinstance(x, torch.Tensor)]
     before = [x.clone() for x in inputs]
     out = run(implementation, given)
@@ -179,34 +198,34 @@ def test_inputs_stay_and_the_output_is_new(implementation, device):
     assert_bit_equal(run(implementation, given), out)
 
 
-WRONG_LENGTHS = [(-9, 10**9), (10**9, 5), (-(2**31), 2**31 - 1), (40, -40), (20, 20)]
+FAR = 2**31 - 1
+WRONG_SPANS = [
+    *([(-9, 10**9)], [(10**9, 5)], [(-FAR - 1, FAR)], [(40, -40)], [(20, 20)], [(FAR, FAR)], [(60, 10**6)]),
+    *([(30, 70), (10, 90)], [(50, 60), (-5, 20)], [(0, 100), (10**9, -(10**9)), (99, 101)], [(90, 95), (FAR, FAR), (3, 2)]),
+]
 
 
 @pytest.mark.triton
 @pytest.mark.parametrize("body", BODIES)
-@pytest.mark.parametrize(("start", "end"), WRONG_LENGTHS)
-def test_wrong_lengths_touch_nothing_else(body, start, end, device):
+@pytest.mark.parametrize("spans", WRONG_SPANS, ids=str)
+def test_wrong_spans_touch_nothing_else(body, spans, device):
     """Inputs between NaN: what is read outside of them shows in the output, what is written in the canaries."""
-    given = problem((30,), (70,), torch.bfloat16, device)
+    given = problem((100,), torch.bfloat16, device)
     canaries = Canaries()
     given = replace(given, **{name: canaries.copy(getattr(given, name)) for name in ("query", "key", "value")})
-    wrong = torch.tensor([start, end], dtype=torch.int32, device=device)
-    for name, others in (("cu_seqlens_txt", slice(30, None)), ("cu_seqlens_img", slice(30))):
-        for seqused in (None, wrong[1:]):
-            changes = {name: wrong, "seqused_txt": seqused, "max_seqlen_txt": 10**6, "max_seqlen_img": 10**6}
-            out = run(body, replace(given, **changes))
-            # Rows before the first sequence stay unwritten.
-            assert out[slice(None) if start <= 0 else others].isfinite().all()
+    given.spans = torch.tensor(spans, dtype=torch.int32, device=device)
+    assert run(body, replace(given, max_seqlen=10**6)).isfinite().all()
     canaries.check()
 
 
 @pytest.mark.triton
 @pytest.mark.parametrize("body", BODIES)
-def test_rows_beyond_the_longest_sequence_are_nan(body, device):
-    given = problem((140, 3), (10, 150), torch.bfloat16, device)
-    out = run(body, replace(given, max_seqlen_txt=100, max_seqlen_img=128))
+@pytest.mark.parametrize("longest", [0, 100, 128])
+def test_rows_beyond_the_longest_sequence_are_nan(body, longest, device):
+    given = problem((150, 153), torch.bfloat16, device, gaps=(3, 0, 20))
+    out = run(body, replace(given, max_seqlen=longest))
     nan = out.isnan().all(dim=(1, 2)).nonzero().flatten().tolist()
-    assert nan == [*range(128, 140), *range(281, 303)]  # a tile of 128 queries is always whole
+    assert nan == [*range(131, 153), *range(281, 306)]  # a tile of 128 queries is always whole
     covered = torch.ones(out.shape[0], dtype=torch.bool)
     covered[nan] = False
     assert_bit_equal(out[covered], run(body, given)[covered])
@@ -215,18 +234,27 @@ def test_rows_beyond_the_longest_sequence_are_nan(body, device):
 @pytest.mark.triton
 @pytest.mark.parametrize("body", BODIES)
 def test_offsets_beyond_32_bits(body, one_far_program, monkeypatch):
-    """A sequence that begins more than 2^31 elements behind the start of each tensor."""
-    given = problem((0,), (200,), torch.bfloat16, torch.device("cpu"))
+    """A sequence that begins more than 2^31 elements behind the start of each tensor, and gaps beside it."""
+    given = problem((200,), torch.bfloat16, torch.device("cpu"))
     rows = 2**31 // 128 + 1000
     far = [x.view(rows, 1, 128) for x in one_far_program(program=0, numel=rows * 128, dtype=torch.bfloat16, count=4)]
+    own = slice(rows - 220, rows - 20)
     for x, near in zip(far[:3], (given.query, given.key, given.value), strict=True):
-        x[-200:] = near
+        x[own] = near
+    far[3][own.start - 32 :] = float("nan")
     monkeypatch.setattr(torch, "empty", lambda *_, **__: far[3])
-    cu_seqlens_img = torch.tensor([rows - 200, rows], dtype=torch.int32)
-    far_problem = replace(given, query=far[0], key=far[1], value=far[2], cu_seqlens_img=cu_seqlens_img)
+    # Of the gap in front only the last rows, or gigabytes of zeros would be written.
+    fill = attention._fill
+    monkeypatch.setattr(
+        attention,
+        "_fill",
+        lambda out, row, first, end, *rest: fill(out, row, attention.tl.maximum(first, end - 32), end, *rest),
+    )
+    far_problem = replace(given, query=far[0], key=far[1], value=far[2], spans=torch.tensor([[own.start, own.stop]]).int())
     out = launch_joint_attention(*far_problem, config=config_of(body, given))
     monkeypatch.undo()
-    assert_bit_equal(out[-200:].clone(), run(body, given))
+    assert_bit_equal(out[own].clone(), run(body, given))
+    assert (out[own.start - 32 : own.start] == 0).all() and (out[own.stop :] == 0).all()
 
 
 @pytest.mark.triton
@@ -235,18 +263,44 @@ def test_an_allocator_of_the_callers_stays(device, monkeypatch):
     allocator = contextvars.ContextVar("allocator", default="the caller's")  # as Triton keeps it, from 3.6 on at the latest
     seen = []
     monkeypatch.setattr(triton, "set_allocator", lambda new: (seen.append(new), allocator.set(new)))
-    given = problem((3,), (5,), torch.bfloat16, torch.device("cpu"))
+    given = problem((8,), torch.bfloat16, torch.device("cpu"))
     if HAS_CUDA:
         pytest.skip("the launch would need what is only recorded here")
     for body in BODIES:
         run(body, given)
-    assert len(seen) == 1 and allocator.get() == "the caller's"
+    assert len(seen) == len(BODIES) - 1 and allocator.get() == "the caller's"
     scratch = seen[0](384, 128, None)
     assert scratch.numel() * scratch.element_size() == 384 and scratch.device == given.query.device
 
 
-@pytest.mark.parametrize("capability", [75, 80, 86, 89, 90, 100, 120, 121])
-@pytest.mark.parametrize("masked", [False, True])
+# Compiles in a process of its own, since this one interprets. Prompts of 1 to 200 tokens, two sequences, padded or not.
+PROMPTS = """
+import random, torch
+from benchmarks.cases import Maker
+from benchmarks.offline import compile_only
+from qwen_fast_kernels.joint_attention import default_config, launch_joint_attention
+random.seed(0)
+for arch in (80, 90):
+    with compile_only(arch) as log:
+        make, config = Maker("cuda", fake=True), default_config(arch, 128, 2)
+        for _ in range(200):
+            text = random.randint(1, 200), random.randint(1, 200)
+            qkv = [make.normal(4096 * 2 + sum(text), 24, 128, dtype=torch.bfloat16) for _ in range(3)]
+            launch_joint_attention(*qkv, make.values([[0, 1], [1, 2]]), 4096 + max(text), config=config)
+    print(len(log), len({one.kernel.hash for one in log}))
+"""
+
+
+@pytest.mark.triton
+def test_prompts_of_200_lengths_share_one_compiled_kernel():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run([sys.executable, "-c", PROMPTS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["200", "1", "200", "1"]
+
+
+@pytest.mark.parametrize(("capability", "masked"), itertools.product([75, 80, 86, 89, 90, 100, 120, 121], [False, True]))
 def test_descriptors_are_for_architectures_that_have_them(capability, masked):
     for dim in HEAD_DIMS:
         config = default_config(capability, dim, 2, masked=masked)
@@ -258,7 +312,7 @@ def test_descriptors_are_for_architectures_that_have_them(capability, masked):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_one_sequence_on_the_cpu_is_stocks_to_the_bit_and_copies_nothing(dtype):
-    given = problem((30,), (256,), dtype, torch.device("cpu"), heads=2)
+    given = problem((286,), dtype, torch.device("cpu"), heads=2)
     text, image = (
         [x[rows].unsqueeze(0) for x in (given.query, given.key, given.value)] for rows in (slice(30), slice(30, None))
     )
@@ -277,13 +331,12 @@ def test_bad_arguments_are_named(name):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_opcheck(dtype, device):
-    seqused = torch.tensor([7, 5], dtype=torch.int32, device=device)
-    key_mask = torch.arange(29, device=device) % 3 > 0
+    key_mask = torch.arange(32, device=device) % 3 > 0
     for layout in ("buffer", "mixed"):
-        given = problem((7, 6), (5, 11), dtype, device, dim=32, heads=2, layout=layout)
-        for optional in ({}, {"seqused_txt": seqused, "key_mask": key_mask, "scale": 0.3}):
+        given = problem((12, 17), dtype, device, dim=32, heads=2, gaps=(0, 2, 1), layout=layout)
+        for optional in ({}, {"key_mask": key_mask, "scale": 0.3}):
             torch.library.opcheck(torch.ops.qwen_fast.joint_attention.default, tuple(replace(given, **optional)))
-    one = problem((7,), (6,), dtype, device, dim=32, heads=2, layout="head-major")
+    one = problem((13,), dtype, device, dim=32, heads=2, layout="head-major")
     torch.library.opcheck(torch.ops.qwen_fast.joint_attention.default, tuple(one))
 
 
@@ -291,8 +344,8 @@ def test_opcheck(dtype, device):
 def test_compiled_equals_eager(backend, device):
     torch.compiler.reset()
     compiled = torch.compile(joint_attention, fullgraph=True, backend=backend, dynamic=True)
-    for txt, img in [((7,), (45,)), ((7, 6), (5, 45)), ((9, 2), (5, 60))]:
-        given = problem(txt, img, torch.bfloat16, device, dim=32, heads=2)
+    for lengths, gaps in [((52,), (0, 0)), ((12, 51), (0, 0, 0)), ((14, 62), (0, 3, 1))]:
+        given = problem(lengths, torch.bfloat16, device, dim=32, heads=2, gaps=gaps)
         assert_bit_equal(compiled(*given), joint_attention(*given))
 
 
@@ -307,26 +360,27 @@ def attention_in_chunks(given: Problem) -> torch.Tensor:
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_the_models_size(body, dtype, device):
-    given = problem((30,), (4096,), dtype, device, heads=24)
+    given = problem((4126,), dtype, device, heads=24)
     q, k, v = (x.transpose(0, 1)[None] for x in (given.query, given.key, given.value))
     reference = F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1).contiguous()
-    assert_within_budget(run(body, given), reference, attention_in_chunks(given))
+    out = run(body, given)
+    assert_within_budget(out, reference, attention_in_chunks(given))
+    for _ in range(20):  # a tile that is overwritten while it is read gives other numbers each time
+        assert_bit_equal(run(body, given), out)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 def test_a_captured_graph_serves_other_lengths(masked, device):
     """One capture, replayed for prompts of other lengths; every replay bit-equal to a call."""
-    given = problem((64, 40), (1024, 1024), torch.bfloat16, device, heads=24, spare=(24, 0))
-    given.seqused_txt = torch.tensor([64, 40], dtype=torch.int32, device=device)
+    given = problem((1088, 1064), torch.bfloat16, device, heads=24, gaps=(0, 0, 24))
     given.key_mask = torch.ones(given.query.shape[0], dtype=torch.bool, device=device) if masked else None
     joint_attention(*given)  # compiles outside the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = joint_attention(*given)
-    for lengths in ((64, 40), (30, 64), (1, 0)):
-        given.cu_seqlens_txt[1:] = torch.tensor(lengths, dtype=torch.int32, device=device).cumsum(0)
-        given.seqused_txt[:] = torch.tensor(lengths, dtype=torch.int32, device=device)
+    for spans in ([[0, 1088], [1088, 2152]], [[0, 1054], [1088, 2176]], [[34, 1088], [1151, 2176]], [[5, 6], [6, 6]]):
+        given.spans.copy_(torch.tensor(spans, dtype=torch.int32))
         for _ in range(2):
             graph.replay()
             assert_bit_equal(out, joint_attention(*given))
@@ -335,14 +389,12 @@ def test_a_captured_graph_serves_other_lengths(masked, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("body", BODIES)
 def test_more_than_2_to_the_31_elements(body, device):
-    given = problem((0,), (300,), torch.bfloat16, device, heads=24)
+    given = problem((300,), torch.bfloat16, device, heads=24)
     rows = 2**31 // (24 * 128) + 1000
     far = [torch.zeros(rows, 24, 128, dtype=torch.bfloat16, device=device) for _ in range(3)]
     for x, near in zip(far, (given.query, given.key, given.value), strict=True):
         x[-300:] = near
-    cu_seqlens_img = torch.tensor([0, rows - 300, rows], dtype=torch.int32, device=device)
-    changes = {"cu_seqlens_txt": torch.zeros_like(cu_seqlens_img), "cu_seqlens_img": cu_seqlens_img}
-    out = launch_joint_attention(
-        *replace(given, query=far[0], key=far[1], value=far[2], **changes), config=config_of(body, given)
-    )
+    far_problem = replace(given, query=far[0], key=far[1], value=far[2], spans=given.spans + (rows - 300))
+    out = launch_joint_attention(*far_problem, config=config_of(body, given))
     assert_bit_equal(out[-300:], run(body, given))
+    assert (out[:-300] == 0).all()

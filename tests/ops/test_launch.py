@@ -23,7 +23,6 @@ CALLS = {
     "gated_residual: bf16": 16,
     "gated_residual_ada_layer_norm: bf16": 18,
     "qk_norm_rope: bf16": 12,
-    "qk_norm_rope: sequence-major, bf16": 12,
     "rms_norm_silu: bf16": 13,
 }
 
