@@ -47,6 +47,11 @@ def _plus(chunks, others):
     return out
 
 
+@triton.jit
+def _quotient(x, y, EXACT: tl.constexpr):
+    return tl.div_rn(x, y) if EXACT else x / y
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _rms_norm_silu_kernel(
     out_ptr,
@@ -79,15 +84,18 @@ def _rms_norm_silu_kernel(
     for i in tl.static_range(len(y)):
         inside = within(y[i], i * BLOCK_CHANNELS, CHANNELS, BLOCK_CHANNELS)
         squares += inside * inside
-    norm = tl.sqrt(tl.sum(squares, axis=1))  # [BLOCK_ROWS]
+    # The GPU's own roots and quotients are approximate. In fp32 that shows: 6.8e-8 of RMS error where stock has 5.4e-8 (H100).
+    EXACT: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
+    square = tl.sum(squares, axis=1)
+    norm = tl.sqrt_rn(square) if EXACT else tl.sqrt(square)  # [BLOCK_ROWS]
     # By comparison, so that NaN stays NaN.
-    factor = (SCALE / tl.where(norm < SMALLEST, SMALLEST, norm))[:, None]
+    factor = _quotient(SCALE, tl.where(norm < SMALLEST, SMALLEST, norm), EXACT)[:, None]
     gamma = load_tokens(gamma_ptr, only, 0, CHANNELS, BLOCK_CHANNELS)
     out = ()
     for i in tl.static_range(len(y)):
         normed = y[i] * factor * gamma[i]
         if SILU:
-            normed = normed / (1.0 + tl.exp(-normed))
+            normed = _quotient(normed, 1.0 + tl.exp(-normed), EXACT)
         out = out + (normed,)
     store_tokens(out_ptr, out, own_row, rows, CHANNELS, BLOCK_CHANNELS)
 
