@@ -61,7 +61,7 @@ _LADDER += ("--limit", "60", "--resume", *_CEILINGS)  # the first one of ours on
 _SMALL_LADDER = (*_CLI, "bench", "--shape", "tiny", "--size", "64x64", "--steps", "2", "--repeats", "1", "--seconds", "0.02")
 _SMALL_LADDER += ("--device", "cpu", "--resume", *_CEILINGS)
 # Launch-bound and few-step pictures, and pictures each of another size and prompt, on one model: building it takes 15 s.
-_CHOSEN = ("as enabled", "CUDA graph", "VAE of pictures", "graph, text in turn")  # with and without a graph beside "auto"
+_CHOSEN = ("as enabled", "CUDA graph", "VAE of pictures")  # with and without a graph beside "auto"
 _SIZES = (*_CLI, "bench", "--repeats", "1", "--seconds", "0.5", "--weights-stay", "--limit", "60", "--resume", *_CEILINGS)
 _SIZES += _each("--only", _CHOSEN)
 _FIRST_SIZES = ("--case", "512x512,20", *_each("--changing", ("512x512,50", "1024x1024,8,no-cfg")))
@@ -80,7 +80,6 @@ _PROFILE += ("--weights-stay", *_CEILINGS)
 _SMALL_PROFILE = (*_CLI, "profile", "--shape", "tiny", "--size", "64x64", "--steps", "1", "--device", "cpu", *_CEILINGS)
 # What compiles within a rung, and what is another library's, comes when all the rest is there.
 _LATE = ("compile", "torchao", "cache-dit", "SageAttention")
-_NOT_FIRST = (*_LATE, "text in turn")
 _GPU_TESTS = (
     *("test_drawing", "test_graph", "test_host_weights", "test_loading", "test_modulation", "test_profile", "test_runbook"),
     *("test_schedule", "test_text_cache", "test_tune", "test_vae_bands", "test_demo_checkpoint", "ops"),
@@ -136,8 +135,8 @@ STAGES = (
     Stage(
         "ladder",
         190,
-        (*_LADDER, *_each("--skip", _NOT_FIRST), "--out", "{out}/ladder"),
-        (*_SMALL_LADDER, *_each("--skip", _NOT_FIRST), "--out", "{out}/ladder"),
+        (*_LADDER, *_each("--skip", _LATE), "--out", "{out}/ladder"),
+        (*_SMALL_LADDER, *_each("--skip", _LATE), "--out", "{out}/ladder"),
         shown=18,
         estimate=140,  # 116 s before kernels had to prove themselves
         tries=3,
@@ -208,14 +207,6 @@ LATER = (
             ("changing.csv", {"width": "1024", "steps": "50", "rung": "qwen_fast as enabled"}),
             ("changing.csv", {"width": "512", "steps": "8", "rung": "qwen_fast as enabled"}),
         ),
-    ),
-    Stage(
-        "ladder-in-turn",
-        80,
-        (*_LADDER, *_each("--only", ("text in turn",)), "--out", "{out}/ladder"),
-        shown=5,
-        estimate=55,
-        rows=(("ladder.csv", _PICTURE | {"rung": "text in turn with the image"}),),
     ),
     Stage(
         "products",

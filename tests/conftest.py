@@ -63,6 +63,17 @@ def device() -> torch.device:
 
 
 @pytest.fixture
+def emulated_cuda():
+    """A CUDA device of our own for the time of a test; what it saw is in `.notes`. See tests/support/emulated_cuda."""
+    if HAS_CUDA:
+        pytest.skip("with a GPU the tests marked gpu take its place")
+    from support import emulated_cuda as package
+
+    with package.emulated_cuda() as device:
+        yield device
+
+
+@pytest.fixture
 def nan_filled_empties():
     """Every torch.empty*, also one inside torch, is filled with NaN (integers: their maximum) instead of old memory."""
     assert torch.utils.deterministic.fill_uninitialized_memory
