@@ -105,7 +105,7 @@ def _rows_op(tokens: int, tables: int, flops: int) -> Callable[..., tuple[int, i
 
 
 def _normed_heads(query, key, *rest):
-    rope, value, text, places = rest[4], *rest[7:]
+    rope, text, places = rest[4], *rest[8:]
     return 2 * _bytes(query, key, text[2]) + _bytes(rope, places), 14 * query.numel()
 
 

@@ -93,15 +93,13 @@ def ours(
     *,
     fused: bool = True,
     packed: bool = True,
-    beside: bool = True,
     cuda_only: bool = False,
     guided_only: bool = False,
     **options: Any,
 ):
     """`enable` with `options`.
 
-    `fused=False` leaves stock's transformer in, `packed=False` forwards one prompt at a time, `beside=False` lets the text
-    wait for the image instead of running on a second stream.
+    `fused=False` leaves stock's transformer in, `packed=False` forwards one prompt at a time.
     """
 
     @contextlib.contextmanager
@@ -111,8 +109,6 @@ def ours(
         if guided_only and not case.cfg:
             raise NotMeasured("there is one prediction a step")
         with ExitStack() as stack:
-            if not beside:
-                stack.enter_context(mock.patch("qwen_fast.transformer.TEXT_BESIDE", False))
             if not packed:
                 stack.enter_context(mock.patch("qwen_fast.forwards.fits_in_memory", lambda *_: False))
             if not fused:
@@ -157,10 +153,6 @@ PACKED = (
     Rung("packed, flash attention", ours(attention="flash", **_PACKED)),
     Rung("packed, our attention", ours(attention="triton", **_PACKED)),
 )
-IN_TURN = (
-    Rung("text in turn with the image", ours(beside=False, cuda_only=True)),
-    Rung("graph, text in turn", ours(beside=False, cuda_graph=True, cuda_only=True)),
-)
 GRAPH = Rung("+ CUDA graph", ours(cuda_graph=True, cuda_only=True))
 # Each adds one thing to the one before.
 STEPS = (
@@ -170,7 +162,7 @@ STEPS = (
     Rung("+ packed CFG", ours(**_PACKED)),
     Rung("+ VAE of pictures", ours(cuda_graph=False)),
 )
-OURS = (*STEPS, GRAPH, *IN_TURN, *PACKED, ENABLED)
+OURS = (*STEPS, GRAPH, *PACKED, ENABLED)
 LOSSY: tuple[Rung, ...] = ()  # no lossy mode exists yet
 COMPILED = Rung("stock + regional compile", compiled_blocks)
 COMPARED = (
@@ -184,7 +176,7 @@ def all_rungs() -> list[Rung]:
     """The whole ladder in the order of its worth: a run that is cut short has its most telling rows. What compiles is last."""
     from .peers import PEERS
 
-    return [STOCK, ENABLED, *PACKED, GRAPH, *IN_TURN, *STEPS, *COMPARED[:-1], *LOSSY, *PEERS, COMPILED]
+    return [STOCK, ENABLED, *PACKED, GRAPH, *STEPS, *COMPARED[:-1], *LOSSY, *PEERS, COMPILED]
 
 
 def chosen_rungs() -> list[Rung]:

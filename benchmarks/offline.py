@@ -107,6 +107,18 @@ class _FakeCudaTensors(TorchFunctionMode):
 
 
 @contextlib.contextmanager
+def active_driver(one) -> Iterator[None]:
+    """Inside, Triton asks this driver."""
+    slot = "_active" if "_active" in vars(driver) else "active"  # the name up to Triton 3.4
+    before = vars(driver)[slot]
+    driver.set_active(one)
+    try:
+        yield
+    finally:
+        vars(driver)[slot] = before
+
+
+@contextlib.contextmanager
 def compile_only(capability: int) -> Iterator[list[Compiled]]:
     """Inside, launches on CUDA tensors (all of them fake) compile for `capability` and execute nothing.
 
@@ -137,18 +149,12 @@ def compile_only(capability: int) -> Iterator[list[Compiled]]:
         mock.patch.object(torch.cuda, "get_device_properties", lambda _device=None: properties),
         mock.patch.object(torch.cuda, "current_device", lambda: 0),
     )
-    slot = "_active" if "_active" in vars(driver) else "active"  # the name up to Triton 3.4
-    active = vars(driver)[slot]
-    driver.set_active(_Driver(capability))
-    try:
-        with contextlib.ExitStack() as stack:
-            for patch in patches:
-                stack.enter_context(patch)
-            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            stack.enter_context(_FakeCudaTensors())
-            yield log
-    finally:
-        vars(driver)[slot] = active
+    with contextlib.ExitStack() as stack:
+        for patch in (active_driver(_Driver(capability)), *patches):
+            stack.enter_context(patch)
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(_FakeCudaTensors())
+        yield log
 
 
 def _tool(name: str, *args: str) -> str:

@@ -16,13 +16,11 @@ class Conditions(Protocol):
         step_index (Tensor): `[1]` on the device, the row of tokens that have none of their own.
         samples (int): 1, or B where each sample has its own row.
         zero_row (int | None): first row of timestep 0, for reference pictures (`zero_cond_t`).
-        kept (bool): the rows of all blocks are there from `begin` on.
     """
 
     step_index: torch.Tensor
     samples: int
     zero_row: int | None
-    kept: bool
 
     def begin(self, timestep: torch.Tensor) -> bool:
         """Called at the beginning of a forward with its timestep `[B]`, rounded as the model sees it. False: these
@@ -46,8 +44,6 @@ class LayerConditions:
         timestep: `[B]` in the model's dtype, over 1000.
         hidden_states: for its dtype and device.
     """
-
-    kept = False
 
     def __init__(
         self,
@@ -99,7 +95,6 @@ class TableConditions:
     """
 
     samples = 1
-    kept = True
     table: ModulationTable | None = None
 
     def __init__(self, model: torch.nn.Module, tables: TableCache, timesteps: torch.Tensor, step_index: torch.Tensor):

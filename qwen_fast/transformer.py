@@ -20,7 +20,7 @@ from diffusers.models.transformers import transformer_qwenimage
 
 from qwen_fast_kernels import ada_layer_norm
 
-from .blocks import Address, Beside, Rows, stock_reason
+from .blocks import Address, Rows, linear_into, stock_reason
 from .calls import ATTACHED, CALL, Attachment, Call, Packed, SharedForward, lora_scale
 from .conditions import Conditions, LayerConditions
 from .hooks import OURS, is_hooked, rebind_forward
@@ -34,7 +34,6 @@ STOCK = diffusers.QwenImageTransformer2DModel
 STOCK_BLOCK = transformer_qwenimage.QwenImageTransformerBlock
 _SIGNATURE = inspect.signature(STOCK.forward)
 _KEPT_LAYOUTS = 16
-TEXT_BESIDE = True  # on a GPU the text's products run beside the image's
 
 
 class QwenImageTransformerBlock(STOCK_BLOCK):
@@ -67,14 +66,14 @@ class QwenImageTransformerBlock(STOCK_BLOCK):
                 joint_attention_kwargs,
                 modulate_index,
             )
-        text, image = encoder_hidden_states.flatten(0, 1), hidden_states.flatten(0, 1)
-        rows = Rows(self, text, image, layout, forward.address, call.state.attention)
+        residual = torch.cat([encoder_hidden_states.flatten(0, 1), hidden_states.flatten(0, 1)])
+        rows = Rows(self, residual, layout, forward.address, call.state.attention)
         modulation = forward.conditions.block(index)
         rows.begin(modulation)
         rows.attend(self, modulation)
         rows.feed_forward(self)
         rows.end(modulation.gate2)
-        return rows.text.residual.view_as(encoder_hidden_states), rows.image.residual.view_as(hidden_states)
+        return _as_batches(rows.residual, layout)
 
 
 class QwenImageTransformer2DModel(STOCK):
@@ -169,8 +168,10 @@ class QwenImageTransformer2DModel(STOCK):
                 )
             mask = mask.bool().expand(batch, -1)
         layout = self.layout(shapes, (text_length,) * batch, hidden_states.device)
-        text = self.txt_in(self.txt_norm(encoder_hidden_states)).to(hidden_states.dtype).expand(batch, -1, -1).flatten(0, 1)
-        image = self.img_in(hidden_states.flatten(0, 1)).to(hidden_states.dtype)
+        residual = hidden_states.new_empty(layout.rows, self.inner_dim)
+        text = self.txt_norm(encoder_hidden_states).expand(batch, -1, -1)
+        linear_into(self.txt_in, text.flatten(0, 1), residual[: layout.txt_rows])
+        linear_into(self.img_in, hidden_states.flatten(0, 1), residual[layout.txt_rows :])
 
         conditions = self._conditions(call, timestep, hidden_states, additional_t_cond)
         address = self.address(conditions, layout, shapes)
@@ -185,7 +186,7 @@ class QwenImageTransformer2DModel(STOCK):
                 )
             call.forward = self._shared(call, layout, address, conditions, shapes, mask, batch)
         try:
-            output = self._run(call, text, image, layout, address, conditions, separate, controlnet_block_samples)
+            output = self._run(call, residual, layout, address, conditions, separate, controlnet_block_samples)
         finally:
             call.forward = None
         return output.unflatten(0, (batch, -1))
@@ -193,13 +194,17 @@ class QwenImageTransformer2DModel(STOCK):
     def _packed_forward(self, call: Call, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """`[B, S_img, C_in]` to `[copies * B, S_img, C_out]`, the text given by `call.packed`."""
         packed, layout = call.packed, call.packed.layout
+        residual = hidden_states.new_empty(layout.rows, self.inner_dim)
         if packed.text is None:
             packed.text = self.text_rows(packed)
-        image = self.img_in(hidden_states.flatten(0, 1)).to(hidden_states.dtype).repeat(packed.copies, 1)
+        residual[: layout.txt_rows] = packed.text
+        image = residual[layout.txt_rows :].unflatten(0, (packed.copies, -1))
+        linear_into(self.img_in, hidden_states.flatten(0, 1), image[0])
+        image[1:] = image[0]
         conditions = self._conditions(call, timestep, hidden_states, None)
         address = Address(conditions.step_index, None)
         separate = [False] * len(self.transformer_blocks)
-        output = self._run(call, packed.text, image, layout, address, conditions, separate, None)
+        output = self._run(call, residual, layout, address, conditions, separate, None)
         return output.unflatten(0, (packed.copies * hidden_states.shape[0], -1))
 
     def _conditions(self, call: Call, timestep, hidden_states, additional_t_cond) -> Conditions:
@@ -208,18 +213,16 @@ class QwenImageTransformer2DModel(STOCK):
             return call.conditions
         return LayerConditions(self, timestep, hidden_states, additional_t_cond)
 
-    def _run(self, call, text, image, layout, address, conditions, separate, controlnet) -> torch.Tensor:
-        """Text rows `[R_txt, C]` and image rows `[R_img, C]` through all blocks, norm_out and proj_out: `[R_img, C_out]`."""
+    def _run(self, call, residual, layout, address, conditions, separate, controlnet) -> torch.Tensor:
+        """Joint token rows `[R, C]` through all blocks, norm_out and proj_out: `[R_img, C_out]`."""
         blocks = self.transformer_blocks
         every = None if controlnet is None else math.ceil(len(blocks) / len(controlnet))
-        # What conditions compute from block to block is not ready for a second stream.
-        beside = Beside(image.device) if image.is_cuda and TEXT_BESIDE and conditions.kept and not any(separate) else None
-        rows = Rows(blocks[0], text, image, layout, address, call.state.attention, beside)
+        rows = Rows(blocks[0], residual, layout, address, call.state.attention)
         last = len(blocks) - 1
         for index, block in enumerate(blocks):
             modulation = conditions.block(index)
             if separate[index]:
-                self._call_block(call, block, rows)
+                rows.residual = self._call_block(call, block, rows.residual)
             else:
                 if rows.normed is None:
                     rows.begin(modulation)
@@ -228,32 +231,32 @@ class QwenImageTransformer2DModel(STOCK):
                 if controlnet is None and index < last and not separate[index + 1]:
                     following = conditions.block(index + 1)
                     rows.end_and_begin(modulation.gate2, following.shift1, following.scale1)
-                elif controlnet is None and index == last and rows.image.address.token_rows is None:
+                elif controlnet is None and index == last and rows.address.token_rows is None:
                     rows.end_and_begin(modulation.gate2, *conditions.out())
                 else:
                     rows.end(modulation.gate2)
             if controlnet is not None:
-                rows.image.residual += controlnet[index // every].flatten(0, 1)
+                rows.residual[rows.split :] += controlnet[index // every].flatten(0, 1)
         image = rows.normed
         if image is None:
+            image = rows.residual[rows.split :]
             shift, scale = conditions.out()
             token_rows = None
             if conditions.samples > 1:
                 # The output norm takes a sample's own timestep for its reference tokens too, as in stock.
                 token_rows = address.token_rows[layout.txt_rows :] % conditions.samples
-            image = ada_layer_norm(rows.image.residual, shift, scale, address.step_index, 0, token_rows)
+            image = ada_layer_norm(image, shift, scale, address.step_index, 0, token_rows)
         return self.proj_out(image)
 
-    def _call_block(self, call: Call, block, rows: Rows) -> None:
+    def _call_block(self, call: Call, block, residual: torch.Tensor) -> torch.Tensor:
         """A block with something attached to it, through its own `__call__` and with its own boundaries."""
         reason = stock_reason(block)
         if reason is not None:
             call.state.fall_back(f"a block as diffusers wrote it: {reason}")
-        layout, arguments = call.forward.layout, call.forward.block_arguments
-        text = rows.text.residual.unflatten(0, (layout.sequences, layout.txt_lengths[0]))
-        image = rows.image.residual.unflatten(0, (layout.sequences, layout.img_lengths[0]))
+        text, image = _as_batches(residual, call.forward.layout)
+        arguments = call.forward.block_arguments
         text, image = block(hidden_states=image, encoder_hidden_states=text, **arguments)
-        rows.text.residual, rows.image.residual = text.flatten(0, 1), image.flatten(0, 1)
+        return torch.cat([text.flatten(0, 1), image.flatten(0, 1)])
 
     def _shared(self, call, layout, address, conditions, shapes, mask, batch) -> SharedForward:
         temb, modulate_index = conditions.temb(batch), None
@@ -369,6 +372,12 @@ def detach(model: torch.nn.Module, state: State) -> None:
         model.__class__ = STOCK
         rebind_forward(model)
         _swap_blocks(model, QwenImageTransformerBlock, STOCK_BLOCK)
+
+
+def _as_batches(residual: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Joint rows as `[B, S_txt, C]` and `[B, S_img, C]`, for a layout whose sequences have equal lengths."""
+    text = residual[: layout.txt_rows].unflatten(0, (layout.sequences, layout.txt_lengths[0]))
+    return text, residual[layout.txt_rows :].unflatten(0, (layout.sequences, layout.img_lengths[0]))
 
 
 def _swap_blocks(model: torch.nn.Module, old: type, new: type) -> None:

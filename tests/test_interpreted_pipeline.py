@@ -18,8 +18,8 @@ from qwen_fast_kernels import tuning
 
 OPS = sorted(name for name in qwen_fast_kernels.__all__ if name != "HAS_TRITON")
 OF_THE_VAE = {"rms_norm_silu"}  # tests/test_vae_bands.py decodes through its launcher
-# Per forward of two blocks, text and image rows apart; the last one has no text half, and its last norm is the output's.
-FORWARD = {"ada_layer_norm": 2, "qk_norm_rope": 2, "joint_attention": 2, "gated_residual_ada_layer_norm": 6, "linear_gelu": 3}
+# Per forward of two blocks; the last one has no text half, and its last norm is the output's.
+FORWARD = {"ada_layer_norm": 1, "qk_norm_rope": 2, "joint_attention": 2, "gated_residual_ada_layer_norm": 4, "linear_gelu": 3}
 
 
 @pytest.fixture(params=[80, 90], ids=lambda arch: f"sm_{arch}")

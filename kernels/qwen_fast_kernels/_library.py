@@ -1,10 +1,13 @@
-"""Registration of the operators in `torch.ops.qwen_fast`, the only registry, and what replaces a kernel that is wrong."""
+"""The operators of `torch.ops.qwen_fast`, the only registry: the dtypes that they take, and what replaces a wrong kernel."""
 
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+FLOATS_OF_CPU = (*FLOATS, torch.float64)
 
 _LIBRARY = torch.library.Library("qwen_fast", "DEF")
 

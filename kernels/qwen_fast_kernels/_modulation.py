@@ -24,6 +24,12 @@ def table_row(row, step_index_ptr, token_rows_ptr, HAS_TOKEN_ROWS: tl.constexpr)
     return step
 
 
+def table_strides(table: torch.Tensor) -> tuple[int, int]:
+    """From one row of a table to the next, and from its image stream to its text stream, which may be the same."""
+    row, stream, _ = table.stride()
+    return row, (table.shape[1] - 1) * stream
+
+
 def rows_of(table: torch.Tensor, step_index: torch.Tensor, txt_rows: int, token_rows: torch.Tensor | None, rows: int):
     """`table` `[T, streams, C]` as what each of `rows` tokens takes: two tensors (text, image) that broadcast to
     `[txt_rows, C]` and `[rows - txt_rows, C]`."""
@@ -48,15 +54,16 @@ def check_modulation(
         raise ValueError(f"txt_rows: {txt_rows} is outside [0, {rows}], the number of token rows.")
     conditions = None
     for name, table in tables.items():
-        if table.dim() != 3 or table.shape[1] not in (1, 2) or table.shape[2] != channels or table.shape[0] < 1:
-            raise ValueError(f"{name}: shape {tuple(table.shape)}; [T, 1 or 2 streams, {channels} channels] is needed.")
+        shape = table.shape
+        if len(shape) != 3 or shape[1] not in (1, 2) or shape[2] != channels or shape[0] < 1:
+            raise ValueError(f"{name}: shape {tuple(shape)}; [T, 1 or 2 streams, {channels} channels] is needed.")
         if not table.is_floating_point():
             raise ValueError(f"{name}: dtype {table.dtype} is not a floating-point type.")
-        if channels > 1 and table.stride(2) != 1:
+        if channels > 1 and table.stride()[2] != 1:
             raise ValueError(f"{name}: stride {table.stride(2)} between channels; they have to be adjacent.")
-        conditions = table.shape[0] if conditions is None else conditions
-        if table.shape[0] != conditions:
-            raise ValueError(f"{name}: {table.shape[0]} table rows, but another table has {conditions}.")
+        conditions = shape[0] if conditions is None else conditions
+        if shape[0] != conditions:
+            raise ValueError(f"{name}: {shape[0]} table rows, but another table has {conditions}.")
         if table.device != device:
             raise ValueError(f"{name}: on {table.device}, but the tokens are on {device}; move it there first.")
     if step_index.shape != (1,) or step_index.dtype not in (torch.int32, torch.int64):

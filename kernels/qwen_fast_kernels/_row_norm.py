@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ._library import FLOATS, FLOATS_OF_CPU
 from ._modulation import check_indices, check_modulation, rows_of
 from ._triton import tl, triton
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_FP16 = 65504.0  # where stock clips the residual stream
 
 
@@ -170,26 +170,27 @@ def check_row_op(
 ) -> None:
     """Raise a ValueError that names the argument that an operator on modulated token rows cannot take."""
     (name, first), *others = tokens.items()
-    allowed = FLOATS + ((torch.float64,) if not first.is_cuda else ())
-    if first.dtype not in allowed:
-        raise ValueError(f"{name}: dtype {first.dtype} is not supported on {first.device.type}; use one of {allowed}.")
-    if first.dim() != 2 or first.shape[1] < 1:
-        raise ValueError(f"{name}: shape {tuple(first.shape)}; [R tokens, C channels] with C >= 1 is needed.")
+    shape, dtype, device = first.shape, first.dtype, first.device
+    allowed = FLOATS if first.is_cuda else FLOATS_OF_CPU
+    if dtype not in allowed:
+        raise ValueError(f"{name}: dtype {dtype} is not supported on {device.type}; use one of {allowed}.")
+    if len(shape) != 2 or shape[1] < 1:
+        raise ValueError(f"{name}: shape {tuple(shape)}; [R tokens, C channels] with C >= 1 is needed.")
+    rows, channels = shape
     for other_name, other in others:
-        if other.shape != first.shape or other.dtype != first.dtype:
+        if other.shape != shape or other.dtype != dtype:
             raise ValueError(
-                f"{other_name}: got {tuple(other.shape)} {other.dtype}; the {name}'s {tuple(first.shape)} {first.dtype} "
-                "is needed."
+                f"{other_name}: got {tuple(other.shape)} {other.dtype}; the {name}'s {tuple(shape)} {dtype} is needed."
             )
-        if other.device != first.device:
-            raise ValueError(f"{other_name}: on {other.device}, but {name} is on {first.device}; move it there first.")
+        if other.device != device:
+            raise ValueError(f"{other_name}: on {other.device}, but {name} is on {device}; move it there first.")
     for each_name, each in tokens.items():
-        if each.shape[1] > 1 and each.stride(1) != 1:
+        if channels > 1 and each.stride()[1] != 1:
             raise ValueError(f"{each_name}: stride {each.stride(1)} between channels; they have to be adjacent.")
     for table_name, table in tables.items():
         if table.dtype not in allowed:
             raise ValueError(f"{table_name}: dtype {table.dtype} is not supported; use one of {allowed}.")
-    check_modulation(*first.shape, tables, step_index, txt_rows, token_rows, first.device)
+    check_modulation(rows, channels, tables, step_index, txt_rows, token_rows, device)
 
 
 def per_token(

@@ -9,8 +9,9 @@ Grid: one program per BLOCK_ROWS tokens of one stream.
 import torch
 import torch.nn.functional as F
 
+from ._launch import launch
 from ._library import register
-from ._modulation import VARYING, table_row
+from ._modulation import VARYING, table_row, table_strides
 from ._row_norm import (
     ada_layer_norm_of_stretches,
     check_row_op,
@@ -26,7 +27,7 @@ from ._row_norm import (
     stretches,
     too_many,
 )
-from ._triton import on_device, require_triton, tl, triton
+from ._triton import require_triton, tl, triton
 from .tuning import get_config
 
 
@@ -89,30 +90,19 @@ def launch_ada_layer_norm(
     config: dict,
 ) -> torch.Tensor:
     rows, channels = x.shape
-    out = torch.empty((rows, channels), dtype=x.dtype, device=x.device)
+    out = torch.empty(rows, channels, dtype=x.dtype, device=x.device)
     if rows:
-        with on_device(x):
-            _ada_layer_norm_kernel[row_grid(rows, txt_rows, config)](
-                out,
-                x,
-                shift,
-                scale,
-                step_index,
-                step_index if token_rows is None else token_rows,
-                rows,
-                txt_rows,
-                shift.shape[0],
-                eps,
-                x.stride(0),
-                shift.stride(0),
-                (shift.shape[1] - 1) * shift.stride(1),
-                scale.stride(0),
-                (scale.shape[1] - 1) * scale.stride(1),
-                HAS_TOKEN_ROWS=token_rows is not None,
-                CHANNELS=channels,
-                **config,
-                enable_fp_fusion=True,
-            )
+        launch(
+            _ada_layer_norm_kernel,
+            row_grid(rows, txt_rows, config),
+            (out, x, shift, scale, step_index, step_index if token_rows is None else token_rows),
+            (rows, txt_rows, shift.shape[0], eps),
+            (x.stride(0), *table_strides(shift), *table_strides(scale)),
+            HAS_TOKEN_ROWS=token_rows is not None,
+            CHANNELS=channels,
+            **config,
+            enable_fp_fusion=True,
+        )
     return out
 
 

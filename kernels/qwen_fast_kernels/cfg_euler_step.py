@@ -9,8 +9,9 @@ Grid: one program per BLOCK_TOKENS rows of [B * S_img, C].
 
 import torch
 
-from ._library import register
-from ._triton import on_device, require_triton, tl, triton
+from ._launch import launch
+from ._library import FLOATS, FLOATS_OF_CPU, register
+from ._triton import require_triton, tl, triton
 
 DEFAULT_CONFIG = {"BLOCK_TOKENS": 16, "num_warps": 4}
 
@@ -45,9 +46,9 @@ def _cfg_euler_step_kernel(
     sigmas_ptr,
     step_index_ptr,
     num_tokens,
-    num_channels,
     num_steps,
     true_cfg_scale,
+    num_channels,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
@@ -93,24 +94,18 @@ def launch_cfg_euler_step(
     out = torch.empty_like(latents)
     num_channels = out.shape[-1]
     num_tokens = out.numel() // num_channels
-    grid = (triton.cdiv(num_tokens, config["BLOCK_TOKENS"]),)
-    with on_device(latents):
-        # Contraction to fma would skip the roundings that stock diffusers performs.
-        _cfg_euler_step_kernel[grid](
-            out,
-            latents,
-            cond,
-            uncond,
-            sigmas,
-            step_index,
-            num_tokens,
-            num_channels,
-            sigmas.numel() - 1,
-            float(true_cfg_scale),
-            BLOCK_CHANNELS=triton.next_power_of_2(num_channels),
-            **config,
-            enable_fp_fusion=False,
-        )
+    grid = (-(-num_tokens // config["BLOCK_TOKENS"]),)
+    # Contraction to fma would skip the roundings that stock diffusers performs.
+    launch(
+        _cfg_euler_step_kernel,
+        grid,
+        (out, latents, cond, uncond, sigmas, step_index),
+        (num_tokens, sigmas.numel() - 1, float(true_cfg_scale)),
+        (num_channels,),
+        BLOCK_CHANNELS=1 << (num_channels - 1).bit_length(),
+        **config,
+        enable_fp_fusion=False,
+    )
     return out
 
 
@@ -151,7 +146,7 @@ def cfg_euler_step(
 
 
 def _check(latents, cond, uncond, sigmas, step_index, true_cfg_scale) -> None:
-    allowed = (torch.bfloat16, torch.float16, torch.float32) + ((torch.float64,) if not latents.is_cuda else ())
+    allowed = FLOATS if latents.is_cuda else FLOATS_OF_CPU
     if latents.dtype not in allowed:
         raise ValueError(f"latents: dtype {latents.dtype} is not supported on {latents.device.type}; use one of {allowed}.")
     if latents.dim() != 3 or latents.numel() == 0:

@@ -7,8 +7,9 @@ Grid: one program per BLOCK elements.
 
 import torch
 
-from ._library import register
-from ._triton import on_device, require_triton, tl, triton
+from ._launch import launch
+from ._library import FLOATS, FLOATS_OF_CPU, register
+from ._triton import require_triton, tl, triton
 
 DEFAULT_CONFIG = {"BLOCK": 1024, "num_warps": 4}
 
@@ -27,7 +28,7 @@ def euler_step_reference(
 
 # `numel` is, since the mask has to be known to be equal for 16 bytes: at 64 channels it is always a multiple of 16.
 @triton.jit(do_not_specialize=["step_index_ptr", "num_steps"])
-def _euler_step_kernel(out_ptr, latents_ptr, velocity_ptr, sigmas_ptr, step_index_ptr, numel, num_steps, BLOCK: tl.constexpr):
+def _euler_step_kernel(out_ptr, latents_ptr, velocity_ptr, sigmas_ptr, step_index_ptr, num_steps, numel, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     mask = offsets < numel
     # An index outside the schedule must not read past the table: it makes the latents NaN, which nobody overlooks.
@@ -49,20 +50,17 @@ def launch_euler_step(
 ) -> torch.Tensor:
     latents, velocity = latents.contiguous(), velocity.contiguous()
     out = torch.empty_like(latents)
-    grid = (triton.cdiv(out.numel(), config["BLOCK"]),)
-    with on_device(latents):
-        # Contraction to fma would skip the rounding of the product that stock diffusers performs.
-        _euler_step_kernel[grid](
-            out,
-            latents,
-            velocity,
-            sigmas,
-            step_index,
-            out.numel(),
-            sigmas.numel() - 1,
-            **config,
-            enable_fp_fusion=False,
-        )
+    grid = (-(-out.numel() // config["BLOCK"]),)
+    # Contraction to fma would skip the rounding of the product that stock diffusers performs.
+    launch(
+        _euler_step_kernel,
+        grid,
+        (out, latents, velocity, sigmas, step_index),
+        (sigmas.numel() - 1,),
+        (out.numel(),),
+        **config,
+        enable_fp_fusion=False,
+    )
     return out
 
 
@@ -91,7 +89,7 @@ def euler_step(latents: torch.Tensor, velocity: torch.Tensor, sigmas: torch.Tens
 
 
 def _check(latents, velocity, sigmas, step_index) -> None:
-    allowed = (torch.bfloat16, torch.float16, torch.float32) + ((torch.float64,) if not latents.is_cuda else ())
+    allowed = FLOATS if latents.is_cuda else FLOATS_OF_CPU
     if latents.dtype not in allowed:
         raise ValueError(f"latents: dtype {latents.dtype} is not supported on {latents.device.type}; use one of {allowed}.")
     if latents.numel() == 0:

@@ -10,8 +10,9 @@ Grid: one program.
 
 import torch
 
+from ._launch import launch
 from ._library import register
-from ._triton import on_device, require_triton, tl, triton
+from ._triton import require_triton, tl, triton
 
 DEFAULT_CONFIG = {"num_warps": 4}
 TIME_SHIFTS = ("dynamic", "static")
@@ -108,25 +109,20 @@ def launch_flow_match_schedule(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     sigmas_out = torch.empty(num_inference_steps + 1, dtype=torch.float32, device=sigmas.device)
     timesteps_out = torch.empty(num_inference_steps, dtype=torch.float32, device=sigmas.device)
-    with on_device(sigmas):
-        # The contract is bit equality with numpy's fp32: no contraction to fma.
-        _flow_match_schedule_kernel[(1,)](
-            sigmas_out,
-            timesteps_out,
-            sigmas,
-            num_inference_steps,
-            float(shift),
-            float(shift) - 1.0,
-            1.0 - float(shift_terminal),
-            float(num_train_timesteps),
-            HAS_SIGMAS=sigmas.numel() > 0,
-            DYNAMIC=time_shift == "dynamic",
-            STRETCH=shift_terminal != 0,
-            INVERT=invert_sigmas,
-            BLOCK=triton.next_power_of_2(num_inference_steps + 1),
-            **config,
-            enable_fp_fusion=False,
-        )
+    # The contract is bit equality with numpy's fp32: no contraction to fma.
+    launch(
+        _flow_match_schedule_kernel,
+        (1,),
+        (sigmas_out, timesteps_out, sigmas),
+        (num_inference_steps, float(shift), float(shift) - 1.0, 1.0 - float(shift_terminal), float(num_train_timesteps)),
+        HAS_SIGMAS=sigmas.numel() > 0,
+        DYNAMIC=time_shift == "dynamic",
+        STRETCH=shift_terminal != 0,
+        INVERT=invert_sigmas,
+        BLOCK=1 << num_inference_steps.bit_length(),
+        **config,
+        enable_fp_fusion=False,
+    )
     return sigmas_out, timesteps_out
 
 

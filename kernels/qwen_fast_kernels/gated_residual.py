@@ -8,8 +8,9 @@ Grid: one program per BLOCK_ROWS tokens of one stream.
 
 import torch
 
+from ._launch import launch
 from ._library import register
-from ._modulation import VARYING, table_row
+from ._modulation import VARYING, table_row, table_strides
 from ._row_norm import (
     LARGEST_FP16,
     add_gated,
@@ -25,7 +26,7 @@ from ._row_norm import (
     stretches,
     too_many,
 )
-from ._triton import on_device, require_triton, tl, triton
+from ._triton import require_triton, tl, triton
 from .tuning import get_config
 
 
@@ -87,29 +88,20 @@ def launch_gated_residual(
     config: dict,
 ) -> torch.Tensor:
     rows, channels = residual.shape
-    y = torch.empty((rows, channels), dtype=residual.dtype, device=residual.device)
+    y = torch.empty(rows, channels, dtype=residual.dtype, device=residual.device)
     if rows:
-        with on_device(residual):
-            _gated_residual_kernel[row_grid(rows, txt_rows, config)](
-                y,
-                residual,
-                branch,
-                gate,
-                step_index,
-                step_index if token_rows is None else token_rows,
-                rows,
-                txt_rows,
-                gate.shape[0],
-                residual.stride(0),
-                branch.stride(0),
-                gate.stride(0),
-                (gate.shape[1] - 1) * gate.stride(1),
-                HAS_TOKEN_ROWS=token_rows is not None,
-                LIMIT=LARGEST_FP16 if clip else None,
-                CHANNELS=channels,
-                **config,
-                enable_fp_fusion=True,
-            )
+        launch(
+            _gated_residual_kernel,
+            row_grid(rows, txt_rows, config),
+            (y, residual, branch, gate, step_index, step_index if token_rows is None else token_rows),
+            (rows, txt_rows, gate.shape[0]),
+            (residual.stride(0), branch.stride(0), *table_strides(gate)),
+            HAS_TOKEN_ROWS=token_rows is not None,
+            LIMIT=LARGEST_FP16 if clip else None,
+            CHANNELS=channels,
+            **config,
+            enable_fp_fusion=True,
+        )
     return y
 
 

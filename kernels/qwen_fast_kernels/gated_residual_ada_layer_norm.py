@@ -10,8 +10,9 @@ Grid: one program per BLOCK_ROWS tokens of one stream.
 import torch
 import torch.nn.functional as F
 
+from ._launch import launch
 from ._library import register
-from ._modulation import VARYING, table_row
+from ._modulation import VARYING, table_row, table_strides
 from ._row_norm import (
     LARGEST_FP16,
     ada_layer_norm_of_stretches,
@@ -31,7 +32,7 @@ from ._row_norm import (
     stretches,
     too_many,
 )
-from ._triton import on_device, require_triton, tl, triton
+from ._triton import require_triton, tl, triton
 from .tuning import get_config
 
 
@@ -116,37 +117,22 @@ def launch_gated_residual_ada_layer_norm(
     config: dict,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, channels = residual.shape
-    y, normed = (torch.empty((rows, channels), dtype=residual.dtype, device=residual.device) for _ in range(2))
+    y = torch.empty(rows, channels, dtype=residual.dtype, device=residual.device)
+    normed = torch.empty(rows, channels, dtype=residual.dtype, device=residual.device)
     if rows:
-        with on_device(residual):
-            _gated_residual_ada_layer_norm_kernel[row_grid(rows, txt_rows, config)](
-                y,
-                normed,
-                residual,
-                branch,
-                gate,
-                shift,
-                scale,
-                step_index,
-                step_index if token_rows is None else token_rows,
-                rows,
-                txt_rows,
-                gate.shape[0],
-                eps,
-                residual.stride(0),
-                branch.stride(0),
-                gate.stride(0),
-                (gate.shape[1] - 1) * gate.stride(1),
-                shift.stride(0),
-                (shift.shape[1] - 1) * shift.stride(1),
-                scale.stride(0),
-                (scale.shape[1] - 1) * scale.stride(1),
-                HAS_TOKEN_ROWS=token_rows is not None,
-                LIMIT=LARGEST_FP16 if clip else None,
-                CHANNELS=channels,
-                **config,
-                enable_fp_fusion=True,
-            )
+        own = step_index if token_rows is None else token_rows
+        launch(
+            _gated_residual_ada_layer_norm_kernel,
+            row_grid(rows, txt_rows, config),
+            (y, normed, residual, branch, gate, shift, scale, step_index, own),
+            (rows, txt_rows, gate.shape[0], eps),
+            (residual.stride(0), branch.stride(0), *table_strides(gate), *table_strides(shift), *table_strides(scale)),
+            HAS_TOKEN_ROWS=token_rows is not None,
+            LIMIT=LARGEST_FP16 if clip else None,
+            CHANNELS=channels,
+            **config,
+            enable_fp_fusion=True,
+        )
     return y, normed
 
 

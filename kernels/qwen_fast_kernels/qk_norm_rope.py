@@ -10,8 +10,9 @@ Grid: one program per token row and BLOCK_H heads, of query and key both.
 
 import torch
 
-from ._library import register
-from ._triton import on_device, require_triton, tl, triton
+from ._launch import launch
+from ._library import FLOATS, FLOATS_OF_CPU, register
+from ._triton import require_triton, tl, triton
 from .tuning import get_config
 
 HEAD_DIMS = (8, 16, 32, 64, 128, 256)
@@ -83,22 +84,22 @@ def _qk_norm_rope_kernel(
     norm_added_q_ptr,
     norm_added_k_ptr,
     rope_ptr,
+    value_ptr,
+    text_ptr,
+    places_ptr,
+    rows,
+    txt_rows,
+    eps,
+    heads,
     query_row_stride,
     query_head_stride,
     key_row_stride,
     key_head_stride,
-    value_ptr,
     value_row_stride,
     value_head_stride,
-    text_ptr,
     text_stride,
     text_row_stride,
     text_head_stride,
-    places_ptr,
-    rows,
-    txt_rows,
-    heads,
-    eps,
     D: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -153,36 +154,16 @@ def launch_qk_norm_rope(
     config: dict,
 ) -> None:
     rows, heads, head_dim = query.shape
-    grid = (rows, triton.cdiv(heads, config["BLOCK_H"]))
-    with on_device(query):
-        _qk_norm_rope_kernel[grid](
-            query,
-            key,
-            norm_q,
-            norm_k,
-            norm_added_q,
-            norm_added_k,
-            rope,
-            query.stride(0),
-            query.stride(1),
-            key.stride(0),
-            key.stride(1),
-            value,
-            value.stride(0),
-            value.stride(1),
-            text,
-            text.stride(0),
-            text.stride(1),
-            text.stride(2),
-            places,
-            rows,
-            txt_rows,
-            heads,
-            eps,
-            head_dim,
-            **config,
-            enable_fp_fusion=True,
-        )
+    launch(
+        _qk_norm_rope_kernel,
+        (rows, -(-heads // config["BLOCK_H"])),
+        (query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, value, text, places),
+        (rows, txt_rows, eps),
+        (heads, *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *text.stride()[:3]),
+        D=head_dim,
+        **config,
+        enable_fp_fusion=True,
+    )
 
 
 def qk_norm_rope(
@@ -239,32 +220,35 @@ def qk_norm_rope(
 
 
 def _check(query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, txt_rows, value, text, places) -> None:
-    allowed = (torch.bfloat16, torch.float16, torch.float32) + ((torch.float64,) if not query.is_cuda else ())
-    if query.dtype not in allowed:
-        raise ValueError(f"query: dtype {query.dtype} is not supported on {query.device.type}; use one of {allowed}.")
-    if query.dim() != 3 or query.shape[2] not in HEAD_DIMS:
-        raise ValueError(f"query: shape {tuple(query.shape)}; [rows, heads, D] with D one of {HEAD_DIMS} is needed.")
-    rows, heads, head_dim = query.shape
+    shape, dtype, device = query.shape, query.dtype, query.device
+    allowed = FLOATS if query.is_cuda else FLOATS_OF_CPU
+    if dtype not in allowed:
+        raise ValueError(f"query: dtype {dtype} is not supported on {device.type}; use one of {allowed}.")
+    if len(shape) != 3 or shape[2] not in HEAD_DIMS:
+        raise ValueError(f"query: shape {tuple(shape)}; [rows, heads, D] with D one of {HEAD_DIMS} is needed.")
+    rows, heads, head_dim = shape
     if rows == 0 or heads == 0:
-        raise ValueError(f"query: shape {tuple(query.shape)} holds no element; at least one row and one head are needed.")
+        raise ValueError(f"query: shape {tuple(shape)} holds no element; at least one row and one head are needed.")
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.shape != query.shape or x.dtype != query.dtype:
+        if x.shape != shape or x.dtype != dtype:
             raise ValueError(
-                f"{name}: got {tuple(x.shape)} {x.dtype}, but query is {tuple(query.shape)} {query.dtype}; they have to agree."
+                f"{name}: got {tuple(x.shape)} {x.dtype}, but query is {tuple(shape)} {dtype}; they have to agree."
             )
-        if x.stride(2) != 1:
-            raise ValueError(f"{name}: stride {x.stride(2)} between channels; they have to be adjacent.")
-        if (rows > 1 and x.stride(0) == 0) or (heads > 1 and x.stride(1) == 0):
+        row, head, channel = x.stride()
+        if channel != 1:
+            raise ValueError(f"{name}: stride {channel} between channels; they have to be adjacent.")
+        if (rows > 1 and row == 0) or (heads > 1 and head == 0):
             raise ValueError(f"{name}: strides {tuple(x.stride())} repeat elements, which cannot be overwritten; clone it.")
     weights = {"norm_q": norm_q, "norm_k": norm_k, "norm_added_q": norm_added_q, "norm_added_k": norm_added_k}
+    weight_dtype = norm_q.dtype
     for name, weight in weights.items():
         if weight.shape != (head_dim,) or not weight.is_floating_point() or not weight.is_contiguous():
             raise ValueError(
                 f"{name}: got {tuple(weight.shape)} {weight.dtype} with stride {weight.stride()}; adjacent floating-point "
                 f"[{head_dim}] is needed."
             )
-        if weight.dtype != norm_q.dtype:
-            raise ValueError(f"{name}: dtype {weight.dtype}, but norm_q has {norm_q.dtype}; the weights have to agree.")
+        if weight.dtype != weight_dtype:
+            raise ValueError(f"{name}: dtype {weight.dtype}, but norm_q has {weight_dtype}; the weights have to agree.")
     if rope.shape != (rows, head_dim) or rope.dtype != torch.float32 or not rope.is_contiguous():
         raise ValueError(
             f"rope: got {tuple(rope.shape)} {rope.dtype} with strides {rope.stride()}; a contiguous fp32 table "
@@ -272,18 +256,16 @@ def _check(query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, txt_row
         )
     if not 0 <= txt_rows <= rows:
         raise ValueError(f"txt_rows: {txt_rows} is outside [0, {rows}], the number of token rows.")
-    if text.shape != (3, txt_rows, heads, head_dim) or text.dtype != query.dtype:
-        raise ValueError(
-            f"text: got {tuple(text.shape)} {text.dtype}; {(3, txt_rows, heads, head_dim)} {query.dtype} is needed."
-        )
-    if text.stride(3) != 1:
+    if text.shape != (3, txt_rows, heads, head_dim) or text.dtype != dtype:
+        raise ValueError(f"text: got {tuple(text.shape)} {text.dtype}; {(3, txt_rows, heads, head_dim)} {dtype} is needed.")
+    if text.stride()[3] != 1:
         raise ValueError(f"text: stride {text.stride(3)} between channels; they have to be adjacent.")
     if places.shape != (rows,) or places.dtype != torch.int32 or not places.is_contiguous():
         raise ValueError(f"places: got {tuple(places.shape)} {places.dtype}; a contiguous int32 [{rows}] is needed.")
     others = {"key": key, **weights, "rope": rope, "value": value, "text": text, "places": places}
     for name, tensor in others.items():
-        if tensor.device != query.device:
-            raise ValueError(f"{name}: on {tensor.device}, but query is on {query.device}; move it there first.")
+        if tensor.device != device:
+            raise ValueError(f"{name}: on {tensor.device}, but query is on {device}; move it there first.")
 
 
 def _qk_norm_rope_cuda(query, key, norm_q, norm_k, norm_added_q, norm_added_k, rope, txt_rows, eps, value, text, places):

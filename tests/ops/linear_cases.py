@@ -85,6 +85,22 @@ def reads_only(*tensors: torch.Tensor | None):
     assert sum(reads), "no load was seen"
 
 
+@contextlib.contextmanager
+def sums_in_sequence():
+    """Inside, an interpreted fp32 product adds its terms as a GPU's does, one fused multiply-add after the other; numpy's sums
+    pairwise, which is nearer to exact."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def dot(self, a, b, accumulator, *_):
+        total = accumulator.data
+        for column, row in zip(a.data.T, b.data, strict=True):
+            total = (np.multiply.outer(column.astype(np.float64), row.astype(np.float64)) + total).astype(np.float32)
+        return type(accumulator)(total, accumulator.dtype.scalar)
+
+    with mock.patch.object(InterpreterBuilder, "create_dot", dot):
+        yield
+
+
 # Arguments beside x [4, 16], weight [8, 16] and bias [8] in fp32.
 BAD_LINEAR = {
     "vector x": ("x", torch.zeros(16), r"x: shape \(16,\)"),

@@ -236,9 +236,9 @@ def test_offsets_beyond_32_bits(one_far_program, device):
         sigmas,
         step_index,
         numel // 64,
-        64,
         sigmas.numel() - 1,
         scale,
+        64,
         BLOCK_CHANNELS=64,
         **DEFAULT_CONFIG,
     )

@@ -182,7 +182,7 @@ def test_offsets_beyond_32_bits(one_far_program, device):
     latents, velocity, sigmas, step_index = arguments(stock, 0)
     out, far_latents, far_velocity = far
     far_latents[2**31 :], far_velocity[2**31 :] = latents.flatten(), velocity.flatten()
-    _euler_step_kernel[(1,)](out, far_latents, far_velocity, sigmas, step_index, numel, sigmas.numel() - 1, **DEFAULT_CONFIG)
+    _euler_step_kernel[(1,)](out, far_latents, far_velocity, sigmas, step_index, sigmas.numel() - 1, numel, **DEFAULT_CONFIG)
     assert_bit_equal(out[2**31 :], stock.latents[1].flatten())
 
 

@@ -19,6 +19,7 @@ from linear_cases import (
     in_rows,
     layer,
     reads_only,
+    sums_in_sequence,
 )
 
 from budget import assert_bit_equal, assert_within_budget
@@ -59,6 +60,16 @@ def test_error_against_float64_is_within_budget(run, dtype, shape, device):
 def test_odd_sizes(run, dtype, shape, device):
     x, weight, bias = layer(shape, dtype, device)
     assert_right(run(x, weight, bias), x, weight, bias)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="looks into the interpreter")
+@pytest.mark.parametrize("run", LAUNCHES)
+@pytest.mark.parametrize("k", [3072, 12288])
+def test_fp32_sums_of_many_terms_keep_their_digits(run, k, device):
+    """In the order of a GPU, where one sum of all terms would be over the budget."""
+    x, weight, bias = layer((40, k, 40), torch.float32, device)
+    with sums_in_sequence():
+        assert_right(run(x, weight, bias), x, weight, bias)
 
 
 @pytest.mark.parametrize("run", IMPLEMENTATIONS)

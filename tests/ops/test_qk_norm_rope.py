@@ -195,8 +195,8 @@ def test_offsets_beyond_32_bits(far_axis, txt_rows, one_far_program, device):
     places[row] = row
     strides = (128, head_stride)
     _qk_norm_rope_kernel[(1,)](
-        *(query, key, *case.weights, rope, *strides, *strides, value, *strides, text, apart, *strides, places),
-        *(row + 1, row + txt_rows, heads, case.eps, 128),
+        *(query, key, *case.weights, rope, value, text, places),
+        *(row + 1, row + txt_rows, case.eps, heads, *strides, *strides, *strides, apart, *strides, 128),
         **default_config(90, heads, 128, 4),
     )
     assert_pairs_equal(case.results(buffers), expected)

@@ -28,7 +28,8 @@ RACE = "streams that do not wait for each other"
 QUERY = "question about free memory"  # asks the driver; cheap, but not free
 
 _ROOT = Path(__file__).resolve().parents[3]
-_OWN = str(Path(__file__).resolve().parent)
+# This package, and the helper that launches for the operators: the one to be named is its caller.
+_OWN = str(Path(__file__).resolve().parent), str(_ROOT / "kernels/qwen_fast_kernels/_launch.py")
 _PROJECT = tuple(str(_ROOT / name) + "/" for name in ("qwen_fast", "kernels", "benchmarks", "tests", "examples"))
 _LIBRARY = re.compile(r".*/(?:site|dist)-packages/(?!torch/|triton/|_pytest/|pluggy/)(.*)")
 
