@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from .warp_specialised import early_releases
+from .warp_specialised import early_releases, stale_barriers
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "kernels" / "qwen_fast_kernels"
@@ -203,6 +203,7 @@ def machine_code(compiled) -> dict:
     found, metadata = compiled.inspect(), compiled.kernel.metadata
     opcodes, sass = found["opcodes"], found["sass"]
     early = early_releases(compiled.ttgir)
+    kept = None if early is None else not early and stale_barriers(compiled.ptx) == 0
     return {
         "registers": found["registers"],
         "warps": metadata.num_warps,
@@ -218,7 +219,7 @@ def machine_code(compiled) -> dict:
         **{name: opcodes[name] for name in ("FFMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDG", "STG")},
         **{f"{name}.wide": len(re.findall(rf"\b{name}\.[\w.]*\b(?:128|256)\b", sass)) for name in ("LDG", "STG")},
         "instructions": opcodes.total(),
-        "tiles_kept": {None: "", True: "no", False: "yes"}[early if early is None else bool(early)],
+        "tiles_kept": {None: "", True: "yes", False: "no"}[kept],
     }
 
 

@@ -1,5 +1,6 @@
 """That a tile which is released too early is seen in Triton's IR, by faults in the IR of a kernel that keeps its tiles."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -7,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.compile_table import compiled_for_tests
-from benchmarks.warp_specialised import early_releases
+from benchmarks.warp_specialised import early_releases, stale_barriers
 
 ROOT = Path(__file__).resolve().parents[1]
 ARRIVE = re.compile(r"\n[^\n]*= ttg\.memdesc_index [^\n]*\n[^\n]*ttng\.arrive_barrier[^\n]*")
@@ -28,6 +30,34 @@ def right(tmp_path_factory) -> str:
 def test_a_kernel_that_keeps_its_tiles(right):
     assert early_releases(right) == []
     assert early_releases("tt.func public @kernel() {\n  tt.return\n}") is None
+
+
+def test_a_barrier_that_is_left_in_the_memory_of_a_tile_is_seen(tmp_path_factory):
+    results = compiled_for_tests(90, tmp_path_factory.getbasetemp())
+    (ptx,) = [one["ptx"][0] for one in results if one["op"] == "joint_attention" and one["case"] == "bf16"]
+    assert ptx.count("mbarrier.init.") > 10 and stale_barriers(ptx) == 0
+    lines = ptx.splitlines()
+    (left,) = [n for n, line in enumerate(lines) if "mbarrier.inval." in line][:1]
+    assert stale_barriers("\n".join(lines[:left] + lines[left + 1 :])) == 1
+
+
+def test_a_triton_that_leaves_barriers_gets_no_specialised_warps(monkeypatch):
+    module = importlib.import_module("qwen_fast_kernels.joint_attention")
+    monkeypatch.setattr(module, "SPECIALISES", False)
+    for dim in module.HEAD_DIMS:
+        config = module.default_config(90, dim, 2)
+        assert config["DESCRIPTORS"] and not config["WARP_SPECIALIZE"] and config["num_warps"] == 8
+    # Neither by a configuration that was measured.
+    launched = []
+    measured = config | {"WARP_SPECIALIZE": True, "num_warps": 4}
+    monkeypatch.setattr(module, "get_config", lambda *_: measured)
+    monkeypatch.setattr(module, "capability", lambda _device: 90)
+    monkeypatch.setattr(module, "launch_joint_attention", lambda *_, config: launched.append(config))
+    rows, spans = torch.zeros(8, 2, 128, dtype=torch.bfloat16), torch.tensor([[0, 8]], dtype=torch.int32)
+    module._joint_attention_cuda(rows, rows, rows, spans, 8)
+    monkeypatch.setattr(module, "SPECIALISES", True)
+    module._joint_attention_cuda(rows, rows, rows, spans, 8)
+    assert [config["WARP_SPECIALIZE"] for config in launched] == [False, True]
 
 
 @pytest.mark.parametrize("which", range(6))
