@@ -304,10 +304,9 @@ def test_prompts_of_200_lengths_share_one_compiled_kernel():
 @pytest.mark.parametrize(("capability", "masked"), itertools.product([75, 80, 86, 89, 90, 100, 120, 121], [False, True]))
 def test_descriptors_are_for_architectures_that_have_them(capability, masked):
     for dim in HEAD_DIMS:
-        config = default_config(capability, dim, 2, masked=masked)
+        config, unaligned = (default_config(capability, dim, 2, masked=masked, aligned=aligned) for aligned in (True, False))
         assert config["DESCRIPTORS"] == (90 <= capability < 120)
         assert config["WARP_SPECIALIZE"] == (capability == 90 and not masked and SPECIALISES)
-        unaligned = default_config(capability, dim, 2, masked=masked, aligned=False)
         assert not unaligned["DESCRIPTORS"] and not unaligned["WARP_SPECIALIZE"]
 
 
