@@ -29,6 +29,9 @@ _KEPT = 2  # graphs of one model; each keeps the activations of a step
 # "auto", image tokens of all predictions of a step: at 512x512 with guidance (2048) a graph gains a fifth and more on an
 # H100, where the host is slower than the device; at 1024x1024 it loses 3 %, because cuDNN's attention is out of its reach.
 _FEW_TOKENS = 3072
+# On an H100 steps in a graph gave NaN now and then (benchmarks/results/LOG.md, 2026-11-26). The attention kernel that is most
+# probably to blame is out of use; until a GPU has shown that nothing else is, "auto" takes no graph.
+AUTO = False
 
 
 def bucket(length: int) -> int:
@@ -43,6 +46,8 @@ def reason_against(pipe: Any, forwards: Forwards, callback: Any) -> str | None:
         return "cuda_graph=False"
     if forwards.step_index.device.type not in DEVICES:
         return f"the device is {forwards.step_index.device}"
+    if option == "auto" and not AUTO:
+        return "auto: not before a GPU has shown that the NaN of first light is gone; cuda_graph=True captures"
     if callback is not None:
         return "a callback may change anything between two steps"
     if forwards.packs is None:

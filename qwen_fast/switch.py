@@ -46,8 +46,9 @@ def enable(
         attention: "auto": the fastest lossless implementation, measured once on the GPU at hand. "triton": the joint
             attention kernel. "cudnn", "flash", "efficient": torch's scaled_dot_product_attention by that name, sequence by
             sequence. "diffusers": diffusers' dispatcher. A backend chosen in diffusers itself is always used.
-        cuda_graph: capture a whole step in a CUDA graph: "auto" where launches limit the speed (up to 3072 image tokens a
-            step, 512x512 with guidance), True wherever nothing forbids it, False never.
+        cuda_graph: capture a whole step in a CUDA graph: True wherever nothing forbids it, False never. "auto": where
+            launches limit the speed, up to 3072 image tokens a step; for now never, until a GPU has shown that pictures of
+            NaN, seen on an H100 with graphs, are gone.
         vae: "image": single frames through 2-D convolutions, which is what the VAE's causal 3-D ones are for them.
             "diffusers": as it is.
         prompt_cache: "memory": the last prompts stay encoded, up to 64 MiB, for as long as the text encoder's weights are

@@ -21,6 +21,7 @@ LONGER = {"prompt": "a red circle on a"}
 @pytest.fixture
 def captures(monkeypatch) -> list:
     """Each captured step, with its number of replays."""
+    monkeypatch.setattr(graph, "AUTO", True)
     log = []
 
     def capture(step, rewind, device):
@@ -224,6 +225,13 @@ def test_auto_decides_by_the_image_tokens_of_a_step(checkpoint, captures, monkey
     monkeypatch.setattr("qwen_fast.forwards.Forwards.predict", lambda self, latents: (latents,) * len(self.task.prompts))
     draw(pipe, **PROMPT, **(SMALL | guided | {"height": height, "width": 512, "num_inference_steps": 2}))
     assert bool(captures) is captured and (pipe.fast_state.graph is None) is captured
+
+
+def test_auto_takes_no_graph_for_now(checkpoint, captures, monkeypatch):
+    monkeypatch.setattr(graph, "AUTO", False)
+    pipe = qwen_fast.enable(stock(checkpoint))
+    draw(pipe, **PROMPT, **SMALL)
+    assert not captures and "cuda_graph=True captures" in pipe.fast_state.graph
 
 
 def test_without_a_gpu_nothing_is_captured(checkpoint):
