@@ -44,6 +44,8 @@ HEADS, DIM, DTYPE = 4, 64, torch.bfloat16
 # What no GPU bounds has time.
 FIRST, LAST, UNBOUNDED = 32.0, 40.0, 300.0
 _REPORT = 2.0  # before their limit pictures end by themselves
+# Sequences, and launches of a round.
+LONG, SHORT = {"cuda": (3, 20), "cpu": (3, 3)}, {"cuda": (64, 80), "cpu": (6, 3)}
 _SAME = 6  # rounds with the same inputs
 _NAN = float("nan")
 
@@ -124,10 +126,10 @@ def ways_of(variant: str, device: torch.device) -> tuple[str, ...]:
 
 def stressed(variant: str, way: str, device: torch.device, seconds: float, seed: int = 0) -> Found:
     """Launch for so many seconds, at least one round."""
-    cuda, found = device.type == "cuda", Found()
-    shape = (3, (260, 300), (3, 9)) if way == "blocks" else (64 if cuda else 6, (25, 40), (4, 9))
-    batch = Batch(device, *shape, seed)
-    run, launches = launcher(variant, batch), (20 if way == "blocks" else 80) if cuda else 3
+    found, bounds = Found(), ((260, 300), (3, 9)) if way == "blocks" else ((25, 40), (4, 9))
+    sequences, launches = (LONG if way == "blocks" else SHORT)[device.type]
+    batch = Batch(device, sequences, *bounds, seed)
+    run = launcher(variant, batch)
     one_round = replayed(run, launches) if way == "graph" else lambda: launched(run, launches, batch)
     end = time.monotonic() + seconds
     for number in itertools.count():

@@ -17,6 +17,8 @@ from qwen_fast.demo.accuracy import held_out_requests
 
 from .stress_counts import Found
 
+CALL = {"cuda": (32, 20), "cpu": (1, 2)}  # pictures and steps
+
 
 def poison(device: torch.device) -> None:
     """Fill memory of many sizes with NaN and free it."""
@@ -29,12 +31,12 @@ def poison(device: torch.device) -> None:
 
 def calls(device: torch.device, ways: dict[str, bool]) -> Iterator[Callable[[], tuple[str, str, torch.Tensor]]]:
     """Without end: calls of the demo checkpoint, (way, size, latents); one of four by the second way, by turns of size."""
-    pipes, cuda = {}, device.type == "cuda"
+    pipes, (count, steps) = {}, CALL[device.type]
     for way, cuda_graph in ways.items():
         pipe = QwenImagePipeline.from_pretrained(str(demo.checkpoint()), dtype=torch.bfloat16).to(device)
         pipe.set_progress_bar_config(disable=True)
         pipes[way] = qwen_fast.enable(pipe, cuda_graph=cuda_graph)
-    prompts = [request.prompt for request in held_out_requests(32 if cuda else 1)]
+    prompts = [request.prompt for request in held_out_requests(count)]
 
     def call(way: str, width: int) -> tuple[str, str, torch.Tensor]:
         generators = [torch.Generator().manual_seed(number) for number in range(len(prompts))]
@@ -42,13 +44,13 @@ def calls(device: torch.device, ways: dict[str, bool]) -> Iterator[Callable[[], 
             prompts,
             negative_prompt=[" "] * len(prompts),
             true_cfg_scale=4.0,
-            num_inference_steps=20 if cuda else 2,
+            num_inference_steps=steps,
             width=width,
             height=64,
             generator=generators,
             output_type="latent",  # the pictures' NaN was there already, and the VAE's kernels take longer to compile
         ).images
-        if cuda and ways[way] and pipes[way].fast_state.graph:
+        if device.type == "cuda" and ways[way] and pipes[way].fast_state.graph:
             raise RuntimeError(f"no graph was captured: {pipes[way].fast_state.graph}")
         return way, f"{width}x64", latents
 

@@ -12,6 +12,7 @@ from benchmarks import attention_stress
 from benchmarks.attention_stress import PICTURE_WAYS, PICTURES, SUSPECTS, USED, Batch, stressed
 from benchmarks.rows import read
 from benchmarks.stress_counts import Found
+from support.emulated_cuda import notes
 
 CPU = torch.device("cpu")
 NAN = float("nan")
@@ -132,6 +133,38 @@ def test_a_row_of_each_way_and_process(tmp_path, capsys):
     assert ways == {(PICTURES, GRAPH), (PICTURES, NO_GRAPH), ("operator", "blocks"), ("operator", "eager")}
     assert all(row["status"] == "ok" and row["bad"] == "0" and int(row["launches"]) > 0 and row["commit"] for row in table)
     assert list(table[0]) == attention_stress.FIELDS and "what the driver uses is right" in capsys.readouterr().out
+
+
+# With an emulated GPU -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("variant", [*USED, *SUSPECTS])
+@pytest.mark.parametrize("way", attention_stress.WAYS)
+def test_every_variant_is_launched_and_right_on_an_emulated_gpu(emulated_cuda, monkeypatch, variant, way):
+    for sizes in (attention_stress.LONG, attention_stress.SHORT):
+        monkeypatch.setitem(sizes, "cuda", (2, 2))
+    assert stressed(variant, way, torch.device("cuda"), 0.0) == Found(launches=2)
+    seen = emulated_cuda.notes
+    assert seen.of(notes.LAUNCH) and not seen.of(notes.MIXED, notes.ILLEGAL, notes.RACE)
+
+
+@pytest.mark.triton
+def test_pictures_are_drawn_with_a_graph_and_without_on_an_emulated_gpu(emulated_cuda, monkeypatch):
+    from benchmarks import stress_pictures
+    from qwen_fast import proofs
+
+    monkeypatch.setattr(proofs, "DEVICES", proofs.DEVICES)  # given back behind the test
+    monkeypatch.setitem(stress_pictures.CALL, "cuda", (1, 2))
+    said = []
+    with torch.no_grad():
+        stress_pictures.draw(torch.device("cuda"), PICTURE_WAYS, 0.0, said.append)
+    assert [(entry["way"], entry["launches"], entry["bad"]) for entry in said[-2:]] == [(way, 1, 0) for way in PICTURE_WAYS]
+    seen = emulated_cuda.notes
+    assert seen.of(notes.LAUNCH) and not seen.of(notes.MIXED, notes.ILLEGAL, notes.RACE)
+
+
+# Beside the processes -------------------------------------------------------------------------------------------------
 
 
 def lines(*entries: dict) -> str:
