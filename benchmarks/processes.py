@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import os
 import resource
 import signal
@@ -16,12 +17,14 @@ KILLED_PATIENCE = 5.0  # seconds for a killed process to be gone; one that a dri
 _DUMP_PATIENCE = 1.0  # for faulthandler to write where the process was
 
 
-def _as_child() -> None:
+def _as_child(parent: int) -> None:
     """In the child: it takes SIGINT also where the run-book was started in the background, and dies with the run-book."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file of a model would take longer than the stage
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no stage lives on beside the next run's
+        if os.getppid() != parent:  # it died before that was set
+            os._exit(1)
 
 
 def start(command: Sequence[str], log: Path, environment: dict[str, str]) -> subprocess.Popen:
@@ -38,7 +41,7 @@ def start(command: Sequence[str], log: Path, environment: dict[str, str]) -> sub
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_as_child,
+            preexec_fn=functools.partial(_as_child, os.getpid()),
         )
 
 

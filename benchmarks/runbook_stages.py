@@ -114,6 +114,18 @@ STAGES = (
         estimate=16,
     ),
     Stage(
+        "stress",
+        60,
+        ("-m", "benchmarks.attention_stress", "--out", "{out}"),
+        ("-m", "benchmarks.attention_stress", "--out", "{out}", "--device", "cpu", "--processes", "1", "--seconds", "0.1"),
+        shown=30,
+        estimate=44,  # its limits; not run yet
+        rows=(
+            ("attention_stress.csv", {"variant": "operator", "way": "graph"}),
+            ("attention_stress.csv", {"variant": "pictures", "way": "cuda_graph=True"}),
+        ),
+    ),
+    Stage(
         "attention",
         60,
         ("-m", "benchmarks.attention_speed", "--out", "{out}", "--cases", "all", "--seconds", "0.05"),

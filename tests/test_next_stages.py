@@ -82,16 +82,23 @@ def test_a_stage_that_ran_is_noted_and_read_again(results):
 
 def test_the_rows_that_stages_are_known_by_have_such_columns():
     """A misspelt column or file would call a stage missing for ever."""
-    from benchmarks import attention_speed, changing, operators, products, session
+    from benchmarks import attention_speed, attention_stress, changing, operators, products, session
 
     fields = {"ladder.csv": session.FIELDS, "changing.csv": changing.FIELDS, "attention.csv": attention_speed.FIELDS}
-    fields |= {"products.csv": products.FIELDS, "operators_of_the_model.csv": operators.FIELDS}
+    fields |= {"attention_stress.csv": attention_stress.FIELDS, "products.csv": products.FIELDS}
+    fields |= {"operators_of_the_model.csv": operators.FIELDS}
     for stage in (*STAGES, *LATER, *TUNING):
         for file, columns in stage.rows:
             assert columns.keys() | {"machine", "commit", "date"} <= set(fields[file])
         assert not stage.after or stage.after in {one.name for one in TUNING}
     committed = next_stages.rows_of(next_stages.RESULTS / "runbook.csv")
     assert committed and list(committed[0]) == list(next_stages.FIELDS)
+
+
+def test_whether_attention_is_ever_wrong_is_the_first_thing_that_is_missing(results):
+    results("runbook.csv", {"stage": "environment", "status": "done", "commit": "old 999"})
+    picked, told = names(results, stages=(*STAGES, *LATER))
+    assert picked[:2] == ["smoke", "stress"] and "no row in attention_stress.csv with variant operator, way graph" in told
 
 
 def test_the_command_plans_and_runs_nothing(capsys, tmp_path):
