@@ -1,5 +1,7 @@
 """The committed demo checkpoint: whole, small, loaded by stock diffusers, and drawing what its prompts say."""
 
+import copy
+
 import diffusers
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 import qwen_fast
-from pipelines import assert_ran_fast, assert_same_latents, draw, stock
+from pipelines import assert_ran_fast, draw, stock
 from qwen_fast import demo
 from qwen_fast.checkpoint import check_folder
 from qwen_fast.demo import __main__ as main
@@ -60,6 +62,17 @@ def test_the_default_prompts_were_never_shown():
     assert all(Request.parse(prompt).held_out for prompt in demo.PROMPTS)
 
 
+def in_float64(pipe, prompt: str, seed: int, size: tuple[int, int], **call) -> torch.Tensor:
+    """The latents of stock's picture, its transformer in float64 on the same embeddings and the same noise."""
+    disabled = qwen_fast.disable(copy.deepcopy(pipe))
+    embeds, mask = disabled.encode_prompt(prompt=[prompt], device="cpu")
+    noise = torch.randn(1, 1, 16, size[1] // 8, size[0] // 8, generator=torch.Generator().manual_seed(seed))
+    disabled.transformer.double()
+    disabled.encode_prompt = lambda **_: (embeds.double(), mask)
+    noise = disabled._pack_latents(noise, 1, 16, size[1] // 8, size[0] // 8).double()
+    return draw(disabled, prompt=[prompt], width=size[0], height=size[1], latents=noise, output_type="latent", **call)[0]
+
+
 def assert_ours_draws_the_same(pipe, size=(64, 64), **call) -> None:
     """Stock and ours: in fp32 latents within the contract, and every picture as asked from both."""
     prompts = list(demo.PROMPTS)
@@ -73,7 +86,14 @@ def assert_ours_draws_the_same(pipe, size=(64, 64), **call) -> None:
     actual, ours = run(output_type="latent"), run(output_type="np")
     assert_ran_fast(pipe)
     if actual.dtype == torch.float32:
-        assert_same_latents(actual, expected)
+        limit = 2e-6 * expected.abs().max()
+        far = [n for n in range(len(prompts)) if (actual[n] - expected[n]).abs().max() > limit]
+        # In few steps a picture may magnify the last bits of both: then neither is farther from float64 than the contract.
+        for n in far:
+            assert call["true_cfg_scale"] == 1.0, (prompts[n], (actual[n] - expected[n]).abs().max())
+            exact = in_float64(pipe, prompts[n], n, size, **call)
+            for latents in (actual, expected):
+                assert (latents[n] - exact).abs().max() <= limit, (latents[n] - exact).abs().max()
     for prompt, theirs, mine in zip(prompts, pictures, ours, strict=True):
         verdicts = [judge((picture * 255).round().astype(np.uint8), prompt) for picture in (theirs, mine)]
         assert verdicts[0] == verdicts[1] and verdicts[0].everything
