@@ -92,8 +92,11 @@ def fastest(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int,
     kept = proofs.kept(device)
     found = kept.get(what)
     if found is None:
-        found = _measured(device, dtype, heads, head_dim, (tokens, tokens - 24) if several else (tokens,))
-        kept.put(what, found)
+        try:
+            found = _measured(device, dtype, heads, head_dim, (tokens, tokens - 24) if several else (tokens,))
+            kept.put(what, found)
+        except torch.OutOfMemoryError:  # the call itself may fit: another process measures again
+            found = {"fastest": "triton", "ms": {}, "refused": {"all": "too little memory to measure"}}
     MEASURED.setdefault(device, {})[what] = found
     return found
 
@@ -142,6 +145,8 @@ def _measured(device: torch.device, dtype: torch.dtype, heads: int, head_dim: in
         try:
             call(name)  # plans and compiles
             found[name] = round(min(milliseconds(name) for _ in range(3)), 4)
+        except torch.OutOfMemoryError:
+            raise  # no word on what the GPU can do
         except RuntimeError as error:  # torch's word for what it has no kernel for
             refused[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if not found:

@@ -74,7 +74,7 @@ class Layout:
         entries = []
         for n, (own, (image, within)) in enumerate(zip(self.pieces, self.images_apart, strict=True)):
             first, end = own.start + within.start, own.start + within.stop
-            if n % 2 == 0:
+            if _text_first(n):
                 entries.append((image, slice(first, end)))
             else:
                 before = entries.pop()
@@ -86,7 +86,7 @@ class Layout:
         """Image rows of each sequence, counted from the first one, and where they lie within its attention rows."""
         entries = []
         for n, image in enumerate(_slices(self.img_lengths)):
-            first = self.txt_lengths[n] if n % 2 == 0 else 0
+            first = self.txt_lengths[n] if _text_first(n) else 0
             entries.append((image, slice(first, first + self.img_lengths[n])))
         return tuple(entries)
 
@@ -105,7 +105,9 @@ class Layout:
         """`[R_txt, C]`, the text rows of `attended`, see `images_of`."""
         if len(attended) == 1:
             return attended[0].index_select(0, self.text_places)
-        ends = (slice(length) if n % 2 == 0 else slice(self.img_lengths[n], None) for n, length in enumerate(self.txt_lengths))
+        ends = (
+            slice(length) if _text_first(n) else slice(self.img_lengths[n], None) for n, length in enumerate(self.txt_lengths)
+        )
         return torch.cat([piece[end] for piece, end in zip(attended, ends, strict=True)])
 
     @cached_property
@@ -116,12 +118,12 @@ class Layout:
     def text_start(self, sequence: int, length: int) -> int:
         """First text row of a sequence whose text has `length` tokens of its capacity: beside its image rows in attention."""
         capacity = self.txt_lengths[sequence]
-        return sum(self.txt_lengths[:sequence]) + (capacity - length if sequence % 2 == 0 else 0)
+        return sum(self.txt_lengths[:sequence]) + (capacity - length if _text_first(sequence) else 0)
 
     def spans_of(self, txt_lengths: Sequence[int]) -> torch.Tensor:
         """`spans` on the CPU where the texts are only so long, the rest of their rows being padding."""
         spans = [
-            (own.start + capacity - length, own.stop) if n % 2 == 0 else (own.start, own.stop - capacity + length)
+            (own.start + capacity - length, own.stop) if _text_first(n) else (own.start, own.stop - capacity + length)
             for n, (own, capacity, length) in enumerate(zip(self.pieces, self.txt_lengths, txt_lengths, strict=True))
         ]
         return torch.tensor(spans, dtype=torch.int32)
@@ -133,6 +135,11 @@ class Layout:
         mask = torch.ones(self.rows, dtype=torch.bool, device=text_mask.device)
         mask[self.text_places] = text_mask.bool().flatten()
         return replace(self, key_mask=mask)
+
+
+def _text_first(sequence: int) -> bool:
+    """Whether a sequence is the first of its pair, its text in front of its image."""
+    return sequence % 2 == 0
 
 
 def _slices(lengths: Sequence[int]) -> Iterator[slice]:
@@ -204,10 +211,10 @@ def build_layout(
 
     places_txt, places_img = [], []
     for n, own in enumerate(_slices([sum(pair) for pair in lengths])):
-        middle = own.start + lengths[n][n % 2]
-        parts = torch.arange(own.start, middle), torch.arange(middle, own.stop)
-        places_txt.append(parts[n % 2])
-        places_img.append(parts[1 - n % 2])
+        rows, (txt_length, img_length) = torch.arange(own.start, own.stop), lengths[n]
+        front, back = rows.split((txt_length, img_length) if _text_first(n) else (img_length, txt_length))
+        places_txt.append(front if _text_first(n) else back)
+        places_img.append(back if _text_first(n) else front)
     layout = Layout(
         txt_lengths=text_lengths,
         img_lengths=image_lengths,

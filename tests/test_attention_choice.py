@@ -1,6 +1,7 @@
 """Which attention "auto" takes: the fastest measured one, the same in every process, and never a kernel that is wrong."""
 
 import itertools
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -66,6 +67,18 @@ def test_a_kernel_that_is_wrong_is_no_candidate(clock, monkeypatch):
     clock["triton"] = 0.1
     found = attention._measured(*SHAPE, (64,))
     assert found["fastest"] == "flash" and found["refused"]["triton"] == "wrong on this GPU"
+
+
+def test_too_little_memory_to_measure_is_no_failure_and_is_not_kept(clock, tmp_path, monkeypatch):
+    monkeypatch.setattr(proofs, "kept", lambda device: Kept(device, tmp_path))
+    short = torch.OutOfMemoryError("CUDA out of memory.")
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "_scaled_dot_product", Mock(side_effect=short))
+        found = attention.fastest(*SHAPE, True, 256)
+    assert found["fastest"] == "triton" and found["refused"] == {"all": "too little memory to measure"}
+    attention.fastest.cache_clear()
+    clock["triton"] = 50.0
+    assert attention.fastest(*SHAPE, True, 256)["fastest"] == "flash"
 
 
 def test_where_nothing_runs_the_reasons_are_said(clock, monkeypatch):
