@@ -227,6 +227,13 @@ def test_auto_decides_by_the_image_tokens_of_a_step(checkpoint, captures, monkey
     assert bool(captures) is captured and (pipe.fast_state.graph is None) is captured
 
 
+@pytest.mark.parametrize("attention", ["flash", "diffusers"])
+def test_an_attention_that_was_named_is_not_replaced_in_a_graph(checkpoint, captures, attention):
+    pipe = qwen_fast.enable(stock(checkpoint), attention=attention, cuda_graph=True)
+    draw(pipe, **PROMPT, **SMALL)
+    assert not captures and f"attention='{attention}' cannot read" in pipe.fast_state.graph
+
+
 def test_auto_takes_no_graph_for_now(checkpoint, captures, monkeypatch):
     monkeypatch.setattr(graph, "AUTO", False)
     pipe = qwen_fast.enable(stock(checkpoint))
