@@ -6,7 +6,7 @@
 import ast
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
@@ -19,6 +19,12 @@ def version() -> str:
     raise RuntimeError("qwen_fast/__init__.py has no __version__")
 
 
+BENCHMARKS = {  # installed name: folder
+    ".".join(["qwen_fast_benchmarks", *package.split(".")[1:]]): package.replace(".", "/")
+    for package in find_packages(str(ROOT), include=["benchmarks", "benchmarks.*"])
+}
+PACKAGES = find_packages(str(ROOT), include=["qwen_fast", "qwen_fast.*"]) + ["qwen_fast_kernels", *BENCHMARKS]
+
 setup(
     name="qwen-fast",
     version=version(),
@@ -27,15 +33,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[
-        "qwen_fast",
-        "qwen_fast.cli",
-        "qwen_fast.demo",
-        "qwen_fast.demo.train",
-        "qwen_fast_kernels",
-        "qwen_fast_benchmarks",
-    ],
-    package_dir={"qwen_fast_kernels": "kernels/qwen_fast_kernels", "qwen_fast_benchmarks": "benchmarks"},
+    packages=PACKAGES,
+    package_dir={"qwen_fast_kernels": "kernels/qwen_fast_kernels", **BENCHMARKS},
     package_data={
         "qwen_fast.demo": ["checkpoint/*", "checkpoint/*/*"],
         "qwen_fast_kernels": ["configs/*.json"],

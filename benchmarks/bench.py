@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from diffusers.utils import logging
 
-from qwen_fast.inputs import writable_folder
-from qwen_fast.schedule import check_device
+from qwen_fast.common.hardware import check_device
+from qwen_fast.common.options import writable_folder
 
 from . import changing, estimate, models
 from .ceilings import kept_ceilings

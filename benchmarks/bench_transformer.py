@@ -14,8 +14,8 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 
 from qwen_fast.calls import ATTACHED, Packed, accelerated
+from qwen_fast.common.state import State
 from qwen_fast.conditions import TableConditions
-from qwen_fast.reporting import State
 from qwen_fast.testing import initialize
 from qwen_fast.transformer import attach
 

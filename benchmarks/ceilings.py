@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qwen_fast.hardware import unsupported_reason
+from qwen_fast.common.hardware import unsupported_reason
 from qwen_fast_kernels import joint_attention
 
 from .grid import QWEN_IMAGE, SHAPES, Case, Shape

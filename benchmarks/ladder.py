@@ -14,7 +14,7 @@ from unittest import mock
 from diffusers.models.attention_dispatch import attention_backend
 
 import qwen_fast
-from qwen_fast.reporting import logger
+from qwen_fast.common.state import logger
 
 from .grid import Case
 

@@ -21,9 +21,9 @@ from diffusers.utils import logging
 
 from qwen_fast.cli.pngs import save_png
 from qwen_fast.cli.schedule import pixels, positive_int
+from qwen_fast.common.hardware import check_device
 from qwen_fast.demo import checkpoint
 from qwen_fast.demo.judge import Verdict, judge
-from qwen_fast.schedule import check_device
 
 from .machine import PROVENANCE, provenance
 from .quality_metrics import FIELDS as METRICS

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qwen_fast.stages import record, stage_table, staged
+from qwen_fast.common.stages import record, stage_table, staged
 
 from .ceilings import Ceilings
 from .grid import STEPS_MEASURED, Case

@@ -12,7 +12,8 @@ import torch
 from diffusers import QwenImagePipeline
 
 import qwen_fast
-from qwen_fast import demo, proofs
+from qwen_fast import demo
+from qwen_fast.common import proofs
 from qwen_fast.demo.accuracy import held_out_requests
 
 from .stress_counts import Found

@@ -13,7 +13,7 @@ from torch import nn
 from qwen_fast_kernels import ada_layer_norm, gated_residual, gated_residual_ada_layer_norm, linear_gelu, qk_norm_rope
 
 from .attention import attend
-from .hooks import is_hooked, is_plain_linear
+from .common.hooks import is_hooked, is_plain_linear
 from .layout import Layout
 from .modulation import BlockModulation
 

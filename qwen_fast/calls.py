@@ -14,11 +14,11 @@ from diffusers.utils import USE_PEFT_BACKEND
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 
 from .blocks import Address
+from .common.state import State
 from .conditions import Conditions
 from .layout import Layout
 from .modulation import TableCache
 from .prompt_cache import Encoded
-from .reporting import State
 
 ATTACHED = "_qwen_fast_attachment"  # the one attribute that an attached model carries
 

@@ -11,17 +11,8 @@ from typing import Any, NoReturn
 
 from safetensors import SafetensorError, safe_open
 
-FAMILY = (
-    "QwenImagePipeline",
-    "QwenImageImg2ImgPipeline",
-    "QwenImageInpaintPipeline",
-    "QwenImageEditPipeline",
-    "QwenImageEditInpaintPipeline",
-    "QwenImageEditPlusPipeline",
-    "QwenImageLayeredPipeline",
-    "QwenImageControlNetPipeline",
-    "QwenImageControlNetInpaintPipeline",
-)
+from .common.family import FAMILY
+
 _INDEX = "model_index.json"
 _AGAIN = "copy or download it again"
 _HEADER_LIMIT = 100_000_000  # bytes, safetensors' own: more than that is no length but something else's first 8 bytes

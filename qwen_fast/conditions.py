@@ -5,8 +5,8 @@ from typing import Protocol
 import diffusers
 import torch
 
+from .common.stages import stage
 from .modulation import BlockModulation, ModulationTable, TableCache
-from .stages import stage
 
 
 class Conditions(Protocol):

@@ -8,9 +8,9 @@ import torch
 
 from . import graph
 from .calls import CALL, accelerated, lora_scale
+from .common.stages import steps
+from .common.state import logger
 from .forwards import Forwards, Task, sampler_step
-from .reporting import logger
-from .stages import steps
 
 _STEPS_AHEAD = 2  # the host may prepare so many steps before it waits: `interrupt` and the progress bar stay honest
 

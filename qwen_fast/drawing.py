@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import diffusers
 import torch
 
-from .hooks import is_hooked
+from .common.hooks import is_hooked
+from .common.stages import Recorder, record, stage
 from .pipeline import QwenImagePipeline
-from .stages import Recorder, record, stage
 
 # Stock's decode takes 5.25 GiB at 1024x1024 in bf16 (reported by users): more than ours, which is the room to spare.
 _DECODE_BYTES = 5.25 * 2**30 / 1024**2 / 2  # per pixel and byte of an element
@@ -19,7 +19,7 @@ _OURS = ("prompt", "generator", "latents", "num_images_per_prompt", "return_dict
 
 
 class Picture(NamedTuple):
-    """What `generate` yields: which prompt, the picture, and the seconds of its stages (see `qwen_fast.stages`)."""
+    """What `generate` yields: which prompt, the picture, and the seconds of its stages (see `qwen_fast.common.stages`)."""
 
     index: int
     image: Any

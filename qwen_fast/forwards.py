@@ -10,11 +10,11 @@ from qwen_fast_kernels import cfg_euler_step, euler_step
 
 from .blocks import stock_reason
 from .calls import ATTACHED, Call, Packed
+from .common.hooks import is_hooked
+from .common.state import State
 from .conditions import TableConditions
-from .hooks import is_hooked
 from .layout import check_image_shapes
 from .modulation import table_reason
-from .reporting import State
 from .schedule import Schedule
 from .text import Source, sources_of
 

@@ -18,9 +18,8 @@ from packaging.version import Version
 from torch import nn
 
 from .checkpoint import Headers, check_folder
-from .host_weights import free_bytes
-from .schedule import check_device
-from .stages import stage
+from .common.hardware import check_device, free_bytes
+from .common.stages import stage
 
 # Loader arguments that say where weights go or what they become, as `device` does.
 _OTHER_PLACES = ("device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config")

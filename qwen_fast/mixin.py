@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
-from . import proofs, text
+from . import text
 from . import vae as fast_vae
-from .reporting import STATE, State, logger
-from .schedule import check_device
+from .common import proofs
+from .common.hardware import check_device
+from .common.state import STATE, State, logger
 from .transformer import attach, detach
 
 

@@ -15,17 +15,18 @@ from packaging.version import Version
 from . import scheduler as fast_scheduler
 from .calls import ATTACHED, accelerated
 from .checkpoint import check_folder
+from .common.hardware import unsupported_reason
+from .common.options import check_options, check_text_options, check_vae_memory, writable_folder
+from .common.stages import stage, staged
+from .common.state import STATE, State, logger
 from .conditions import ScheduledConditions
 from .denoise import denoise
 from .forwards import Task
-from .hardware import unsupported_reason
-from .inputs import check_attention, check_call, check_options, check_text_options, check_vae_memory, writable_folder
+from .inputs import check_attention, check_call
 from .loading import load
 from .mixin import AcceleratedPipeline
 from .modulation import table_reason
-from .reporting import STATE, State, logger
 from .schedule import Schedule
-from .stages import stage, staged
 from .text import configure as configure_texts
 from .text import of_call as texts_of_call
 from .text import repeated

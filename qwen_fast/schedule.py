@@ -12,6 +12,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from qwen_fast_kernels import flow_match_schedule
 
+from .common.hardware import check_device
+
 
 def calculate_mu(image_seq_len: int, config: Mapping[str, Any]) -> float:
     """Shift parameter of an image: a straight line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift).
@@ -164,14 +166,6 @@ class Schedule:
         """`[T]` in `dtype`: what the transformer receives. diffusers rounds the timestep to the model's dtype *before* it
         divides by 1000, so in bf16 the model sees 968.75 where the schedule says 968.17."""
         return self.timesteps.to(dtype) / 1000
-
-
-def check_device(device: torch.device | str) -> torch.device:
-    """`device` as a torch.device, or a ValueError when it is a CUDA device and this machine has none."""
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"`device` is {device}, but PyTorch {torch.__version__} sees no CUDA GPU here; use 'cpu'.")
-    return device
 
 
 def _converted(config, steps, mu, sigmas, device) -> tuple[torch.Tensor, torch.Tensor]:

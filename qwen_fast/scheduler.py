@@ -8,7 +8,7 @@ import torch
 
 from qwen_fast_kernels import euler_step
 
-from .reporting import State
+from .common.state import State
 from .schedule import Schedule
 
 STOCK = diffusers.FlowMatchEulerDiscreteScheduler

@@ -5,10 +5,10 @@ from typing import Any, TypeVar
 
 import diffusers
 
-from .hardware import unsupported_reason
-from .inputs import check_options, check_text_options, check_vae_memory, writable_folder
+from .common.hardware import unsupported_reason
+from .common.options import check_options, check_text_options, check_vae_memory, writable_folder
+from .common.state import STATE, State, logger
 from .pipeline import ACCELERATED
-from .reporting import STATE, State, logger
 from .text import configure as configure_texts
 
 Pipeline = TypeVar("Pipeline")

@@ -20,11 +20,11 @@ import transformers
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from .common.hooks import is_hooked
+from .common.placement import on_device, to_device, to_host, weights_reason
+from .common.state import State, logger
 from .encoder_watch import EncoderWatch
-from .hooks import is_hooked
-from .host_weights import on_device, to_device, to_host, weights_reason
 from .prompt_cache import Encoded, PromptCache
-from .reporting import State, logger
 
 STOCK = transformers.Qwen2_5_VLForConditionalGeneration
 

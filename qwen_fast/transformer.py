@@ -22,13 +22,14 @@ from qwen_fast_kernels import ada_layer_norm
 
 from .blocks import Address, Rows, linear_into, stock_reason
 from .calls import ATTACHED, CALL, Attachment, Call, Packed, SharedForward, lora_scale
+from .common.fingerprint import modules_signature
+from .common.hooks import OURS, is_hooked, rebind_forward
+from .common.proofs import require_transformer
+from .common.state import State
 from .conditions import Conditions, LayerConditions
-from .hooks import OURS, is_hooked, rebind_forward
 from .host_weights import disk_reason, host_bytes, keep_on_host, return_to_device
 from .layout import ImageShapes, Layout, build_layout, check_image_shapes
-from .modulation import TableCache, modules_signature
-from .proofs import require_transformer
-from .reporting import State
+from .modulation import TableCache
 
 STOCK = diffusers.QwenImageTransformer2DModel
 STOCK_BLOCK = transformer_qwenimage.QwenImageTransformerBlock

@@ -18,10 +18,10 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCaus
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import nn
 
-from .hooks import OURS, rebind_forward
-from .inputs import check_vae_memory
-from .proofs import require_vae
-from .reporting import STATE, State, logger
+from .common.hooks import OURS, rebind_forward
+from .common.options import check_vae_memory
+from .common.proofs import require_vae
+from .common.state import STATE, State, logger
 from .vae_bands import MOST_ON_CUDA, choose, memory_limit, run, whole_peak
 from .vae_layers import Layer, decoder_layers, encoder_layers
 

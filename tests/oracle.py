@@ -10,7 +10,7 @@ from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers import transformer_qwenimage
 
 from qwen_fast.calls import accelerated
-from qwen_fast.reporting import State
+from qwen_fast.common.state import State
 from qwen_fast.testing import initialize
 from qwen_fast.transformer import attach, detach
 

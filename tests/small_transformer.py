@@ -8,7 +8,7 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from diffusers.hooks import group_offloading
 
-from qwen_fast import host_weights
+from qwen_fast.common import placement
 from qwen_fast.schedule import Schedule
 from qwen_fast.testing import QWEN_IMAGE_SCHEDULER_CONFIG, initialize
 
@@ -94,8 +94,8 @@ def with_layerwise_casting(transformer):
 
 def pretend_elsewhere(monkeypatch) -> list[torch.nn.Module]:
     """As if all weights lay on another device: copies in the place of transfers. Lists the modules called with copies."""
-    tensors, calls, functional_call = host_weights._tensors, [], host_weights.functional_call
-    monkeypatch.setattr(host_weights, "_is_elsewhere", lambda module, device: bool(tensors(module)))
-    monkeypatch.setattr(host_weights, "_tensors", lambda module: {n: t.clone() for n, t in tensors(module).items()})
-    monkeypatch.setattr(host_weights, "functional_call", lambda *a: calls.append(a[0]) or functional_call(*a))
+    tensors, calls, functional_call = placement._tensors, [], placement.functional_call
+    monkeypatch.setattr(placement, "_is_elsewhere", lambda module, device: bool(tensors(module)))
+    monkeypatch.setattr(placement, "_tensors", lambda module: {n: t.clone() for n, t in tensors(module).items()})
+    monkeypatch.setattr(placement, "functional_call", lambda *a: calls.append(a[0]) or functional_call(*a))
     return calls

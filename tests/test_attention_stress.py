@@ -152,7 +152,7 @@ def test_every_variant_is_launched_and_right_on_an_emulated_gpu(emulated_cuda, m
 @pytest.mark.triton
 def test_pictures_are_drawn_with_a_graph_and_without_on_an_emulated_gpu(emulated_cuda, monkeypatch):
     from benchmarks import stress_pictures
-    from qwen_fast import proofs
+    from qwen_fast.common import proofs
 
     monkeypatch.setattr(proofs, "DEVICES", proofs.DEVICES)  # given back behind the test
     monkeypatch.setitem(stress_pictures.CALL, "cuda", (1, 2))

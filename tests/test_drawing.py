@@ -10,7 +10,7 @@ import torch
 import qwen_fast
 from pipelines import stock
 from qwen_fast import drawing
-from qwen_fast.stages import record
+from qwen_fast.common.stages import record
 
 PROMPTS = ["a red fox", "a blue bird over the sea", "a red fox"]
 SETTINGS = {"negative_prompt": "blurry", "true_cfg_scale": 3.7, "height": 64, "width": 96, "num_inference_steps": 2}

@@ -19,6 +19,7 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from qwen_fast import host_weights
+from qwen_fast.common.hardware import free_bytes
 from qwen_fast.host_weights import HostSequential, host_bytes, keep_on_host, modulation_modules, return_to_device
 from qwen_fast.modulation import TableCache, compute_table, weights_signature
 from small_transformer import LAYERS, build, needs_group_offload, pretend_elsewhere
@@ -390,7 +391,7 @@ def test_on_cuda_group_offload_leaves_the_modulations_on_the_host(transformer, u
 @pytest.mark.gpu
 def test_on_cuda_too_little_memory_is_noticed_before_anything_moves(transformer):
     keep_on_host(transformer)
-    free = host_weights.free_bytes(torch.device("cuda"))
+    free = free_bytes(torch.device("cuda"))
     assert 0 < free <= torch.cuda.get_device_properties(0).total_memory
     hog = torch.empty(free - 2**28, dtype=torch.uint8, device="cuda")
     transformer.transformer_blocks[0].img_mod[1].weight = nn.Parameter(torch.empty(2**27))

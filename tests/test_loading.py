@@ -13,7 +13,7 @@ from pipelines import GUIDED, draw
 from qwen_fast import checkpoint as checkpoints
 from qwen_fast import loading
 from qwen_fast.checkpoint import check_folder
-from qwen_fast.stages import record
+from qwen_fast.common.stages import record
 from qwen_fast.testing import build_checkpoint
 
 MODELS = ("transformer", "vae", "text_encoder")

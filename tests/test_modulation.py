@@ -12,6 +12,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from pipelines import DTYPES
 from qwen_fast import host_weights, modulation
+from qwen_fast.common import fingerprint, placement
 from qwen_fast.modulation import compute_table, weights_signature
 from qwen_fast_kernels._modulation import check_modulation
 from small_transformer import (
@@ -99,7 +100,7 @@ def test_modules_are_called_with_adapters_and_hooks(monkeypatch, change, moved):
 
 def test_weights_travel_to_another_device_layer_by_layer(monkeypatch):
     transformer, calls = build(), []
-    monkeypatch.setattr(modulation, "on_device", lambda *a: calls.append(a) or host_weights.on_device(*a))
+    monkeypatch.setattr(modulation, "on_device", lambda *a: calls.append(a) or placement.on_device(*a))
     table = compute_table(transformer, timesteps(), device="meta")
     assert table.rows.is_meta and table.rows.shape == (3, LAYERS, 2, 6, WIDTH)
     assert all(p.device.type == "cpu" for p in transformer.parameters()) and len(calls) == 2
@@ -194,7 +195,7 @@ def test_the_signature_sees_what_adapters_do():
 @pytest.mark.parametrize("transposed", [False, True])
 def test_samples_are_spread_over_rows_and_columns(shape, transposed):
     tensor = torch.empty(shape, device="meta", dtype=torch.bfloat16)
-    sample = modulation._sample(tensor.t() if transposed and tensor.dim() == 2 else tensor)
+    sample = fingerprint._sample(tensor.t() if transposed and tensor.dim() == 2 else tensor)
     count, step = len(sample), sample.stride(0)
     assert 128 <= count <= 511 or count == tensor.numel() and step == 1
     positions = range(0, count * step, step)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from qwen_fast.cli import main, pngs
-from qwen_fast.stages import record
+from qwen_fast.common.stages import record
 
 FREE = {"overwrite": False, "find_free_name": True}
 

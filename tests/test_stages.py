@@ -11,7 +11,7 @@ from PIL import Image
 
 import qwen_fast
 from pipelines import SMALL, draw, stock
-from qwen_fast.stages import STAGES, Recorder, Span, record, stage, stage_table, staged, steps
+from qwen_fast.common.stages import STAGES, Recorder, Span, record, stage, stage_table, staged, steps
 
 CALL = {"prompt": "a cat", "negative_prompt": "blurry", "true_cfg_scale": 3.7, **SMALL, "output_type": "pil"}
 PICTURE = Image.new("RGB", (96, 64), (200, 30, 90))
@@ -110,7 +110,9 @@ def test_ranges_for_a_profiler_and_none_per_step_without_one(checkpoint, monkeyp
     assert {name: counts.get(f"qwen_fast::{name}") for name in expected} == expected
 
     entered = []
-    monkeypatch.setattr("qwen_fast.stages._range", lambda name: entered.append(name) or torch.profiler.record_function(name))
+    monkeypatch.setattr(
+        "qwen_fast.common.stages._range", lambda name: entered.append(name) or torch.profiler.record_function(name)
+    )
     draw(pipe, **CALL)
     assert "step" not in entered and "denoise" in entered
 

@@ -15,7 +15,8 @@ import torch
 import pipelines
 import qwen_fast
 from pipelines import GUIDED, draw
-from qwen_fast import host_weights, text
+from qwen_fast import text
+from qwen_fast.common import placement
 from qwen_fast.prompt_cache import Encoded, PromptCache
 from small_transformer import pretend_elsewhere
 
@@ -262,7 +263,7 @@ def test_an_encoder_rests_in_host_memory_between_prompts(checkpoint, monkeypatch
     assert pipe.device == pipe.transformer.device
     called = pretend_elsewhere(monkeypatch)
     monkeypatch.setattr(
-        host_weights,
+        placement,
         "functional_call",
         lambda module, copies, *rest: called.append((module, copies)) or module(*rest[0], **rest[1]),
     )
@@ -301,9 +302,9 @@ def test_weights_copied_for_a_call_give_the_same(checkpoint, monkeypatch):
     pipe = stock(checkpoint)
     expected = encode(pipe, ["a cat", "two cats on a chair"])
     qwen_fast.enable(pipe)
-    tensors = host_weights._tensors
-    monkeypatch.setattr(host_weights, "_is_elsewhere", lambda module, device: True)
-    monkeypatch.setattr(host_weights, "_tensors", lambda module: {n: t.clone() for n, t in tensors(module).items()})
+    tensors = placement._tensors
+    monkeypatch.setattr(placement, "_is_elsewhere", lambda module, device: True)
+    monkeypatch.setattr(placement, "_tensors", lambda module: {n: t.clone() for n, t in tensors(module).items()})
     assert torch.equal(encode(pipe, ["a cat", "two cats on a chair"])[0], expected[0])
 
 

@@ -11,7 +11,7 @@ import qwen_fast
 from oracle import fused, in_float64, inputs, transformer
 from qwen_fast import transformer as fused_transformer
 from qwen_fast.calls import ATTACHED, accelerated
-from qwen_fast.reporting import State
+from qwen_fast.common.state import State
 from qwen_fast.transformer import STOCK, STOCK_BLOCK, attach, detach
 
 HOLES = torch.tensor([[1, 1, 0, 1, 1, 0, 1], [1, 1, 1, 1, 0, 0, 0]])

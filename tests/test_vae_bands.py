@@ -12,7 +12,7 @@ import torch
 import qwen_fast
 from benchmarks.live_bytes import LiveBytes
 from qwen_fast import vae_bands, vae_layers
-from qwen_fast.reporting import STATE
+from qwen_fast.common.state import STATE
 from qwen_fast.testing import initialize
 from qwen_fast.vae_bands import Plan, Sizes, choose, memory_limit, run, whole_peak
 from qwen_fast.vae_layers import Stream, decoder_layers, encoder_layers

@@ -37,7 +37,7 @@ class _Version(argparse.Action):
         super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="print the version and exit")
 
     def __call__(self, parser, namespace, values, option_string=None):
-        from qwen_fast import __version__
+        from .. import __version__
 
         print(f"qwen-fast {__version__}")
         parser.exit()

@@ -3,7 +3,9 @@
 import argparse
 from pathlib import Path
 
-from .loading import DTYPES, benchmarks, device_and_dtype
+from ..common.hardware import device_and_dtype
+from ..common.options import DTYPES
+from .loading import benchmarks
 from .schedule import pixels, positive_int
 
 SUMMARY = "measure stock diffusers against qwen_fast on this machine"

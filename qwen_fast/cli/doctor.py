@@ -79,7 +79,7 @@ def examine(kernels: bool = False) -> dict[str, Any]:
 
 def prove(device: str, rows: list[dict[str, Any]]) -> tuple[bool, str]:
     """A verdict on every kernel, added to `rows` and told on stderr as soon as it is there."""
-    from qwen_fast import proofs
+    from ..common import proofs
 
     def each(problem: Any, verdict: Any) -> None:
         rows.append({"kernel": str(problem)} | dataclasses.asdict(verdict))
@@ -100,7 +100,7 @@ def devices() -> list[dict[str, Any]]:
     """The CUDA devices: name, compute capability, GiB, and why one cannot be used (None: it can)."""
     import torch
 
-    from qwen_fast.hardware import unsupported_reason
+    from ..common.hardware import unsupported_reason
 
     found = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -121,7 +121,7 @@ def accelerated() -> dict[str, str | None]:
     """Every pipeline of the family in the installed diffusers: None when it is accelerated, else why it is not."""
     import diffusers
 
-    from qwen_fast.pipeline import ACCELERATED
+    from ..pipeline import ACCELERATED
 
     known = {stock.__name__ for stock in ACCELERATED}
     family = [name for name in dir(diffusers) if name.startswith("QwenImage") and name.endswith("Pipeline")]
@@ -132,8 +132,7 @@ def accelerated() -> dict[str, str | None]:
 
 def check_schedule(device: str) -> tuple[bool, str]:
     """Our schedule on `device` against diffusers', for the base and the Lightning config over sizes and step counts."""
-    from qwen_fast.schedule import Schedule
-
+    from ..schedule import Schedule
     from .schedule import compare, load_config
 
     count = 0
@@ -183,10 +182,10 @@ def check_transformer(device: str) -> tuple[bool, str]:
     import diffusers
     import torch
 
-    from qwen_fast.calls import accelerated
-    from qwen_fast.reporting import State
-    from qwen_fast.testing import initialize
-    from qwen_fast.transformer import attach
+    from ..calls import accelerated
+    from ..common.state import State
+    from ..testing import initialize
+    from ..transformer import attach
 
     generator = torch.Generator().manual_seed(0)
     weights = diffusers.QwenImageTransformer2DModel(

@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .loading import DTYPES, demo_checkpoint, device_and_dtype, library_output, load_pipeline
+from ..common.hardware import device_and_dtype
+from ..common.options import DTYPES
+from .loading import demo_checkpoint, library_output, load_pipeline
 from .pngs import PngWriter
 from .schedule import load_config, pixels, positive_int
 
@@ -129,8 +131,8 @@ def run(args: argparse.Namespace) -> int:
         config, _ = load_config(args.config)
 
     started = time.perf_counter()
-    from qwen_fast import generate
-    from qwen_fast.stages import Span, record, stage, stage_table, staged
+    from .. import generate
+    from ..common.stages import Span, record, stage, stage_table, staged
 
     with record() as recorder:
         recorder.spans.append(Span("import", started, time.perf_counter(), recorder.thread))
@@ -209,7 +211,7 @@ def _settings(
     import torch
     import transformers
 
-    from qwen_fast import __version__
+    from .. import __version__
 
     return {
         "negative_prompt": args.negative_prompt if args.cfg > 1 else "",
@@ -252,6 +254,6 @@ def _slug(prompt: str) -> str:
 def _drawn_by(pipe: Any, stock: bool) -> str:
     import diffusers
 
-    from qwen_fast import report
+    from .. import report
 
     return f"drawn by stock diffusers {diffusers.__version__}" if stock else str(report(pipe)).splitlines()[0]

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # They differ in code only, not in their components.
 TEXT_TO_IMAGE = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
 
 
 def demo_checkpoint() -> Path:
     """The demo checkpoint of the package, its files compared with their sha256."""
-    from qwen_fast.demo import checkpoint
+    from ..demo import checkpoint
 
     return checkpoint()
 
@@ -58,10 +57,10 @@ def load_pipeline(
     """
     import diffusers
 
-    from qwen_fast import QwenImagePipeline
-    from qwen_fast.checkpoint import check_folder
-    from qwen_fast.loading import load
-    from qwen_fast.stages import stage
+    from .. import QwenImagePipeline
+    from ..checkpoint import check_folder
+    from ..common.stages import stage
+    from ..loading import load
 
     check_folder(model, hub_ids=True)
     kind = diffusers.QwenImagePipeline.load_config(model).get("_class_name")
@@ -100,25 +99,6 @@ def _load_lora(pipe: Any, name: str, adapter: str, checkpoint: Path) -> None:
         raise ValueError(f"--lora {name} cannot be loaded: {error}") from error
     if not any(adapter in adapters for adapters in pipe.get_list_adapters().values()):
         raise ValueError(f"--lora {name}: none of its weights belongs to this model.")
-
-
-def device_and_dtype(device: str, dtype: str) -> tuple["torch.device", "torch.dtype"]:
-    import torch
-
-    from qwen_fast.schedule import check_device
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"--device {device}: no such device; use cuda, cuda:N or cpu.") from None
-    check_device(chosen)
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices here, counted from 0.")
-    if dtype == "auto":
-        dtype = "bf16" if chosen.type == "cuda" else "fp32"
-    return chosen, getattr(torch, DTYPES[dtype])
 
 
 def benchmarks(module: str) -> ModuleType:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from qwen_fast.schedule import Schedule
+    from ..schedule import Schedule
 
 MARKERS = "oxl-"  # one per curve of the terminal plot, the right schedule first
 

@@ -45,7 +45,7 @@ class PngWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        from qwen_fast.stages import stage
+        from ..common.stages import stage
 
         try:
             with stage("png"):
@@ -67,7 +67,7 @@ class PngWriter:
 
 
 def _write(image: "PIL.Image.Image", path: Path, text: dict[str, str], names: dict[str, bool]) -> Path:
-    from qwen_fast.stages import stage
+    from ..common.stages import stage
 
     with stage("png"):
         return save_png(image, path, text, **names)

@@ -5,9 +5,11 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..common.hardware import device_and_dtype
+from ..common.options import DTYPES
 from .bench import SHAPES
 from .generate import DEMO_SIZE, _cfg, _size
-from .loading import DTYPES, benchmarks, demo_checkpoint, device_and_dtype, library_output, load_pipeline
+from .loading import benchmarks, demo_checkpoint, library_output, load_pipeline
 from .schedule import positive_int
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from qwen_fast.stages import record, stage_table, staged
+    from ..common.stages import record, stage_table, staged
 
     stay = benchmarks("ladder").weights_stay if args.weights_stay else contextlib.nullcontext
 
@@ -125,7 +127,7 @@ def _pipeline(
     args: argparse.Namespace, device: "torch.device", dtype: "torch.dtype", size: tuple[int, int]
 ) -> tuple[Any, dict]:
     """The pipeline, and what it takes for prompts."""
-    from qwen_fast import enable
+    from .. import enable
 
     guided = args.cfg > 1
     if args.shape is None:

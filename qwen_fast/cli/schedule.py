@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..common.family import PIXELS_PER_TOKEN, image_tokens
 from .plot import plot_png, terminal_plot
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from qwen_fast.schedule import Schedule
+    from ..schedule import Schedule
 
 SUMMARY = "print, compare and plot a schedule; write golden vectors"
 DESCRIPTION = """\
@@ -27,7 +28,6 @@ examples:
   qwen-fast schedule --steps 8 --plot schedule.png
   qwen-fast schedule --json vectors.json --grid    golden vectors for a port in another language"""
 
-PIXELS_PER_TOKEN = 16  # the VAE's factor 8, times the transformer's 2x2 patches
 GRID_SIZES = ((512, 512), (1024, 1024), (1328, 1328), (1664, 928), (2048, 2048))
 GRID_STEPS = (1, 2, 4, 8, 20, 50)
 
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
             raise FileExistsError(f"{path} exists; --overwrite replaces it.")
     config, config_name = load_config(args.config or "base", args.model)
 
-    from qwen_fast.schedule import Schedule
+    from ..schedule import Schedule
 
     if args.json is not None:
         runs = [(steps, size, image_seq_len)]
@@ -145,11 +145,6 @@ def _resolve(args: argparse.Namespace) -> tuple[int, int, tuple[int, int] | None
     return steps, image_tokens(*size), size
 
 
-def image_tokens(width: int, height: int) -> int:
-    """Number of image tokens of a picture."""
-    return (width // PIXELS_PER_TOKEN) * (height // PIXELS_PER_TOKEN)
-
-
 def size_text(size: tuple[int, int] | None, image_seq_len: int) -> str:
     """`512x512`, or the number of tokens where no size was given."""
     return "x".join(map(str, size)) if size else f"{image_seq_len} image tokens"
@@ -165,7 +160,7 @@ def load_config(name: str, model: str | None = None) -> tuple[dict[str, Any], st
         FileNotFoundError, ValueError: no such file, or it does not hold a scheduler's config.
     """
     if model is None and name in ("base", "lightning"):
-        from qwen_fast import testing
+        from .. import testing
 
         known = {"base": testing.QWEN_IMAGE_SCHEDULER_CONFIG, "lightning": testing.LIGHTNING_SCHEDULER_CONFIG}
         return dict(known[name]), name
@@ -241,7 +236,7 @@ def historical_errors(config: Mapping[str, Any], steps: int, image_seq_len: int)
     """
     import numpy as np
 
-    from qwen_fast.schedule import Schedule
+    from ..schedule import Schedule
 
     wrong = {}
     if config.get("use_dynamic_shifting", False):
@@ -274,8 +269,8 @@ def golden_vectors(
     Returns:
         dict: JSON-ready. Every fp32 number twice: the shortest decimal that rounds to it, and its 32 bits in hex.
     """
-    from qwen_fast import __version__
-    from qwen_fast.schedule import Schedule
+    from .. import __version__
+    from ..schedule import Schedule
 
     vectors = []
     for steps, size, image_seq_len in runs:

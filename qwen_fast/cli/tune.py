@@ -57,9 +57,7 @@ def run(args: argparse.Namespace) -> int:
     """
     import torch
 
-    from qwen_fast.hardware import unsupported_reason
-
-    from .loading import device_and_dtype
+    from ..common.hardware import device_and_dtype, unsupported_reason
 
     if not torch.cuda.is_available():
         raise ValueError(

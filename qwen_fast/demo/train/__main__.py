@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 
-from ...cli.loading import device_and_dtype
+from ...common.hardware import device_and_dtype
 from ...testing import LIGHTNING_SCHEDULER_CONFIG
 from .. import LIGHTNING, accuracy
 from .denoiser import encode_scenes, train_denoiser

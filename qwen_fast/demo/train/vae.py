@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLQwenImage
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 
 from ... import vae as image_vae
-from ...reporting import State
+from ...common.state import State
 from ..scenes import Scene, lay_out, render, sample_request
 from .plan import Plan
 from .progress import Progress, load_state, save_state

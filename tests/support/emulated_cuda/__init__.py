@@ -20,9 +20,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .device import EmulatedCuda, emulated_cuda
-from .notes import StepsBar
-from .streams import IllegalInCapture
+from support.emulated_cuda.device import EmulatedCuda, emulated_cuda
+from support.emulated_cuda.notes import StepsBar
+from support.emulated_cuda.streams import IllegalInCapture
 
 __all__ = ["EmulatedCuda", "IllegalInCapture", "StepsBar", "emulated_cuda", "environment_of_children"]
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map
 
-from . import notes as kinds
-from .arguments import (
+from support.emulated_cuda import notes as kinds
+from support.emulated_cuda.arguments import (
     count_of_tensor_results,
     dense_strides,
     is_on_device,
@@ -27,9 +27,9 @@ from .arguments import (
     with_host_views,
     written_by,
 )
-from .memory import Block, Memory, on_host, redispatch, view_of
-from .operators import BEFORE_COMPOSITES, PRODUCTS, SPECIAL, WAITING, product, waits
-from .streams import Graph, Timeline
+from support.emulated_cuda.memory import Block, Memory, on_host, redispatch, view_of
+from support.emulated_cuda.operators import BEFORE_COMPOSITES, PRODUCTS, SPECIAL, WAITING, product, waits
+from support.emulated_cuda.streams import Graph, Timeline
 
 
 class Backend:

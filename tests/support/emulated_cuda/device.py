@@ -9,13 +9,13 @@ from unittest import mock
 
 import torch
 
-from . import notes as kinds
-from .backend import Backend, install
-from .launches import Launches
-from .memory import DeviceGuard, Memory
-from .notes import Notes
-from .project import answered
-from .streams import Event, Graph, Stream, Timeline
+from support.emulated_cuda import notes as kinds
+from support.emulated_cuda.backend import Backend, install
+from support.emulated_cuda.launches import Launches
+from support.emulated_cuda.memory import DeviceGuard, Memory
+from support.emulated_cuda.notes import Notes
+from support.emulated_cuda.project import answered
+from support.emulated_cuda.streams import Event, Graph, Stream, Timeline
 
 _OWN_GENERATOR = torch.Generator
 

@@ -20,10 +20,10 @@ from unittest import mock
 
 import torch
 
-from . import notes as kinds
-from .arguments import is_on_device, tensors_in, written_by
-from .backend import Backend
-from .memory import on_host
+from support.emulated_cuda import notes as kinds
+from support.emulated_cuda.arguments import is_on_device, tensors_in, written_by
+from support.emulated_cuda.backend import Backend
+from support.emulated_cuda.memory import on_host
 
 MODES = ("reference", "interpret", "compile")
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import notes as kinds
-from .memory import on_host, poison, redispatch
+from support.emulated_cuda import notes as kinds
+from support.emulated_cuda.memory import on_host, poison, redispatch
 
 _aten = torch.ops.aten
 # The device's answer decides the size of the result, or the host gets it: it has to wait.

@@ -11,8 +11,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import pytest
 
 import interp_shim
-
-from .device import emulated_cuda
+from support.emulated_cuda.device import emulated_cuda
 
 interp_shim.install()
 _device = emulated_cuda()

@@ -13,7 +13,7 @@ from unittest import mock
 _KEPT = {
     "qwen_fast_kernels.tuning": ("get_config", "_measured"),
     "qwen_fast_kernels._kept": ("environment",),
-    "qwen_fast.proofs": ("kept", "attention_is_right", "_VERDICTS"),
+    "qwen_fast.common.proofs": ("kept", "attention_is_right", "_VERDICTS"),
     "qwen_fast.attention": ("fastest", "MEASURED"),
 }
 
@@ -37,7 +37,7 @@ def answered(attention: str) -> Iterator[None]:
     """
     try:
         from qwen_fast import attention as choice
-        from qwen_fast import proofs
+        from qwen_fast.common import proofs
         from qwen_fast_kernels import proof
     except ImportError:
         yield

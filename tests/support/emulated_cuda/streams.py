@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from . import notes as kinds
-from .memory import Block, Memory, on_host, poison
-from .notes import Notes
+from support.emulated_cuda import notes as kinds
+from support.emulated_cuda.memory import Block, Memory, on_host, poison
+from support.emulated_cuda.notes import Notes
 
 _ids = itertools.count()
 _WATCHED = 2**20  # bytes of pinned memory that are compared with what they were

@@ -22,7 +22,7 @@ from qwen_fast_kernels._library import replace_kernel
 from qwen_fast_kernels.proof import Problem, Verdict
 
 from .hardware import unsupported_reason
-from .reporting import State, logger
+from .state import State, logger
 
 DEVICES = ("cuda",)  # on the CPU torch's operators run anyway
 # Two sequences: several tiles of each kind of row, full ones and tails.

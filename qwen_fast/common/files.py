@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .reporting import logger
+from .state import logger
 
 
 def write_whole(tensors: dict[str, torch.Tensor], metadata: dict[str, str], path: Path, what: str) -> None:
