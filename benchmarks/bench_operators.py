@@ -23,7 +23,7 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageRMS_
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock, apply_rotary_emb_qwen
 
 from budget import assert_within_budget
-from qwen_fast.testing import QWEN_IMAGE_SCHEDULER_CONFIG
+from qwen_fast.schedule.configs import QWEN_IMAGE_SCHEDULER_CONFIG
 from qwen_fast_kernels._triton import capability
 
 from .budget import in_float64, relative_errors, results

@@ -9,7 +9,8 @@ import diffusers
 import torch
 
 from qwen_fast.checkpoint import check_folder
-from qwen_fast.testing import QWEN_IMAGE_SCHEDULER_CONFIG, initialize
+from qwen_fast.schedule.configs import QWEN_IMAGE_SCHEDULER_CONFIG
+from qwen_fast.testing import initialize
 
 from .grid import NEGATIVE_TOKENS, Case, Shape
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 import qwen_fast
-from qwen_fast.cli.schedule import historical_errors
 from qwen_fast.common.family import image_tokens
 from qwen_fast.demo import LIGHTNING
-from qwen_fast.testing import LIGHTNING_SCHEDULER_CONFIG
+from qwen_fast.schedule.comparison import historical_errors
+from qwen_fast.schedule.configs import LIGHTNING_SCHEDULER_CONFIG
 
 
 @dataclass(frozen=True)

@@ -20,30 +20,7 @@ from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, Q
 from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-# scheduler/scheduler_config.json of Qwen/Qwen-Image, complete: also an argument of qwen_fast.Schedule.from_config.
-QWEN_IMAGE_SCHEDULER_CONFIG: dict[str, Any] = {
-    "base_image_seq_len": 256,
-    "base_shift": 0.5,
-    "invert_sigmas": False,
-    "max_image_seq_len": 8192,
-    "max_shift": 0.9,
-    "num_train_timesteps": 1000,
-    "shift": 1.0,
-    "shift_terminal": 0.02,
-    "stochastic_sampling": False,
-    "time_shift_type": "exponential",
-    "use_beta_sigmas": False,
-    "use_dynamic_shifting": True,
-    "use_exponential_sigmas": False,
-    "use_karras_sigmas": False,
-}
-
-# The one of Qwen-Image-Lightning, the 4- and 8-step distillations: a shift of 3 at every size, and no stretch.
-LIGHTNING_SCHEDULER_CONFIG: dict[str, Any] = QWEN_IMAGE_SCHEDULER_CONFIG | {
-    "base_shift": math.log(3),
-    "max_shift": math.log(3),
-    "shift_terminal": None,
-}
+from .schedule.configs import QWEN_IMAGE_SCHEDULER_CONFIG
 
 # What Qwen2Tokenizer registers, in its order; the ids follow the byte-pair vocabulary.
 _SPECIAL_TOKENS = (

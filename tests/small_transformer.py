@@ -10,7 +10,8 @@ from diffusers.hooks import group_offloading
 
 from qwen_fast.common import placement
 from qwen_fast.schedule import Schedule
-from qwen_fast.testing import QWEN_IMAGE_SCHEDULER_CONFIG, initialize
+from qwen_fast.schedule.configs import QWEN_IMAGE_SCHEDULER_CONFIG
+from qwen_fast.testing import initialize
 
 # Older versions of diffusers ask torch for its accelerator when a group is made: their group offload fails on a CPU.
 needs_group_offload = pytest.mark.skipif(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 
-from qwen_fast.testing import QWEN_IMAGE_SCHEDULER_CONFIG as QWEN_IMAGE
+from qwen_fast.schedule.configs import QWEN_IMAGE_SCHEDULER_CONFIG as QWEN_IMAGE
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from cli_errors import refused
-from qwen_fast.cli import build_parser, doctor, main, schedule
+from qwen_fast.cli import build_parser, doctor, main
 
 # The mission's golden values: 20 steps, 1024 image tokens.
 GOLDEN = "1000.00 968.17 934.95 900.26 863.99 826.03 786.27 744.57 700.79 654.76 606.31 555.24 501.34 444.36 384.03"
@@ -167,13 +167,15 @@ def test_json_golden_vectors_are_exact(capsys, tmp_path):
 )
 def test_historical_errors_are_as_large_as_measured(image_seq_len, steps, mu, linspace, stretch):
     from qwen_fast import Schedule
+    from qwen_fast.schedule.comparison import historical_errors
+    from qwen_fast.schedule.configs import load_config
 
-    config, _ = schedule.load_config("base")
+    config, _ = load_config("base")
     right = Schedule.from_config(config, steps, image_seq_len=image_seq_len)
-    errors = schedule.historical_errors(config, steps, image_seq_len)
+    errors = historical_errors(config, steps, image_seq_len)
     largest = [round((wrong.timesteps - right.timesteps).abs().max().item(), 1) for wrong in errors.values()]
     assert largest == [mu, linspace, stretch]
-    assert schedule.historical_errors(schedule.load_config("lightning")[0], steps, image_seq_len) == {}
+    assert historical_errors(load_config("lightning")[0], steps, image_seq_len) == {}
 
 
 def test_terminal_plot(capsys, monkeypatch):

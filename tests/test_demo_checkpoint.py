@@ -18,7 +18,7 @@ from qwen_fast.demo.accuracy import held_out_requests
 from qwen_fast.demo.judge import judge
 from qwen_fast.demo.scenes import Request
 from qwen_fast.demo.train.plan import SCHEDULER_CONFIG
-from qwen_fast.testing import LIGHTNING_SCHEDULER_CONFIG
+from qwen_fast.schedule.configs import LIGHTNING_SCHEDULER_CONFIG
 
 CALL = {"negative_prompt": " ", "true_cfg_scale": 4.0, "num_inference_steps": 20}
 FOUR_STEPS = {"num_inference_steps": 4, "true_cfg_scale": 1.0}

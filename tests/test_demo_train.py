@@ -15,7 +15,7 @@ from qwen_fast.demo.scenes import COLOURS, SHAPES, Request
 from qwen_fast.demo.train import __main__ as training
 from qwen_fast.demo.train import denoiser, few_steps, progress, text, vae
 from qwen_fast.demo.train.plan import SCHEDULER_CONFIG, DecoderPlan, DenoiserPlan, FewStepsPlan, Plan, VAEPlan
-from qwen_fast.testing import LIGHTNING_SCHEDULER_CONFIG
+from qwen_fast.schedule.configs import LIGHTNING_SCHEDULER_CONFIG
 
 TINY = Plan(
     vae=VAEPlan(base_dim=2, steps=4, batch=2),

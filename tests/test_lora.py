@@ -6,7 +6,7 @@ import torch
 
 import qwen_fast
 from pipelines import GUIDED, assert_same_latents, assert_same_picture, draw, stock
-from qwen_fast.testing import LIGHTNING_SCHEDULER_CONFIG as LIGHTNING
+from qwen_fast.schedule.configs import LIGHTNING_SCHEDULER_CONFIG as LIGHTNING
 
 pytest.importorskip("peft", reason="LoRA needs peft")
 

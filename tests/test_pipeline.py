@@ -15,7 +15,7 @@ import qwen_fast
 from pipelines import DTYPES, GUIDED, SMALL, assert_ran_fast, assert_same_latents, assert_same_picture, draw, stock
 from qwen_fast import blocks, denoise, forwards
 from qwen_fast.calls import ATTACHED
-from qwen_fast.testing import LIGHTNING_SCHEDULER_CONFIG as LIGHTNING
+from qwen_fast.schedule.configs import LIGHTNING_SCHEDULER_CONFIG as LIGHTNING
 from qwen_fast_kernels import qk_norm_rope
 
 

@@ -9,8 +9,8 @@ from benchmarks import readme
 from benchmarks.rows import Rows
 from benchmarks.session import FIELDS
 from qwen_fast import Schedule
-from qwen_fast.cli.schedule import historical_errors
-from qwen_fast.testing import QWEN_IMAGE_SCHEDULER_CONFIG
+from qwen_fast.schedule.comparison import historical_errors
+from qwen_fast.schedule.configs import QWEN_IMAGE_SCHEDULER_CONFIG
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

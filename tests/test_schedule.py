@@ -9,11 +9,11 @@ import pytest
 import torch
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 
-import qwen_fast.schedule
+import qwen_fast.schedule.flow_match
 from qwen_fast import Schedule
 from qwen_fast.schedule import layered_mu, layered_sigmas
-from qwen_fast.testing import LIGHTNING_SCHEDULER_CONFIG as LIGHTNING
-from qwen_fast.testing import QWEN_IMAGE_SCHEDULER_CONFIG as QWEN_IMAGE
+from qwen_fast.schedule.configs import LIGHTNING_SCHEDULER_CONFIG as LIGHTNING
+from qwen_fast.schedule.configs import QWEN_IMAGE_SCHEDULER_CONFIG as QWEN_IMAGE
 
 PIXELS = (512, 1024, 1328, 2048)
 STEPS = (4, 8, 20, 50)
@@ -148,12 +148,12 @@ def _mu_through_exp(monkeypatch):
         share = (image_seq_len - config["base_image_seq_len"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
         return math.exp(low + share * (high - low))
 
-    monkeypatch.setattr(qwen_fast.schedule, "calculate_mu", calculate_mu)
+    monkeypatch.setattr(qwen_fast.schedule.flow_match, "calculate_mu", calculate_mu)
 
 
 def _with_schedule_op(monkeypatch, change):
-    op = qwen_fast.schedule.flow_match_schedule
-    monkeypatch.setattr(qwen_fast.schedule, "flow_match_schedule", lambda *a, **k: op(*change(*a, k), **k))
+    op = qwen_fast.schedule.flow_match.flow_match_schedule
+    monkeypatch.setattr(qwen_fast.schedule.flow_match, "flow_match_schedule", lambda *a, **k: op(*change(*a, k), **k))
 
 
 def _linspace_to_terminal(monkeypatch):

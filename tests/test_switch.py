@@ -14,7 +14,7 @@ import qwen_fast
 from pipelines import DTYPES, GUIDED, SMALL, assert_same_latents, assert_same_picture, draw, stock
 from qwen_fast.common.state import STATE
 from qwen_fast.pipeline import ACCELERATED
-from qwen_fast.testing import LIGHTNING_SCHEDULER_CONFIG as LIGHTNING
+from qwen_fast.schedule.configs import LIGHTNING_SCHEDULER_CONFIG as LIGHTNING
 
 PROMPT = {"prompt": "a red circle"}
 IMAGE = PIL.Image.effect_noise((96, 64), 90).convert("RGB")

@@ -18,7 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from qwen_fast import testing
-from qwen_fast.testing import LIGHTNING_SCHEDULER_CONFIG, QWEN_IMAGE_SCHEDULER_CONFIG, build_checkpoint
+from qwen_fast.schedule.configs import LIGHTNING_SCHEDULER_CONFIG, QWEN_IMAGE_SCHEDULER_CONFIG
+from qwen_fast.testing import build_checkpoint
 
 
 def digests(folder: Path) -> dict[str, str]:

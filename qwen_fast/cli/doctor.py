@@ -133,7 +133,8 @@ def accelerated() -> dict[str, str | None]:
 def check_schedule(device: str) -> tuple[bool, str]:
     """Our schedule on `device` against diffusers', for the base and the Lightning config over sizes and step counts."""
     from ..schedule import Schedule
-    from .schedule import compare, load_config
+    from ..schedule.comparison import compare
+    from ..schedule.configs import load_config
 
     count = 0
     for name in ("base", "lightning"):
@@ -156,7 +157,7 @@ def check_euler_step(device: str) -> tuple[bool, str]:
 
     from qwen_fast_kernels import euler_step
 
-    from .schedule import load_config
+    from ..schedule.configs import load_config
 
     config, _ = load_config("lightning")  # no terminal stretch: a curved schedule with one mu for every size
     generator = torch.Generator().manual_seed(0)

@@ -11,9 +11,10 @@ from typing import Any
 
 from ..common.hardware import device_and_dtype
 from ..common.options import DTYPES
+from ..schedule.configs import load_config
 from .loading import demo_checkpoint, library_output, load_pipeline
 from .pngs import PngWriter
-from .schedule import load_config, pixels, positive_int
+from .schedule import pixels, positive_int
 
 SUMMARY = "draw pictures from prompts"
 DESCRIPTION = """\

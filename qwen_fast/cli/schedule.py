@@ -2,13 +2,13 @@
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.family import PIXELS_PER_TOKEN, image_tokens
+from ..schedule.configs import load_config
 from .plot import plot_png, terminal_plot
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
     config, config_name = load_config(args.config or "base", args.model)
 
     from ..schedule import Schedule
+    from ..schedule.comparison import compare, historical_errors
 
     if args.json is not None:
         runs = [(steps, size, image_seq_len)]
@@ -150,40 +151,6 @@ def size_text(size: tuple[int, int] | None, image_seq_len: int) -> str:
     return "x".join(map(str, size)) if size else f"{image_seq_len} image tokens"
 
 
-def load_config(name: str, model: str | None = None) -> tuple[dict[str, Any], str]:
-    """A scheduler's config and what to call it.
-
-    Args:
-        name: "base", "lightning" or a JSON file; ignored when `model` is given.
-        model: a checkpoint's folder.
-    Raises:
-        FileNotFoundError, ValueError: no such file, or it does not hold a scheduler's config.
-    """
-    if model is None and name in ("base", "lightning"):
-        from .. import testing
-
-        known = {"base": testing.QWEN_IMAGE_SCHEDULER_CONFIG, "lightning": testing.LIGHTNING_SCHEDULER_CONFIG}
-        return dict(known[name]), name
-    path = Path(model, "scheduler", "scheduler_config.json") if model is not None else Path(name)
-    if not path.is_file():
-        if model is not None:
-            raise FileNotFoundError(f"--model {model}: {path} does not exist; a checkpoint's local folder is needed.")
-        raise FileNotFoundError(f"--config {name}: no such file; use base, lightning or a scheduler_config.json.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}; a scheduler's config (a JSON object) is needed.")
-    for key in ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "shift", "num_train_timesteps"):
-        value = config.get(key, 1)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{path}: {key} is {value!r}; a number is needed.")
-    if config.get("base_image_seq_len", 256) == config.get("max_image_seq_len", 4096):
-        raise ValueError(f"{path}: base_image_seq_len equals max_image_seq_len; a line needs two points.")
-    return config, str(path)
-
-
 def table(schedule: "Schedule", config: Mapping[str, Any], title: str, image_seq_len: int) -> str:
     """The schedule as text: one line a step, and the timestep as a bf16 model sees it."""
     import torch
@@ -201,57 +168,6 @@ def table(schedule: "Schedule", config: Mapping[str, Any], title: str, image_seq
         lines.append(f"{i:4d}  {sigma:.6f}  {timestep:8.2f}  {dt:9.6f}  {seen[i]:12.2f}")
     lines.append(f"{len(timesteps):4d}  {sigmas[-1]:.6f}\n")
     return "\n".join(lines)
-
-
-def compare(
-    config: Mapping[str, Any], schedule: "Schedule", image_seq_len: int, sigmas: list[float] | None
-) -> tuple[str, bool]:
-    """Compare with diffusers' scheduler, driven as its pipeline drives it: a sentence, and whether all is well."""
-    import diffusers
-    import numpy as np
-    import torch
-    from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
-
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(dict(config))
-    ours = schedule.num_inference_steps
-    keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-    mu = calculate_shift(image_seq_len, *(scheduler.config[key] for key in keys))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / ours, ours) if sigmas is None else sigmas, mu=mu, device="cpu")
-    name = f"diffusers {diffusers.__version__} FlowMatchEulerDiscreteScheduler"
-    if scheduler.sigmas.isnan().any() and schedule.sigmas.isfinite().all():
-        return f"{name}: gives NaN here, 0 / 0 in its stretch to shift_terminal; ours leaves the stretch out.", True
-    pairs = ((schedule.sigmas.cpu(), scheduler.sigmas), (schedule.timesteps.cpu(), scheduler.timesteps))
-    if all(torch.equal(a, b) for a, b in pairs):
-        return f"{name}: sigmas and timesteps equal bit for bit.", True
-    largest = [(a - b).abs().max().item() for a, b in pairs]
-    return f"{name}: DIFFERENT, by up to {largest[0]:.3g} in sigma and {largest[1]:.3g} in timestep.", False
-
-
-def historical_errors(config: Mapping[str, Any], steps: int, image_seq_len: int) -> dict[str, "Schedule"]:
-    """The schedule with each of the three errors of the implementation that this project corrects.
-
-    mu was interpolated geometrically (through ln and exp) instead of along a straight line; the input sigmas ran to
-    shift_terminal instead of 1/N; the stretch to shift_terminal was missing. What a config cannot show is left out.
-    """
-    import numpy as np
-
-    from ..schedule import Schedule
-
-    wrong = {}
-    if config.get("use_dynamic_shifting", False):
-        base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        if 0 < base != top > 0:
-            mu = math.exp(math.log(base) + (image_seq_len - low) / (high - low) * math.log(top / base))
-            wrong["mu through ln/exp"] = Schedule.from_config(config, steps, mu=mu)
-    terminal = config.get("shift_terminal")
-    if terminal:
-        sigmas = np.linspace(1.0, terminal, steps)
-        wrong["linspace to shift_terminal"] = Schedule.from_config(config, image_seq_len=image_seq_len, sigmas=sigmas)
-        unstretched = {**config, "shift_terminal": None}
-        wrong["no stretch"] = Schedule.from_config(unstretched, steps, image_seq_len=image_seq_len)
-    return wrong
 
 
 def golden_vectors(

@@ -23,11 +23,7 @@ def unsupported_reason(device: torch.device) -> str | None:
     return None
 
 
-def device_and_dtype(device: str, dtype: str) -> tuple["torch.device", "torch.dtype"]:
-    import torch
-
-    from qwen_fast.schedule import check_device
-
+def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

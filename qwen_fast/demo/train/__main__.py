@@ -17,7 +17,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 
 from ...common.hardware import device_and_dtype
-from ...testing import LIGHTNING_SCHEDULER_CONFIG
+from ...schedule.configs import LIGHTNING_SCHEDULER_CONFIG
 from .. import LIGHTNING, accuracy
 from .denoiser import encode_scenes, train_denoiser
 from .few_steps import STEPS, distil, draw_trajectories

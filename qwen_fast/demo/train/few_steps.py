@@ -13,7 +13,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
 from torch.nn.attention import sdpa_kernel
 
-from ...testing import LIGHTNING_SCHEDULER_CONFIG
+from ...schedule.configs import LIGHTNING_SCHEDULER_CONFIG
 from ..scenes import sample_request
 from .denoiser import ATTENTION, Batches, predict
 from .plan import Plan

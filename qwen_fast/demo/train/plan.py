@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ...testing import QWEN_IMAGE_SCHEDULER_CONFIG
+from ...schedule.configs import QWEN_IMAGE_SCHEDULER_CONFIG
 
 # Qwen-Image's, its straight line for mu on the scale of these pictures: 64x64 pixels, 16 tokens, get the shift that 256x256 get
 # there (0.5), and 96x64, 24 tokens, about that of 1024x1024 (0.7). With Qwen-Image's own line mu would hardly vary here.

@@ -12,7 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from qwen_fast_kernels import flow_match_schedule
 
-from .common.hardware import check_device
+from ..common.hardware import check_device
 
 
 def calculate_mu(image_seq_len: int, config: Mapping[str, Any]) -> float:
