@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from qwen_fast.attention import SDPA, _scaled_dot_product
+from qwen_fast.transformer.attention import SDPA, _scaled_dot_product
 from qwen_fast_kernels.joint_attention import joint_attention, launch_joint_attention
 
 from .attention_check import LAUNCHES, LIMIT

@@ -27,7 +27,7 @@ from qwen_fast.forwards import sampler_step
 from qwen_fast.schedule import Schedule, calculate_mu
 from qwen_fast.schedule.configs import QWEN_IMAGE_SCHEDULER_CONFIG
 from qwen_fast.testing import build_checkpoint
-from qwen_fast.transformer import detach
+from qwen_fast.transformer.attach import detach
 from qwen_fast_kernels.cfg_euler_step import cfg_euler_step_reference
 from qwen_fast_kernels.flow_match_schedule import flow_match_schedule_reference
 

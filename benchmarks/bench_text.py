@@ -26,7 +26,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import qwen_fast
 from qwen_fast.testing import build_checkpoint, initialize
-from qwen_fast.text import of_call
+from qwen_fast.text.encoding import of_call
 
 from .rows import append, git
 

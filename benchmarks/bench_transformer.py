@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from diffusers import QwenImageTransformer2DModel
 
-from qwen_fast.calls import ATTACHED, Packed, accelerated
 from qwen_fast.common.state import State
-from qwen_fast.conditions import TableConditions
 from qwen_fast.testing import initialize
-from qwen_fast.transformer import attach
+from qwen_fast.transformer.attach import attach
+from qwen_fast.transformer.call import ATTACHED, Packed, accelerated
+from qwen_fast.transformer.conditions import TableConditions
 
 from .machine import provenance
 from .measure import Difference, Spread, interleaved, ratio

@@ -8,7 +8,7 @@ import accelerate
 import diffusers
 import torch
 
-from qwen_fast.checkpoint import check_folder
+from qwen_fast.loading import check_folder
 from qwen_fast.schedule.configs import QWEN_IMAGE_SCHEDULER_CONFIG
 from qwen_fast.testing import initialize
 

@@ -15,8 +15,8 @@ import torch
 
 import qwen_fast
 from qwen_fast.testing import initialize
-from qwen_fast.vae_bands import choose
-from qwen_fast.vae_layers import decoder_layers
+from qwen_fast.vae.bands import choose
+from qwen_fast.vae.layers import decoder_layers
 
 from .live_bytes import LiveBytes
 from .rows import append, git

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from .reporting import report
     from .schedule import Schedule
     from .switch import disable, enable
-    from .transformer import QwenImageTransformer2DModel
-    from .vae import disable_vae, enable_vae
+    from .transformer.model import QwenImageTransformer2DModel
+    from .vae.pictures import disable_vae, enable_vae
 
 __version__ = "0.1.0"
 __all__ = ["QwenImagePipeline", "QwenImageTransformer2DModel", "Schedule", "disable", "disable_vae", "enable", "enable_vae"]
@@ -21,12 +21,12 @@ __all__ += ["generate", "report"]
 # Imported at first use: the command line answers `--help` and typing errors without waiting for torch and diffusers.
 _HOMES = {
     "QwenImagePipeline": "pipeline",
-    "QwenImageTransformer2DModel": "transformer",
+    "QwenImageTransformer2DModel": "transformer.model",
     "Schedule": "schedule",
     "disable": "switch",
-    "disable_vae": "vae",
+    "disable_vae": "vae.pictures",
     "enable": "switch",
-    "enable_vae": "vae",
+    "enable_vae": "vae.pictures",
     "generate": "drawing",
     "report": "reporting",
 }

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from . import graph
-from .calls import CALL, accelerated, lora_scale
 from .common.stages import steps
 from .common.state import logger
 from .forwards import Forwards, Task, sampler_step
+from .transformer.call import CALL, accelerated, lora_scale
 
 _STEPS_AHEAD = 2  # the host may prepare so many steps before it waits: `interrupt` and the progress bar stay honest
 

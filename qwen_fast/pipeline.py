@@ -13,23 +13,22 @@ from diffusers.pipelines.qwenimage import QwenImagePipelineOutput
 from packaging.version import Version
 
 from . import scheduler as fast_scheduler
-from .calls import ATTACHED, accelerated
-from .checkpoint import check_folder
 from .common.hardware import unsupported_reason
 from .common.options import check_options, check_text_options, check_vae_memory, writable_folder
 from .common.stages import stage, staged
 from .common.state import STATE, State, logger
-from .conditions import ScheduledConditions
 from .denoise import denoise
 from .forwards import Task
 from .inputs import check_attention, check_call
-from .loading import load
+from .loading import check_folder, load
 from .mixin import AcceleratedPipeline
-from .modulation import table_reason
 from .schedule import Schedule
-from .text import configure as configure_texts
-from .text import of_call as texts_of_call
-from .text import repeated
+from .text.encoding import configure as configure_texts
+from .text.encoding import of_call as texts_of_call
+from .text.encoding import repeated
+from .transformer.call import ATTACHED, accelerated
+from .transformer.conditions import ScheduledConditions
+from .transformer.modulation import table_reason
 
 
 def _stock_loop(stock: type) -> Callable[..., Any]:

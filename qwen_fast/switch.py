@@ -9,7 +9,7 @@ from .common.hardware import unsupported_reason
 from .common.options import check_options, check_text_options, check_vae_memory, writable_folder
 from .common.state import STATE, State, logger
 from .pipeline import ACCELERATED
-from .text import configure as configure_texts
+from .text.encoding import configure as configure_texts
 
 Pipeline = TypeVar("Pipeline")
 

@@ -9,10 +9,10 @@ from diffusers import QwenImageTransformer2DModel
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers import transformer_qwenimage
 
-from qwen_fast.calls import accelerated
 from qwen_fast.common.state import State
 from qwen_fast.testing import initialize
-from qwen_fast.transformer import attach, detach
+from qwen_fast.transformer.attach import attach, detach
+from qwen_fast.transformer.call import accelerated
 
 SIZES = {"in_channels": 16, "out_channels": 4, "num_layers": 3, "num_attention_heads": 2, "joint_attention_dim": 24}
 HEAD_SIZES = {"attention_head_dim": 32, "axes_dims_rope": (4, 14, 14)}

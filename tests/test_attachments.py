@@ -84,7 +84,7 @@ def test_attention_backend_of_the_model(pair, arguments):
 
 
 def test_the_backend_that_the_user_chose_is_the_one_that_runs(pair, monkeypatch):
-    from qwen_fast import attention
+    from qwen_fast.transformer import attention
 
     used = []
     dispatch = attention.dispatch_attention_fn

@@ -6,9 +6,9 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from qwen_fast import attention
 from qwen_fast.common import proofs
-from qwen_fast.layout import build_layout
+from qwen_fast.transformer import attention
+from qwen_fast.transformer.layout import build_layout
 from qwen_fast_kernels._kept import Kept
 
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen_fast.checkpoint import check_folder
 from qwen_fast.common.family import FAMILY
+from qwen_fast.loading import check_folder
 from qwen_fast.testing import build_checkpoint
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"

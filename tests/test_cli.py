@@ -295,7 +295,7 @@ def test_doctor_finds_a_wrong_schedule_a_wrong_step_and_a_broken_import(capsys, 
         assert main(["doctor"]) == 1
         assert "FAIL euler_step on cpu: torch.bfloat16, step 0: differs" in capsys.readouterr().out
     with monkeypatch.context() as patch:
-        from qwen_fast import blocks
+        from qwen_fast.transformer import blocks
 
         patch.setattr(blocks, "qk_norm_rope", lambda *args: None)
         assert main(["doctor"]) == 1

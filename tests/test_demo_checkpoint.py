@@ -11,13 +11,13 @@ from safetensors import safe_open
 import qwen_fast
 from pipelines import assert_ran_fast, draw, stock
 from qwen_fast import demo
-from qwen_fast.checkpoint import check_folder
 from qwen_fast.demo import __main__ as main
 from qwen_fast.demo.accuracy import draw as draw_and_judge
 from qwen_fast.demo.accuracy import held_out_requests
 from qwen_fast.demo.judge import judge
 from qwen_fast.demo.scenes import Request
 from qwen_fast.demo.train.plan import SCHEDULER_CONFIG
+from qwen_fast.loading import check_folder
 from qwen_fast.schedule.configs import LIGHTNING_SCHEDULER_CONFIG
 
 CALL = {"negative_prompt": " ", "true_cfg_scale": 4.0, "num_inference_steps": 20}

@@ -13,8 +13,8 @@ import torch
 import qwen_fast
 from pipelines import GUIDED, assert_ran_fast, assert_same_latents, draw, in_fp32, stock
 from qwen_fast import denoise, forwards, graph
-from qwen_fast.vae_bands import choose
-from qwen_fast.vae_layers import decoder_layers
+from qwen_fast.vae.bands import choose
+from qwen_fast.vae.layers import decoder_layers
 from support.emulated_cuda import IllegalInCapture, StepsBar, notes
 
 PROMPT = {"prompt": "a red circle"}
@@ -24,7 +24,7 @@ IMAGE = {"image": PICTURE, "strength": 0.9}
 TWO = {"prompt": ["a red circle", "two green squares on a hill"], "negative_prompt": ["x", "low quality"]}
 PACE = "qwen_fast/denoise.py"  # the host stays two steps ahead of the device, by events
 STOCK_INPAINT = ("pipeline_qwenimage_inpaint.py", "scheduling_flow_match_euler_discrete.py")
-SIGNATURE = "qwen_fast/modulation.py"  # of the weights, read where somebody may have changed them
+SIGNATURE = "qwen_fast/transformer/modulation.py"  # of the weights, read where somebody may have changed them
 
 
 def add_lora(pipe: Any) -> None:

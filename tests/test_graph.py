@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import qwen_fast
 from pipelines import GUIDED, SMALL, assert_same_latents, draw, stock
 from qwen_fast import graph
-from qwen_fast.calls import ATTACHED
+from qwen_fast.transformer.call import ATTACHED
 
 PROMPT = {"prompt": "a red circle"}
 LONGER = {"prompt": "a red circle on a"}

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 import qwen_fast
 from pipelines import GUIDED, draw
-from qwen_fast import checkpoint as checkpoints
-from qwen_fast import loading
-from qwen_fast.checkpoint import check_folder
 from qwen_fast.common.stages import record
+from qwen_fast.loading import check_folder
+from qwen_fast.loading import checkpoint as checkpoints
+from qwen_fast.loading import weights as loading
 from qwen_fast.testing import build_checkpoint
 
 MODELS = ("transformer", "vae", "text_encoder")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qwen_fast import modulation
-from qwen_fast.modulation import TableCache, compute_table, table_reason, weights_signature
+from qwen_fast.transformer import modulation
+from qwen_fast.transformer.modulation import TableCache, compute_table, table_reason, weights_signature
 from small_transformer import (
     assert_equals_stock,
     build,

@@ -15,9 +15,9 @@ import torch
 import pipelines
 import qwen_fast
 from pipelines import GUIDED, draw
-from qwen_fast import text
 from qwen_fast.common import placement
-from qwen_fast.prompt_cache import Encoded, PromptCache
+from qwen_fast.text import encoding as text
+from qwen_fast.text.cache import Encoded, PromptCache
 from small_transformer import pretend_elsewhere
 
 CPU = torch.device("cpu")

@@ -9,10 +9,11 @@ import torch
 
 import qwen_fast
 from oracle import fused, in_float64, inputs, transformer
-from qwen_fast import transformer as fused_transformer
-from qwen_fast.calls import ATTACHED, accelerated
 from qwen_fast.common.state import State
-from qwen_fast.transformer import STOCK, STOCK_BLOCK, attach, detach
+from qwen_fast.transformer import model as fused_transformer
+from qwen_fast.transformer.attach import attach, detach
+from qwen_fast.transformer.call import ATTACHED, accelerated
+from qwen_fast.transformer.model import STOCK, STOCK_BLOCK
 
 HOLES = torch.tensor([[1, 1, 0, 1, 1, 0, 1], [1, 1, 1, 1, 0, 0, 0]])
 REFERENCES = [[(1, 4, 6), (1, 2, 4), (1, 3, 3)]]

@@ -8,9 +8,9 @@ import torch
 
 import qwen_fast
 from pipelines import DTYPES, GUIDED, assert_ran_fast, draw, stock
-from qwen_fast import vae as fast_vae
 from qwen_fast.common.state import State
 from qwen_fast.testing import initialize
+from qwen_fast.vae import pictures as fast_vae
 
 PROMPT = {"prompt": "a red circle"}
 

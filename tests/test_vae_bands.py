@@ -11,11 +11,12 @@ import torch
 
 import qwen_fast
 from benchmarks.live_bytes import LiveBytes
-from qwen_fast import vae_bands, vae_layers
 from qwen_fast.common.state import STATE
 from qwen_fast.testing import initialize
-from qwen_fast.vae_bands import Plan, Sizes, choose, memory_limit, run, whole_peak
-from qwen_fast.vae_layers import Stream, decoder_layers, encoder_layers
+from qwen_fast.vae import bands as vae_bands
+from qwen_fast.vae import layers as vae_layers
+from qwen_fast.vae.bands import Plan, Sizes, choose, memory_limit, run, whole_peak
+from qwen_fast.vae.layers import Stream, decoder_layers, encoder_layers
 
 NEWER = hasattr(diffusers, "AutoencoderKLQwenImage21")
 FAMILY = ["qwenimage", pytest.param("qwenimage21", marks=pytest.mark.skipif(not NEWER, reason="an older diffusers"))]

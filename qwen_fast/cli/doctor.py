@@ -183,10 +183,10 @@ def check_transformer(device: str) -> tuple[bool, str]:
     import diffusers
     import torch
 
-    from ..calls import accelerated
     from ..common.state import State
     from ..testing import initialize
-    from ..transformer import attach
+    from ..transformer.attach import attach
+    from ..transformer.call import accelerated
 
     generator = torch.Generator().manual_seed(0)
     weights = diffusers.QwenImageTransformer2DModel(

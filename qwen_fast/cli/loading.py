@@ -58,9 +58,8 @@ def load_pipeline(
     import diffusers
 
     from .. import QwenImagePipeline
-    from ..checkpoint import check_folder
     from ..common.stages import stage
-    from ..loading import load
+    from ..loading import check_folder, load
 
     check_folder(model, hub_ids=True)
     kind = diffusers.QwenImagePipeline.load_config(model).get("_class_name")

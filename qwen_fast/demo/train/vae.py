@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 
-from ... import vae as image_vae
 from ...common.state import State
+from ...vae import pictures as image_vae
 from ..scenes import Scene, lay_out, render, sample_request
 from .plan import Plan
 from .progress import Progress, load_state, save_state

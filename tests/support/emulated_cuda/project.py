@@ -14,7 +14,7 @@ _KEPT = {
     "qwen_fast_kernels.tuning": ("get_config", "_measured"),
     "qwen_fast_kernels._kept": ("environment",),
     "qwen_fast.common.proofs": ("kept", "attention_is_right", "_VERDICTS"),
-    "qwen_fast.attention": ("fastest", "MEASURED"),
+    "qwen_fast.transformer.attention": ("fastest", "MEASURED"),
 }
 
 
@@ -36,8 +36,8 @@ def answered(attention: str) -> Iterator[None]:
     What is imported is the project's own: without it there is nothing to answer.
     """
     try:
-        from qwen_fast import attention as choice
         from qwen_fast.common import proofs
+        from qwen_fast.transformer import attention as choice
         from qwen_fast_kernels import proof
     except ImportError:
         yield

@@ -13,12 +13,12 @@ import torch
 from diffusers.utils import USE_PEFT_BACKEND
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 
+from ..common.state import State
+from ..text.cache import Encoded
 from .blocks import Address
-from .common.state import State
 from .conditions import Conditions
 from .layout import Layout
 from .modulation import TableCache
-from .prompt_cache import Encoded
 
 ATTACHED = "_qwen_fast_attachment"  # the one attribute that an attached model carries
 

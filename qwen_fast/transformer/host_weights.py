@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .common.hardware import free_bytes
-from .common.placement import (
+from ..common.hardware import free_bytes
+from ..common.placement import (
     _apply_on_host,
     _offload_group,
     _release,
@@ -23,7 +23,7 @@ from .common.placement import (
     on_device,
     weights_reason,
 )
-from .common.state import logger
+from ..common.state import logger
 
 _GROUP_MODULES = "_qwen_fast_modules"  # on a group of diffusers' group offloading: the modules it had before
 

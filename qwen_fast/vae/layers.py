@@ -15,7 +15,7 @@ from torch import nn
 
 from qwen_fast_kernels import rms_norm_silu
 
-from .common.hooks import is_hooked
+from ..common.hooks import is_hooked
 
 try:
     from diffusers.models.autoencoders import autoencoder_kl_qwenimage21 as qwenimage21

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .vae_layers import Layer, Stream, channels_last
+from .layers import Layer, Stream, channels_last
 
 # Elements of a tensor on CUDA: torch's upsampling counts in 32 bits, and older cuDNN does.
 MOST_ON_CUDA = 2**31 - 1

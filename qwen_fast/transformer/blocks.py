@@ -3,18 +3,18 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from torch import nn
 
-from qwen_fast_kernels import ada_layer_norm, gated_residual, gated_residual_ada_layer_norm, linear_gelu, qk_norm_rope
+from qwen_fast_kernels import ada_layer_norm, gated_residual, gated_residual_ada_layer_norm, qk_norm_rope
 
+from ..common.hooks import is_hooked
 from .attention import attend
-from .common.hooks import is_hooked, is_plain_linear
 from .layout import Layout
+from .linear import feed_forward_into, linear_into
 from .modulation import BlockModulation
 
 
@@ -108,30 +108,6 @@ class Rows:
         self.residual, self.normed = gated_residual_ada_layer_norm(
             self.residual, self.branch, gate, shift, scale, step_index, self.split, token_rows, clip=clip
         )
-
-
-def linear_into(module: nn.Module, rows: torch.Tensor, out: torch.Tensor) -> None:
-    """`out[:] = module(rows)`; a plain linear layer writes there itself."""
-    if rows.shape[0] == 0:
-        return
-    if not is_plain_linear(module) or module.weight.dtype != rows.dtype:
-        out.copy_(module(rows))
-    elif module.bias is None:
-        torch.mm(rows, module.weight.t(), out=out)
-    else:
-        torch.addmm(module.bias, rows, module.weight.t(), out=out)
-
-
-def feed_forward_into(module: FeedForward, rows: torch.Tensor, out: torch.Tensor) -> None:
-    """`out[:] = module(rows)`, for a feed-forward with tanh-approximated GELU."""
-    if rows.shape[0] == 0:
-        return
-    up, down = module.net[0].proj, module.net[2]
-    if is_plain_linear(up) and up.weight.dtype == rows.dtype:
-        hidden = linear_gelu(rows, up.weight, up.bias)
-    else:
-        hidden = F.gelu(up(rows), approximate="tanh")
-    linear_into(down, hidden, out)
 
 
 def stock_reason(block: nn.Module) -> str | None:

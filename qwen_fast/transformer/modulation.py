@@ -15,10 +15,10 @@ import diffusers
 import torch
 from torch import nn
 
-from .common.files import read_checked, write_whole
-from .common.fingerprint import Signature, modules_signature
-from .common.options import writable_folder
-from .common.placement import bringing_hook, on_device, on_device_in_turn
+from ..common.files import read_checked, write_whole
+from ..common.fingerprint import Signature, modules_signature
+from ..common.options import writable_folder
+from ..common.placement import bringing_hook, on_device, on_device_in_turn
 from .host_weights import disk_reason, modulation_modules
 
 

@@ -18,12 +18,12 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCaus
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import nn
 
-from .common.hooks import OURS, rebind_forward
-from .common.options import check_vae_memory
-from .common.proofs import require_vae
-from .common.state import STATE, State, logger
-from .vae_bands import MOST_ON_CUDA, choose, memory_limit, run, whole_peak
-from .vae_layers import Layer, decoder_layers, encoder_layers
+from ..common.hooks import OURS, rebind_forward
+from ..common.options import check_vae_memory
+from ..common.proofs import require_vae
+from ..common.state import STATE, State, logger
+from .bands import MOST_ON_CUDA, choose, memory_limit, run, whole_peak
+from .layers import Layer, decoder_layers, encoder_layers
 
 STOCK = diffusers.AutoencoderKLQwenImage
 STOCK_OF_21 = getattr(diffusers, "AutoencoderKLQwenImage21", None)  # newer than the oldest diffusers we take

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from .common.files import read_checked, write_whole
-from .common.options import writable_folder
+from ..common.files import read_checked, write_whole
+from ..common.options import writable_folder
 
 
 class Encoded:

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwen_fast_kernels import joint_attention
 
-from .common import proofs
+from ..common import proofs
 from .layout import Layout
 
 # torch's implementations by name: its own choice among them depends on an order that changes with its version.

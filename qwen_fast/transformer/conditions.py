@@ -5,7 +5,7 @@ from typing import Protocol
 import diffusers
 import torch
 
-from .common.stages import stage
+from ..common.stages import stage
 from .modulation import BlockModulation, ModulationTable, TableCache
 
 

@@ -20,16 +20,16 @@ from diffusers.models.transformers import transformer_qwenimage
 
 from qwen_fast_kernels import ada_layer_norm
 
-from .blocks import Address, Rows, linear_into, stock_reason
-from .calls import ATTACHED, CALL, Attachment, Call, Packed, SharedForward, lora_scale
-from .common.fingerprint import modules_signature
-from .common.hooks import OURS, is_hooked, rebind_forward
-from .common.proofs import require_transformer
-from .common.state import State
+from ..common.fingerprint import modules_signature
+from ..common.hooks import OURS, is_hooked, rebind_forward
+from ..common.proofs import require_transformer
+from ..common.state import State
+from .blocks import Address, Rows, stock_reason
+from .call import ATTACHED, CALL, Attachment, Call, Packed, SharedForward, lora_scale
 from .conditions import Conditions, LayerConditions
-from .host_weights import disk_reason, host_bytes, keep_on_host, return_to_device
+from .host_weights import disk_reason, host_bytes
 from .layout import ImageShapes, Layout, build_layout, check_image_shapes
-from .modulation import TableCache
+from .linear import linear_into
 
 STOCK = diffusers.QwenImageTransformer2DModel
 STOCK_BLOCK = transformer_qwenimage.QwenImageTransformerBlock
@@ -88,7 +88,7 @@ class QwenImageTransformer2DModel(STOCK):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.__dict__[ATTACHED] = Attachment(own=State(modulation="layers"))
-        _swap_blocks(self, STOCK_BLOCK, QwenImageTransformerBlock)
+        swap_blocks(self, STOCK_BLOCK, QwenImageTransformerBlock)
 
     def forward(self, *args, **kwargs):
         call = None if torch.compiler.is_compiling() else self._call()
@@ -342,46 +342,13 @@ class QwenImageTransformer2DModel(STOCK):
         return kept[key]
 
 
-def attach(model: torch.nn.Module, state: State) -> str | None:
-    """Make `model` ours for the calls of the pipeline that `state` belongs to; returns why it cannot be, or None."""
-    if type(model) not in (STOCK, QwenImageTransformer2DModel):
-        return f"transformer is a {type(model).__name__}, not a QwenImageTransformer2DModel"
-    attachment = model.__dict__.get(ATTACHED)
-    if attachment is None:
-        attachment = model.__dict__[ATTACHED] = Attachment()
-        model.__class__ = QwenImageTransformer2DModel
-        rebind_forward(model)
-        _swap_blocks(model, STOCK_BLOCK, QwenImageTransformerBlock)
-    attachment.users.add(state)
-    if state.modulation_cache != attachment.tables.folder:
-        attachment.tables = TableCache(folder=state.modulation_cache)
-    if state.modulation == "table":
-        keep_on_host(model)
-    return None
-
-
-def detach(model: torch.nn.Module, state: State) -> None:
-    """Take the pipeline of `state` off `model`; the last one makes it stock again and brings its weights back."""
-    attachment = model.__dict__.get(ATTACHED)
-    if attachment is None:
-        return
-    if not any(user.modulation == "table" for user in attachment.users if user is not state):
-        return_to_device(model)  # raises where memory is too short, and then nothing has changed
-    attachment.users.discard(state)
-    if not attachment.users and attachment.own is None:
-        del model.__dict__[ATTACHED]
-        model.__class__ = STOCK
-        rebind_forward(model)
-        _swap_blocks(model, QwenImageTransformerBlock, STOCK_BLOCK)
-
-
 def _as_batches(residual: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
     """Joint rows as `[B, S_txt, C]` and `[B, S_img, C]`, for a layout whose sequences have equal lengths."""
     text = residual[: layout.txt_rows].unflatten(0, (layout.sequences, layout.txt_lengths[0]))
     return text, residual[layout.txt_rows :].unflatten(0, (layout.sequences, layout.img_lengths[0]))
 
 
-def _swap_blocks(model: torch.nn.Module, old: type, new: type) -> None:
+def swap_blocks(model: torch.nn.Module, old: type, new: type) -> None:
     if new is QwenImageTransformerBlock and new not in TransformerBlockRegistry._registry:
         # Cache hooks of diffusers look a block's outputs up by its class.
         TransformerBlockRegistry.register(new, copy.copy(TransformerBlockRegistry.get(old)))

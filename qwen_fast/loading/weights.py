@@ -17,9 +17,9 @@ import torch
 from packaging.version import Version
 from torch import nn
 
+from ..common.hardware import check_device, free_bytes
+from ..common.stages import stage
 from .checkpoint import Headers, check_folder
-from .common.hardware import check_device, free_bytes
-from .common.stages import stage
 
 # Loader arguments that say where weights go or what they become, as `device` does.
 _OTHER_PLACES = ("device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config")

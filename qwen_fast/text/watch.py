@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .common.fingerprint import adapter_state, modules_signature, plain_tensors, sample_places
-from .common.hooks import is_own_forward
-from .common.placement import group_keeps_on_disk
+from ..common.fingerprint import adapter_state, modules_signature, plain_tensors, sample_places
+from ..common.hooks import is_own_forward
+from ..common.placement import group_keeps_on_disk
 
 _SAMPLES = 8  # elements of a tensor that every look reads (its time goes into cache misses); the fingerprint itself reads 256
 _VISION = "visual"  # no text passes through it

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from safetensors import SafetensorError, safe_open
 
-from .common.family import FAMILY
+from ..common.family import FAMILY
 
 _INDEX = "model_index.json"
 _AGAIN = "copy or download it again"

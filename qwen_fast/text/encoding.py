@@ -20,11 +20,11 @@ import transformers
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from .common.hooks import is_hooked
-from .common.placement import on_device, to_device, to_host, weights_reason
-from .common.state import State, logger
-from .encoder_watch import EncoderWatch
-from .prompt_cache import Encoded, PromptCache
+from ..common.hooks import is_hooked
+from ..common.placement import on_device, to_device, to_host, weights_reason
+from ..common.state import State, logger
+from .cache import Encoded, PromptCache
+from .watch import EncoderWatch
 
 STOCK = transformers.Qwen2_5_VLForConditionalGeneration
 
