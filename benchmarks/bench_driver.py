@@ -23,7 +23,7 @@ from budget import assert_bit_equal
 from oracle import in_float64
 from pipelines import assert_same_latents, draw, in_fp32, stock
 from qwen_fast.common.state import State
-from qwen_fast.forwards import sampler_step
+from qwen_fast.denoise.denoiser import sampler_step
 from qwen_fast.schedule import Schedule, calculate_mu
 from qwen_fast.schedule.configs import QWEN_IMAGE_SCHEDULER_CONFIG
 from qwen_fast.testing import build_checkpoint

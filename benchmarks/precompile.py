@@ -15,7 +15,7 @@ from .cases import Case, Maker
 from .compile_table import SHARED_LIMIT, faults, machine_code
 from .offline import compile_only
 
-_WORKER = "from qwen_fast.cli.loading import benchmarks; benchmarks('precompile').worker()"
+_WORKER = "from qwen_fast.pipelines.opening import benchmarks; benchmarks('precompile').worker()"
 
 
 def compile_one(case: Case, config: dict, log: list, shared_limit: int) -> str | None:

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from diffusers.utils import logging
 
+from qwen_fast.cli import arguments
+from qwen_fast.cli.arguments import positive_int
 from qwen_fast.cli.pngs import save_png
-from qwen_fast.cli.schedule import pixels, positive_int
 from qwen_fast.common.hardware import check_device
 from qwen_fast.demo import checkpoint
 from qwen_fast.demo.judge import Verdict, judge
@@ -199,7 +200,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--modes", nargs="+", metavar="MODE", help=f"default: all that the checkpoint has of {', '.join(MODES)}")
     found.add_argument("--seeds", type=positive_int, default=200, metavar="N", help="pictures a mode (default: 200)")
-    found.add_argument("--sizes", type=_size, nargs="+", default=[(64, 64)], metavar="WxH", help="default: 64x64")
+    found.add_argument("--sizes", type=arguments.size, nargs="+", default=[(64, 64)], metavar="WxH", help="default: 64x64")
     found.add_argument("--steps", type=positive_int, nargs="+", default=[20], metavar="N", help="default: 20")
     found.add_argument("--model", metavar="FOLDER", help="a checkpoint of the demo's world (default: the demo's)")
     found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
@@ -214,11 +215,6 @@ def parser() -> argparse.ArgumentParser:
 
 def _fits(mode: Mode, folder: Path) -> bool:
     return mode.needs is None or (folder / mode.needs).is_dir()
-
-
-def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.partition("x")
-    return pixels(width), pixels(height)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

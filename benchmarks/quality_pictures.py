@@ -20,10 +20,10 @@ from safetensors.numpy import load_file, save_file
 
 import qwen_fast
 import qwen_fast_kernels
-from qwen_fast.cli.loading import library_output, load_pipeline
 from qwen_fast.demo.accuracy import held_out_requests
 from qwen_fast.demo.scenes import Request
 from qwen_fast.loading import check_folder
+from qwen_fast.pipelines.opening import library_output, load_pipeline
 
 from .quality_modes import Mode, Setting
 

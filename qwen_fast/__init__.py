@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 from . import versions
 
 if TYPE_CHECKING:
-    from .drawing import generate
-    from .pipeline import QwenImagePipeline
-    from .reporting import report
+    from .pipelines.enable import disable, enable
+    from .pipelines.generate import generate
+    from .pipelines.report import report
+    from .pipelines.text_to_image import QwenImagePipeline
     from .schedule import Schedule
-    from .switch import disable, enable
     from .transformer.model import QwenImageTransformer2DModel
     from .vae.pictures import disable_vae, enable_vae
 
@@ -20,15 +20,15 @@ __all__ += ["generate", "report"]
 
 # Imported at first use: the command line answers `--help` and typing errors without waiting for torch and diffusers.
 _HOMES = {
-    "QwenImagePipeline": "pipeline",
+    "QwenImagePipeline": "pipelines.text_to_image",
     "QwenImageTransformer2DModel": "transformer.model",
     "Schedule": "schedule",
-    "disable": "switch",
+    "disable": "pipelines.enable",
     "disable_vae": "vae.pictures",
-    "enable": "switch",
+    "enable": "pipelines.enable",
     "enable_vae": "vae.pictures",
-    "generate": "drawing",
-    "report": "reporting",
+    "generate": "pipelines.generate",
+    "report": "pipelines.report",
 }
 
 

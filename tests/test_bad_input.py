@@ -6,7 +6,7 @@ import torch
 
 import qwen_fast
 from pipelines import GUIDED, SMALL, assert_same_latents, draw, stock
-from qwen_fast.pipeline import ACCELERATED
+from qwen_fast.pipelines.family import ACCELERATED
 from test_switch import EDITING, snapshot
 
 EMBEDS = torch.zeros(1, 9, 32)
@@ -107,7 +107,9 @@ def test_a_folder_that_is_no_checkpoint(tmp_path):
 
 
 def test_hardware_that_triton_does_not_support(checkpoint, monkeypatch, caplog):
-    monkeypatch.setattr("qwen_fast.switch.unsupported_reason", lambda device: "Tesla T4 is sm_75; sm_80 or newer is needed")
+    monkeypatch.setattr(
+        "qwen_fast.pipelines.enable.unsupported_reason", lambda device: "Tesla T4 is sm_75; sm_80 or newer is needed"
+    )
     pipe = stock(checkpoint)
     assert type(qwen_fast.enable(pipe)) is diffusers.QwenImagePipeline
     assert "stays on stock diffusers: Tesla T4 is sm_75" in caplog.text
@@ -121,7 +123,7 @@ def test_moved_to_unsupported_hardware_after_enable(checkpoint, monkeypatch, cls
     arguments = {"prompt": "a red circle"} | SMALL | EDITING.get(cls, {})
     expected = draw(pipe, **arguments)
     qwen_fast.enable(pipe)
-    monkeypatch.setattr("qwen_fast.pipeline.unsupported_reason", lambda device: "Tesla T4 is sm_75")
+    monkeypatch.setattr("qwen_fast.pipelines.text_to_image.unsupported_reason", lambda device: "Tesla T4 is sm_75")
     assert torch.equal(draw(pipe, **arguments), expected)
     report = qwen_fast.report(pipe)
     assert report.fallbacks == {"Tesla T4 is sm_75": 1}

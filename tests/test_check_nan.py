@@ -6,7 +6,7 @@ import torch
 
 import qwen_fast
 from pipelines import GUIDED, draw, stock
-from qwen_fast.denoise import FiniteCheck
+from qwen_fast.denoise.loop import FiniteCheck
 
 PROMPT = {"prompt": ["a red circle", "a cat"]}
 

@@ -11,9 +11,10 @@ import torch
 from PIL import Image, ImageChops
 
 from cli_errors import refused
-from qwen_fast import demo, drawing
+from qwen_fast import demo
 from qwen_fast.cli import generate, main, pngs
 from qwen_fast.demo.judge import judge
+from qwen_fast.pipelines import generate as drawing
 
 
 @pytest.fixture

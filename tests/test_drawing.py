@@ -9,8 +9,8 @@ import torch
 
 import qwen_fast
 from pipelines import stock
-from qwen_fast import drawing
 from qwen_fast.common.stages import record
+from qwen_fast.pipelines import generate as drawing
 
 PROMPTS = ["a red fox", "a blue bird over the sea", "a red fox"]
 SETTINGS = {"negative_prompt": "blurry", "true_cfg_scale": 3.7, "height": 64, "width": 96, "num_inference_steps": 2}
@@ -137,7 +137,7 @@ def test_nothing_is_decoded_beside_the_next_on_the_cpu(pipe):
 
 def test_what_keeps_the_decoding_in_turn(pipe, monkeypatch):
     monkeypatch.setattr(diffusers.QwenImagePipeline, "_execution_device", torch.device("cuda"))
-    monkeypatch.setattr("qwen_fast.pipeline.unsupported_reason", lambda device: None)
+    monkeypatch.setattr("qwen_fast.pipelines.text_to_image.unsupported_reason", lambda device: None)
     free = 10 * 2**30
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 2**30))
     assert drawing._reason_against(pipe, SETTINGS) is None

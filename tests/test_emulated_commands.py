@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qwen_fast.cli import main
-from qwen_fast.cli.loading import benchmarks
+from qwen_fast.cli.benchmarks import benchmarks
 from support.emulated_cuda import environment_of_children, notes
 
 pytestmark = pytest.mark.triton

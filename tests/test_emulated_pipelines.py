@@ -12,7 +12,9 @@ import torch
 
 import qwen_fast
 from pipelines import GUIDED, assert_ran_fast, assert_same_latents, draw, in_fp32, stock
-from qwen_fast import denoise, forwards, graph
+from qwen_fast.denoise import denoiser as forwards
+from qwen_fast.denoise import graph
+from qwen_fast.denoise import loop as denoise
 from qwen_fast.vae.bands import choose
 from qwen_fast.vae.layers import decoder_layers
 from support.emulated_cuda import IllegalInCapture, StepsBar, notes
@@ -22,7 +24,7 @@ PICTURE = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 96,
 MASK = PIL.Image.fromarray(np.random.default_rng(1).integers(0, 2, (64, 96), dtype=np.uint8) * 255)
 IMAGE = {"image": PICTURE, "strength": 0.9}
 TWO = {"prompt": ["a red circle", "two green squares on a hill"], "negative_prompt": ["x", "low quality"]}
-PACE = "qwen_fast/denoise.py"  # the host stays two steps ahead of the device, by events
+PACE = "qwen_fast/denoise/loop.py"  # the host stays two steps ahead of the device, by events
 STOCK_INPAINT = ("pipeline_qwenimage_inpaint.py", "scheduling_flow_match_euler_discrete.py")
 SIGNATURE = "qwen_fast/transformer/modulation.py"  # of the weights, read where somebody may have changed them
 
@@ -328,7 +330,7 @@ def test_a_wait_in_the_loop_is_seen(checkpoint, emulated_cuda, monkeypatch, faul
     pipe.progress_bar = StepsBar(emulated_cuda.notes)
     fault(monkeypatch)
     draw(pipe, **GUIDED, **PROMPT)
-    with pytest.raises(AssertionError, match="qwen_fast/denoise.py|tests/test_emulated"):
+    with pytest.raises(AssertionError, match="qwen_fast/denoise/loop.py|tests/test_emulated"):
         assert_steps_go_on(emulated_cuda.notes)
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qwen_fast
 from pipelines import GUIDED, SMALL, assert_same_latents, draw, stock
-from qwen_fast import graph
+from qwen_fast.denoise import graph
 from qwen_fast.transformer.call import ATTACHED
 
 PROMPT = {"prompt": "a red circle"}
@@ -211,7 +211,7 @@ def test_a_graph_keeps_what_it_reads(pair, captures):
 
 
 def test_memory_too_short_for_one_forward(pair, captures, monkeypatch):
-    monkeypatch.setattr("qwen_fast.forwards.fits_in_memory", lambda *_: False)
+    monkeypatch.setattr("qwen_fast.denoise.denoiser.fits_in_memory", lambda *_: False)
     assert_same_latents(draw(pair[1], **PROMPT, **GUIDED), draw(pair[0], **PROMPT, **GUIDED))
     assert not captures and "memory is too short" in pair[1].fast_state.graph
 
@@ -222,7 +222,9 @@ def test_memory_too_short_for_one_forward(pair, captures, monkeypatch):
 def test_auto_decides_by_the_image_tokens_of_a_step(checkpoint, captures, monkeypatch, height, guided, captured):
     pipe = qwen_fast.enable(stock(checkpoint))
     monkeypatch.setattr(graph.CapturedStep, "run", lambda self, state: self.latents)
-    monkeypatch.setattr("qwen_fast.forwards.Forwards.predict", lambda self, latents: (latents,) * len(self.task.prompts))
+    monkeypatch.setattr(
+        "qwen_fast.denoise.denoiser.Forwards.predict", lambda self, latents: (latents,) * len(self.task.prompts)
+    )
     draw(pipe, **PROMPT, **(SMALL | guided | {"height": height, "width": 512, "num_inference_steps": 2}))
     assert bool(captures) is captured and (pipe.fast_state.graph is None) is captured
 

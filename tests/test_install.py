@@ -46,14 +46,14 @@ def test_the_wheel_holds_our_packages_and_no_kernels(wheel):
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {
         *("qwen_fast", "qwen_fast_kernels", "qwen_fast_benchmarks")
     }
-    for module in ("qwen_fast/pipeline.py", "qwen_fast/cli/generate.py", "qwen_fast_kernels/cfg_euler_step.py"):
+    for module in ("qwen_fast/pipelines/text_to_image.py", "qwen_fast/cli/generate.py", "qwen_fast_kernels/cfg_euler_step.py"):
         assert module in names
     assert "qwen_fast_benchmarks/rows.py" in names
     listed = (ROOT / "qwen_fast" / "demo" / "checkpoint" / "SHA256SUMS").read_text().splitlines()
     assert {f"qwen_fast/demo/checkpoint/{line.split('  ')[1]}" for line in listed} <= set(names)
 
 
-BENCHMARKS = "from qwen_fast.cli.loading import benchmarks; print(benchmarks('rows').__file__)"
+BENCHMARKS = "from qwen_fast.pipelines.opening import benchmarks; print(benchmarks('rows').__file__)"
 
 
 def test_the_benchmarks_are_found_in_a_wheel_and_in_the_repository(wheel, tmp_path):

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qwen_fast
 from pipelines import DTYPES, GUIDED, SMALL, assert_ran_fast, assert_same_latents, assert_same_picture, draw, stock
-from qwen_fast import denoise, forwards
+from qwen_fast.denoise import denoiser as forwards
+from qwen_fast.denoise import loop as denoise
 from qwen_fast.schedule.configs import LIGHTNING_SCHEDULER_CONFIG as LIGHTNING
 from qwen_fast.transformer import blocks
 from qwen_fast.transformer.call import ATTACHED

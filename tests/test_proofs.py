@@ -15,9 +15,9 @@ import qwen_fast
 import qwen_fast_kernels
 import stand_in
 from pipelines import GUIDED, SMALL, assert_same_latents, draw, in_fp32, stock
-from qwen_fast import graph
 from qwen_fast.cli import doctor, main
 from qwen_fast.common import proofs
+from qwen_fast.denoise import graph
 from qwen_fast.vae import layers as vae_layers
 from qwen_fast_kernels._library import restore_kernels
 from qwen_fast_kernels.proof import Problem, Verdict

@@ -13,7 +13,7 @@ import torch
 import qwen_fast
 from pipelines import DTYPES, GUIDED, SMALL, assert_same_latents, assert_same_picture, draw, stock
 from qwen_fast.common.state import STATE
-from qwen_fast.pipeline import ACCELERATED
+from qwen_fast.pipelines.family import ACCELERATED
 from qwen_fast.schedule.configs import LIGHTNING_SCHEDULER_CONFIG as LIGHTNING
 
 PROMPT = {"prompt": "a red circle"}

@@ -17,9 +17,9 @@ from diffusers import (
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from qwen_fast import testing
 from qwen_fast.schedule.configs import LIGHTNING_SCHEDULER_CONFIG, QWEN_IMAGE_SCHEDULER_CONFIG
-from qwen_fast.testing import build_checkpoint
+from qwen_fast.testing import build_checkpoint, tokenizer
+from qwen_fast.testing import checkpoint as testing
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -149,9 +149,9 @@ def test_template_prefix_is_what_the_pipeline_drops(checkpoint: Path):
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(testing, "_SPECIAL_TOKENS", tuple(token for token in testing._SPECIAL_TOKENS if "im_" not in token))
+    monkeypatch.setattr(tokenizer, "_SPECIAL_TOKENS", tuple(token for token in tokenizer._SPECIAL_TOKENS if "im_" not in token))
     with pytest.raises(RuntimeError, match="prefix into [0-9]+ tokens where the pipeline drops 34"):
-        testing.write_tokenizer(tmp_path / "tokenizer")
+        tokenizer.write_tokenizer(tmp_path / "tokenizer")
 
 
 def test_faults_move_the_latents(checkpoint: Path):

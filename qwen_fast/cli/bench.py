@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
-from ..common.hardware import device_and_dtype
 from ..common.options import DTYPES
-from .loading import benchmarks
-from .schedule import pixels, positive_int
+from . import arguments
+from .arguments import positive_int
+from .benchmarks import benchmarks
 
 SUMMARY = "measure stock diffusers against qwen_fast on this machine"
 DESCRIPTION = """\
@@ -34,28 +34,11 @@ Exit code: 0 done, 1 a result was wrong or a rung of stock or ours failed."""
 SHAPES = ("qwen-image", "middle", "tiny")
 
 
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value <= 3600:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0 and up to 3600")
-    return value
-
-
-def _size(text: str) -> tuple[int, int]:
-    width, x, height = text.lower().partition("x")
-    if not x:
-        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, such as 1024x1024")
-    return pixels(width), pixels(height)
-
-
 def _case(text: str) -> tuple[tuple[int, int], int, bool]:
     size, *more = text.lower().split(",")
     if not more or more[1:] not in ([], ["no-cfg"]):
         raise argparse.ArgumentTypeError(f"{text!r} is not WxH,STEPS or WxH,STEPS,no-cfg, such as 512x512,20")
-    return _size(size), positive_int(more[0]), len(more) == 1
+    return arguments.size(size), positive_int(more[0]), len(more) == 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="default: bf16 on cuda, fp32 on the CPU")
 
     what = parser.add_argument_group("what is measured (any of the first five: that one case, on every rung)")
-    what.add_argument("--size", type=_size, metavar="WxH", help="multiples of 16")
+    what.add_argument("--size", type=arguments.size, metavar="WxH", help="multiples of 16")
     what.add_argument("--steps", type=positive_int, metavar="N", help="inference steps")
     what.add_argument("--no-cfg", action="store_true", help="without guidance: one prediction a step")
     what.add_argument("--batch", type=positive_int, metavar="N", help="prompts at once, of different lengths")
@@ -93,9 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights-stay", action="store_true", help="leave idle weights on the device: quicker, no memory columns"
     )
     what.add_argument(
-        "--limit", type=_seconds, metavar="SECONDS", help="a rung that takes longer hangs: the run ends with code 7"
+        "--limit", type=arguments.seconds, metavar="SECONDS", help="a rung that takes longer hangs: the run ends with code 7"
     )
-    what.add_argument("--seconds", type=_seconds, default=2.0, help="for which each ceiling is sustained (default: 2)")
+    what.add_argument("--seconds", type=arguments.seconds, default=2.0, help="for which each ceiling is sustained (default: 2)")
     what.add_argument("--threads", type=positive_int, default=1, help="of the CPU; 1: CPU time, else wall time (default: 1)")
     what.add_argument("--estimate", action="store_true", help="print what would be measured and how long it takes on an H200")
 
@@ -130,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
     import dataclasses
 
     import torch
+
+    from ..common.hardware import device_and_dtype
 
     bench, grid = benchmarks("bench"), benchmarks("grid")
     if args.estimate and args.device == "auto":

@@ -121,7 +121,7 @@ def accelerated() -> dict[str, str | None]:
     """Every pipeline of the family in the installed diffusers: None when it is accelerated, else why it is not."""
     import diffusers
 
-    from ..pipeline import ACCELERATED
+    from ..pipelines.family import ACCELERATED
 
     known = {stock.__name__ for stock in ACCELERATED}
     family = [name for name in dir(diffusers) if name.startswith("QwenImage") and name.endswith("Pipeline")]

@@ -2,19 +2,19 @@
 
 import argparse
 import contextlib
-import math
 import re
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from ..common.hardware import device_and_dtype
 from ..common.options import DTYPES
+from ..demo import checkpoint
+from ..pipelines.opening import library_output, load_pipeline
 from ..schedule.configs import load_config
-from .loading import demo_checkpoint, library_output, load_pipeline
+from . import arguments
+from .arguments import positive_int
 from .pngs import PngWriter
-from .schedule import pixels, positive_int
 
 SUMMARY = "draw pictures from prompts"
 DESCRIPTION = """\
@@ -39,44 +39,6 @@ DEMO_STEPS, MODEL_STEPS = 20, 50
 DEMO_SIZE = (64, 64)
 
 
-def _size(text: str) -> tuple[int, int]:
-    width, x, height = text.lower().partition("x")
-    if not x:
-        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, such as 1024x1024")
-    return pixels(width), pixels(height)
-
-
-def _seed(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2**63 - 1")
-    return value
-
-
-def _cfg(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0.0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of at least 0 (up to 1: no guidance)")
-    return value
-
-
-def _lora(text: str) -> tuple[str, float]:
-    path, colon, scale = text.rpartition(":")
-    if colon:
-        with contextlib.suppress(ValueError):
-            value = float(scale)
-            if not path or not math.isfinite(value):
-                raise argparse.ArgumentTypeError(f"{text!r} is not PATH or PATH:SCALE, such as style.safetensors:0.8")
-            return path, value
-    return text, 1.0
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     prompts = parser.add_argument_group("what to draw")
@@ -85,14 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--prompt-file", metavar="FILE", help="one prompt a line, UTF-8, empty lines skipped; '-': stdin")
     prompts.add_argument("--negative-prompt", default=" ", metavar="TEXT", help="what to keep out (default: a space)")
     prompts.add_argument("--num-images", type=positive_int, default=1, metavar="N", help="per prompt (default: 1)")
-    prompts.add_argument("--size", type=_size, metavar="WxH", help="multiples of 16 (default: the model's, demo 64x64)")
-    prompts.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the first picture (default: 0)")
+    prompts.add_argument(
+        "--size", type=arguments.size, metavar="WxH", help="multiples of 16 (default: the model's, demo 64x64)"
+    )
+    prompts.add_argument("--seed", type=arguments.seed, default=0, metavar="N", help="of the first picture (default: 0)")
 
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="MODEL", help="a checkpoint's folder or hub id (default: the demo)")
     model.add_argument(
         "--lora",
-        type=_lora,
+        type=arguments.lora,
         action="append",
         default=[],
         metavar="PATH[:SCALE]",
@@ -108,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=positive_int, metavar="N", help=f"inference steps (default: {MODEL_STEPS}, demo {DEMO_STEPS})"
     )
     sampling.add_argument(
-        "--cfg", type=_cfg, default=4.0, metavar="SCALE", help="true_cfg_scale; 1: no guidance (default: %(default)s)"
+        "--cfg", type=arguments.cfg, default=4.0, metavar="SCALE", help="true_cfg_scale; 1: no guidance (default: %(default)s)"
     )
     sampling.add_argument("--precise-sampler", action="store_true", help="keep latents in fp32 between steps")
     sampling.add_argument("--stock", action="store_true", help="draw with stock diffusers instead, to compare")
@@ -133,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
 
     started = time.perf_counter()
     from .. import generate
+    from ..common.hardware import device_and_dtype
     from ..common.stages import Span, record, stage, stage_table, staged
 
     with record() as recorder:
@@ -141,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
             device, dtype = device_and_dtype(args.device, args.dtype)
             bars = not args.quiet and sys.stderr.isatty()
             with library_output(bars):
-                model = args.model or str(demo_checkpoint())
+                model = args.model or str(checkpoint())
             if args.model is None:
                 print(f"model: the demo checkpoint in {model}")
                 print("       it knows coloured shapes and nothing else; --model names another")

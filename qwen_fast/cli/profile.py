@@ -5,12 +5,14 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..common.hardware import device_and_dtype
 from ..common.options import DTYPES
+from ..demo import checkpoint
+from ..pipelines.opening import library_output, load_pipeline
+from . import arguments
+from .arguments import positive_int
 from .bench import SHAPES
-from .generate import DEMO_SIZE, _cfg, _size
-from .loading import benchmarks, demo_checkpoint, library_output, load_pipeline
-from .schedule import positive_int
+from .benchmarks import benchmarks
+from .generate import DEMO_SIZE
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--shape", choices=SHAPES, help="seeded random weights instead, made on the device (qwen-image: 41 GB)")
     parser.add_argument("--prompt", default="a red circle on a white background", help="(default: %(default)s)")
     parser.add_argument("--steps", type=positive_int, default=4, metavar="N", help="denoising steps (default: %(default)s)")
-    parser.add_argument("--size", type=_size, metavar="WxH", help="default: 1024x1024 on cuda with a model, else 256x256")
-    parser.add_argument("--cfg", type=_cfg, default=4.0, metavar="SCALE", help="1: no guidance (default: %(default)s)")
+    parser.add_argument(
+        "--size", type=arguments.size, metavar="WxH", help="default: 1024x1024 on cuda with a model, else 256x256"
+    )
+    parser.add_argument("--cfg", type=arguments.cfg, default=4.0, metavar="SCALE", help="1: no guidance (default: %(default)s)")
     parser.add_argument("--stock", action="store_true", help="profile stock diffusers, to compare")
     parser.add_argument(
         "--graph",
@@ -66,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: no such device, --nvtx without CUDA, too little memory. OSError: the folder cannot be written.
     """
+    from ..common.hardware import device_and_dtype
+
     if args.stock and args.graph:
         args.parser.error("--graph is an option of qwen_fast; it cannot go with --stock")
     device, dtype = device_and_dtype(args.device, args.dtype)
@@ -131,7 +137,7 @@ def _pipeline(
 
     guided = args.cfg > 1
     if args.shape is None:
-        pipe = load_pipeline(args.model or str(demo_checkpoint()), device, dtype, stock=True)
+        pipe = load_pipeline(args.model or str(checkpoint()), device, dtype, stock=True)
         prompts = {"prompt": args.prompt, "negative_prompt": " " if guided else None}
     else:
         models, grid = benchmarks("models"), benchmarks("grid")

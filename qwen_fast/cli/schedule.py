@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..common.family import PIXELS_PER_TOKEN, image_tokens
+from ..common.family import image_tokens
 from ..schedule.configs import load_config
+from .arguments import pixels, positive_int
 from .plot import plot_png, terminal_plot
 
 if TYPE_CHECKING:
@@ -30,27 +31,6 @@ examples:
 
 GRID_SIZES = ((512, 512), (1024, 1024), (1328, 1328), (1664, 928), (2048, 2048))
 GRID_STEPS = (1, 2, 4, 8, 20, 50)
-
-
-def positive_int(text: str) -> int:
-    """argparse type: a whole number of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return value
-
-
-def pixels(text: str) -> int:
-    """argparse type: a width or height, a multiple of 16. diffusers would round it down and only warn."""
-    value = positive_int(text)
-    if value % PIXELS_PER_TOKEN:
-        below = value // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN
-        nearest = f"{below} or {below + PIXELS_PER_TOKEN}" if below else str(PIXELS_PER_TOKEN)
-        raise argparse.ArgumentTypeError(f"{value} is not a multiple of {PIXELS_PER_TOKEN} pixels; {nearest} would do")
-    return value
 
 
 def _sigmas(text: str) -> list[float]:

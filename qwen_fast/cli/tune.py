@@ -4,8 +4,9 @@ import argparse
 import math
 from pathlib import Path
 
-from .loading import benchmarks
-from .schedule import positive_int
+from . import arguments
+from .arguments import positive_int
+from .benchmarks import benchmarks
 
 SUMMARY = "measure launch configurations for this GPU"
 DESCRIPTION = """\
@@ -21,16 +22,6 @@ examples:
   qwen-fast tune --out configs --record configs/tuning.jsonl     somewhere else, to look at first"""
 
 
-def _minutes(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not value > 0.0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes above 0")
-    return value
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("--ops", metavar="OP,OP", help="operators, comma-separated; all tunable ones by default")
@@ -42,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("tuning.jsonl"),
         help="what was measured, a line per case; a run goes on behind its end (default: %(default)s)",
     )
-    parser.add_argument("--minutes", type=_minutes, default=math.inf, help="begin no case later than that")
+    parser.add_argument("--minutes", type=arguments.minutes, default=math.inf, help="begin no case later than that")
     parser.add_argument("--jobs", type=positive_int, help="compilers at once; by default one per core")
     parser.add_argument("--device", default="cuda", help="cuda or cuda:N (default: %(default)s)")
 

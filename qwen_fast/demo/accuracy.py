@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..cli.loading import library_output, load_pipeline
+from ..pipelines.opening import library_output, load_pipeline
 from .judge import Verdict, judge, summary
 from .scenes import Request, sample_request
 

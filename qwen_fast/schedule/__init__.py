@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import Schedule, calculate_mu, check_num_inference_steps, check_sigmas, layered_mu, layered_sigmas
+    from .flow_match import Schedule, calculate_mu, check_num_inference_steps, check_sigmas, layered_mu, layered_sigmas
 
 __all__ = ["Schedule", "calculate_mu", "check_num_inference_steps", "check_sigmas", "layered_mu", "layered_sigmas"]
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .schedule import check_num_inference_steps, check_sigmas
+from ..schedule import check_num_inference_steps, check_sigmas
 
 
 def check_attention(option: str, device: torch.device) -> None:

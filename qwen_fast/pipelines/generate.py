@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import diffusers
 import torch
 
-from .common.hooks import is_hooked
-from .common.stages import Recorder, record, stage
-from .pipeline import QwenImagePipeline
+from ..common.hooks import is_hooked
+from ..common.stages import Recorder, record, stage
+from .text_to_image import QwenImagePipeline
 
 # Stock's decode takes 5.25 GiB at 1024x1024 in bf16 (reported by users): more than ours, which is the room to spare.
 _DECODE_BYTES = 5.25 * 2**30 / 1024**2 / 2  # per pixel and byte of an element

@@ -1,13 +1,9 @@
-"""What commands draw with: the demo checkpoint, a pipeline from a folder or the hub, LoRAs, device, dtype, the benchmarks."""
+"""A checkpoint with its LoRAs as a pipeline on its device: what the commands draw with."""
 
 import contextlib
-import importlib
-import importlib.util
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,13 +11,6 @@ if TYPE_CHECKING:
 
 # They differ in code only, not in their components.
 TEXT_TO_IMAGE = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
-
-
-def demo_checkpoint() -> Path:
-    """The demo checkpoint of the package, its files compared with their sha256."""
-    from ..demo import checkpoint
-
-    return checkpoint()
 
 
 @contextlib.contextmanager
@@ -98,23 +87,3 @@ def _load_lora(pipe: Any, name: str, adapter: str, checkpoint: Path) -> None:
         raise ValueError(f"--lora {name} cannot be loaded: {error}") from error
     if not any(adapter in adapters for adapters in pipe.get_list_adapters().values()):
         raise ValueError(f"--lora {name}: none of its weights belongs to this model.")
-
-
-def benchmarks(module: str) -> ModuleType:
-    """A module of the benchmarks, which only commands import, when they run.
-
-    They are installed as `qwen_fast_benchmarks`. In a checkout, also an editable installation of one, they are the folder
-    beside the driver, under the same name: a package `benchmarks` on the path may be anybody's.
-
-    Raises:
-        ImportError: neither is there.
-    """
-    import qwen_fast
-
-    name, root = "qwen_fast_benchmarks", Path(qwen_fast.__file__).parents[1]
-    if name not in sys.modules and (root / "kernels" / "qwen_fast_kernels").is_dir():
-        folder = root / "benchmarks"
-        spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return importlib.import_module(f"{name}.{module}")

@@ -5,11 +5,11 @@ from typing import Any, TypeVar
 
 import diffusers
 
-from .common.hardware import unsupported_reason
-from .common.options import check_options, check_text_options, check_vae_memory, writable_folder
-from .common.state import STATE, State, logger
-from .pipeline import ACCELERATED
-from .text.encoding import configure as configure_texts
+from ..common.hardware import unsupported_reason
+from ..common.options import check_options, check_text_options, check_vae_memory, writable_folder
+from ..common.state import STATE, State, logger
+from ..text.encoding import configure as configure_texts
+from .family import ACCELERATED
 
 Pipeline = TypeVar("Pipeline")
 

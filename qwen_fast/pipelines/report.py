@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .common.state import STATE, State
+from ..common.state import STATE, State
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def report(pipe: Any) -> Report:
     Returns:
         Report: a snapshot; later calls do not change it.
     """
-    from .transformer import attention
-    from .vae import pictures as vae  # which need the state from here
+    from ..transformer import attention
+    from ..vae import pictures as vae  # which need the state from here
 
     state = getattr(pipe, "__dict__", {}).get(STATE)
     alone = isinstance(pipe, torch.nn.Module)  # a VAE

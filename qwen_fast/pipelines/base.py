@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from .common import proofs
-from .common.hardware import check_device
-from .common.state import STATE, State, logger
-from .text import encoding as text
-from .transformer.attach import attach, detach
-from .vae import pictures as fast_vae
+from ..common import proofs
+from ..common.hardware import check_device
+from ..common.state import STATE, State, logger
+from ..text import encoding as text
+from ..transformer.attach import attach, detach
+from ..vae import pictures as fast_vae
 
 
 class AcceleratedPipeline:

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
+from ..common.stages import steps
+from ..common.state import logger
+from ..transformer.call import CALL, accelerated, lora_scale
 from . import graph
-from .common.stages import steps
-from .common.state import logger
-from .forwards import Forwards, Task, sampler_step
-from .transformer.call import CALL, accelerated, lora_scale
+from .denoiser import Forwards, Task, sampler_step
 
 _STEPS_AHEAD = 2  # the host may prepare so many steps before it waits: `interrupt` and the progress bar stay honest
 

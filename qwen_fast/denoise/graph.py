@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from .common.hooks import is_hooked
-from .common.proofs import attention_is_right
-from .forwards import Forwards, Task, sampler_step
-from .transformer.attention import chosen_backend
-from .transformer.call import ATTACHED, Call, Packed, accelerated
-from .transformer.conditions import TableConditions
-from .transformer.host_weights import host_bytes
-from .transformer.layout import build_layout, check_image_shapes
-from .transformer.modulation import weights_signature
+from ..common.hooks import is_hooked
+from ..common.proofs import attention_is_right
+from ..transformer.attention import chosen_backend
+from ..transformer.call import ATTACHED, Call, Packed, accelerated
+from ..transformer.conditions import TableConditions
+from ..transformer.host_weights import host_bytes
+from ..transformer.layout import build_layout, check_image_shapes
+from ..transformer.modulation import weights_signature
+from .denoiser import Forwards, Task, sampler_step
 
 DEVICES = ("cuda",)
 _BUCKETS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)  # text tokens; longer prompts in steps of 512

@@ -8,15 +8,15 @@ import torch
 
 from qwen_fast_kernels import cfg_euler_step, euler_step
 
-from .common.hooks import is_hooked
-from .common.state import State
-from .schedule import Schedule
-from .text.encoding import Source, sources_of
-from .transformer.blocks import stock_reason
-from .transformer.call import ATTACHED, Call, Packed
-from .transformer.conditions import TableConditions
-from .transformer.layout import check_image_shapes
-from .transformer.modulation import table_reason
+from ..common.hooks import is_hooked
+from ..common.state import State
+from ..schedule import Schedule
+from ..text.encoding import Source, sources_of
+from ..transformer.blocks import stock_reason
+from ..transformer.call import ATTACHED, Call, Packed
+from ..transformer.conditions import TableConditions
+from ..transformer.layout import check_image_shapes
+from ..transformer.modulation import table_reason
 
 Prompt = tuple[torch.Tensor, torch.Tensor | None]  # embeddings [B, S_txt, C_txt], mask [B, S_txt] or None
 

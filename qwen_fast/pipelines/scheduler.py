@@ -8,8 +8,8 @@ import torch
 
 from qwen_fast_kernels import euler_step
 
-from .common.state import State
-from .schedule import Schedule
+from ..common.state import State
+from ..schedule import Schedule
 
 STOCK = diffusers.FlowMatchEulerDiscreteScheduler
 
