@@ -61,7 +61,7 @@ def test_first_block_cache_enabled_before(checkpoint):
     assert torch.equal(draw(qwen_fast.disable(pipe), **ARGUMENTS), expected)
 
 
-def test_a_cache_inside_the_blocks_runs_them_on_stock_and_says_so(pair):
+def test_a_cache_inside_the_blocks_gets_stocks_attention_and_the_rest_stays_fused(pair):
     for pipe in pair:
         config = diffusers.PyramidAttentionBroadcastConfig(
             spatial_attention_block_skip_range=2,
@@ -72,7 +72,8 @@ def test_a_cache_inside_the_blocks_runs_them_on_stock_and_says_so(pair):
         pipe.transformer.enable_cache(config)
     arguments = SMALL | {"prompt": "a red circle", "num_inference_steps": 6}
     assert_same_latents(draw(pair[1], **arguments), draw(pair[0], **arguments))
-    assert qwen_fast.report(pair[1]).fallbacks == {"a block as diffusers wrote it: a hook inside a block": 12}
+    report = qwen_fast.report(pair[1])
+    assert report.calls["transformer"] == 6 and not report.fallbacks
 
 
 @pytest.mark.parametrize("arguments", [ARGUMENTS, BATCH], ids=["one prompt", "two prompts"])
@@ -147,7 +148,7 @@ def test_a_custom_processor_is_used(checkpoint, modulation):
     report = qwen_fast.report(pair[1])
     # The other block stays fused, cond and uncond go apart.
     assert report.calls["transformer"] == 12
-    assert report.fallbacks == {"a block as diffusers wrote it: attention processor OwnProcessor": 12}
+    assert report.fallbacks == {"attention processor OwnProcessor": 1}
 
 
 def test_compiled_blocks_run_as_they_were_compiled(pair):

@@ -101,13 +101,13 @@ def test_fp16_is_clipped_where_stock_clips():
     with torch.no_grad():
         expected = model(**arguments)[0]
     clipped = []
-    original = fused_transformer.Rows.end_and_begin
+    original = fused_transformer.TokenStream.through
 
-    def spy(rows, *args):
-        original(rows, *args)
-        clipped.append((rows.residual.abs() == 65504).any().item())
+    def spy(stream, *args, **kwargs):
+        original(stream, *args, **kwargs)
+        clipped.append((stream.residual.abs() == 65504).any().item())
 
-    with mock.patch.object(fused_transformer.Rows, "end_and_begin", spy):
+    with mock.patch.object(fused_transformer.TokenStream, "through", spy):
         actual = fused(model, arguments)
     assert any(clipped) and expected.isfinite().all()
     assert (actual - expected).norm(dtype=torch.float32) < 0.02 * expected.norm(dtype=torch.float32)
@@ -130,6 +130,7 @@ def test_without_a_call_of_its_pipeline_an_attached_model_is_stock_to_the_bit():
         assert type(model) is not STOCK
         assert torch.equal(model(**inputs())[0], expected)
         other = transformer(seed=1)
+        attach(other, State())
         with accelerated(other, State()):
             assert torch.equal(model(**inputs())[0], expected)
     assert not state.calls
@@ -182,7 +183,7 @@ def test_weights_that_do_not_fit_back_leave_everything_as_it_was(monkeypatch):
     def refuse(model):
         raise RuntimeError("13.6 GB are needed")
 
-    monkeypatch.setattr(fused_transformer, "return_to_device", refuse)
+    monkeypatch.setattr("qwen_fast.transformer.attach.return_to_device", refuse)
     with pytest.raises(RuntimeError, match="13.6 GB"):
         detach(model, state)
     assert state in model.__dict__[ATTACHED].users and type(model) is not STOCK
@@ -224,7 +225,7 @@ def test_last_blocks_text_half_is_skipped():
 def test_rotary_tables_are_made_once_per_size():
     model, state = transformer(), State(modulation="layers")
     attach(model, state)
-    with mock.patch.object(type(model.pos_embed), "forward", autospec=True, side_effect=type(model.pos_embed).forward) as made:
+    with mock.patch.object(fused_transformer, "build_layout", side_effect=fused_transformer.build_layout) as made:
         with accelerated(model, state), torch.no_grad():
             for _ in range(3):
                 model(**inputs())

@@ -1,23 +1,98 @@
 """What others attached to a module: hooks of torch, accelerate and diffusers, and compilation."""
 
+import enum
+import functools
 import types
+from typing import Any, NamedTuple
 
 from torch import nn
 
 OURS = "_qwen_fast_forward"  # attribute that marks the forwards of our own classes
 
 
+# Hooks of diffusers that move or cast weights and leave arguments and results as they are.
+_PLACING = {
+    *("group_offloading", "lazy_prefetch_group_offloading", "layer_execution_tracker"),
+    *("layerwise_casting", "peft_autocast_disable"),
+}
+_CACHE_PACKAGE = "cache_dit"
+
+
+class Kind(enum.Enum):
+    """What something attached to a module asks of whoever would work around the module."""
+
+    PLACES = "its weights are there only while the module is called"
+    CACHES = "the module has to be called with stock's arguments, by a cache that is known"
+    FOREIGN = "the module has to be called with stock's arguments, and nothing is known of what happens then"
+
+
+class Attached(NamedTuple):
+    """What is attached to a module: its kind, and in words."""
+
+    kind: Kind
+    words: str
+
+
+def attached(module: nn.Module) -> Attached | None:
+    """What calling `module` does beside its class's forward, or None."""
+    own = module.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        return Attached(Kind.FOREIGN, "a forward hook")
+    if own.get("_compiled_call_impl") is not None:
+        return Attached(Kind.FOREIGN, "torch.compile")
+    forward = own.get("forward")
+    if forward is None or is_own_forward(forward, module):  # diffusers leaves it behind when it removes its last hook
+        return None
+    return _of_forward(forward, module)
+
+
+def _of_forward(forward: Any, module: nn.Module) -> Attached | None:
+    """What a forward does that was put on a module itself, and what lies below it."""
+    if is_own_forward(forward, module):
+        return None
+    own, home = module.__dict__, _package(forward)
+    registry = own.get("_diffusers_hook")
+    if home == "diffusers" and registry is not None and registry._fn_refs:
+        below = _of_forward(registry._fn_refs[0].original_forward or registry._fn_refs[0].forward, module)
+        names = set(registry.hooks) - _PLACING
+        strange = [hook for hook in registry.hooks.values() if not type(hook).__module__.startswith("diffusers.")]
+        if strange:
+            here = Attached(Kind.FOREIGN, f"a {type(strange[0]).__name__}")
+        elif names:
+            here = Attached(Kind.CACHES, f"diffusers' {min(names)}")
+        else:
+            here = Attached(Kind.PLACES, "diffusers' offloading")
+    elif home == "accelerate" and "_hf_hook" in own:
+        below = _of_forward(own.get("_old_forward", forward), module) if own.get("_old_forward") is not forward else None
+        hooks = getattr(own["_hf_hook"], "hooks", (own["_hf_hook"],))
+        if any(type(hook).__module__.partition(".")[0] != "accelerate" for hook in hooks):
+            here = Attached(Kind.FOREIGN, f"a {type(own['_hf_hook']).__name__}")
+        else:
+            here = Attached(Kind.PLACES, "accelerate's offloading")
+    elif home == _CACHE_PACKAGE:
+        below = _of_forward(own["_original_forward"], module) if "_original_forward" in own else None
+        here = Attached(Kind.CACHES, "cache-dit")
+    else:
+        return Attached(Kind.FOREIGN, "a forward of its own")
+    return max(filter(None, (here, below)), key=lambda one: _ORDER[one.kind])
+
+
+_ORDER = {kind: place for place, kind in enumerate(Kind)}
+
+
+def _package(forward: Any) -> str:
+    """The package whose code a forward on an instance is."""
+    while isinstance(forward, functools.partial):
+        forward = forward.func
+    code = getattr(getattr(forward, "__func__", forward), "__code__", None)
+    if code is None:
+        return ""
+    return getattr(getattr(forward, "__func__", forward), "__globals__", {}).get("__name__", "").partition(".")[0]
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling `module` does more than its class's forward: then it has to be called, and cannot be read around."""
-    attributes = module.__dict__
-    forward = attributes.get("forward")
-    return bool(
-        # diffusers leaves the plain bound method behind when it removes its last hook.
-        (forward is not None and not is_own_forward(forward, module))
-        or attributes.get("_compiled_call_impl") is not None
-        or attributes["_forward_hooks"]
-        or attributes["_forward_pre_hooks"]
-    )
+    return attached(module) is not None
 
 
 def is_plain_linear(module: nn.Module) -> bool:

@@ -1,6 +1,7 @@
-"""The predictions of a denoising step: packed into one forward, one after the other, or as stock calls its transformer."""
+"""One denoising step: the predictions, guidance, and the Euler update."""
 
-import copy
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,16 +9,16 @@ import torch
 
 from qwen_fast_kernels import cfg_euler_step, euler_step
 
-from ..common.hooks import is_hooked
-from ..common.state import State
+from ..common.hardware import free_bytes
+from ..common.state import State, logger
 from ..schedule import Schedule
-from ..text.encoding import Source, sources_of
-from ..transformer.blocks import stock_reason
-from ..transformer.call import ATTACHED, Call, Packed
+from ..transformer.call import ATTACHED, CALL, Call, PromptBatch, entered, lora_scale
 from ..transformer.conditions import TableConditions
 from ..transformer.layout import check_image_shapes
 from ..transformer.modulation import table_reason
+from . import graph
 
+OwnStep = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Prompt = tuple[torch.Tensor, torch.Tensor | None]  # embeddings [B, S_txt, C_txt], mask [B, S_txt] or None
 
 
@@ -42,124 +43,194 @@ class Task:
     img_shapes: list
 
 
-def sampler_step(
-    state: State,
-    latents: torch.Tensor,
-    predictions: tuple[torch.Tensor, ...],
-    sigmas: torch.Tensor,
-    step_index: torch.Tensor,
-    true_cfg_scale: float | None,
-) -> torch.Tensor:
-    """The update of one step from its one or two predictions, counted."""
-    if true_cfg_scale is None:
-        state.calls["euler_step"] += 1
-        return euler_step(latents, predictions[0], sigmas, step_index)
-    state.calls["cfg_euler_step"] += 1
-    return cfg_euler_step(latents, *predictions, sigmas, step_index, true_cfg_scale)
+class Denoiser:
+    """Takes the steps of one call, in one of two ways.
 
-
-class Forwards:
-    """How the predictions of a step are computed: packed in one forward, one after the other, or as stock calls them.
+    Where the model is stock's own throughout, or has what is known to compute by rows, the predictions of a step are packed
+    into one forward. Where something of the user's has to be called, each prediction is asked of the transformer as stock
+    asks, one after the other, and what can be fused inside still is.
 
     Args:
-        call: of the transformer, from `accelerated`.
-        step_index: `[1]` int32 on the device.
-        batch: samples.
-        kept: the forwards of the step before, whose prompts are taken over where they are the same.
+        latents: `[B, S_img, C]` in the model's dtype, for sizes, dtype and device.
     """
 
-    def __init__(
-        self,
-        pipe: Any,
-        call: Call,
-        task: Task,
-        step_index: torch.Tensor,
-        batch: int,
-        dtype: torch.dtype,
-        kept: "Forwards | None" = None,
-    ):
-        self.pipe, self.call, self.task, self.step_index, self.batch = pipe, call, task, step_index, batch
-        self.timesteps = task.schedule.model_timesteps(dtype)
-        model = pipe.transformer
-        self.kwargs = {name: value for name, value in (pipe.attention_kwargs or {}).items() if name != "scale"}
-        attachment = model.__dict__.get(ATTACHED)
-        call.state.no_table = table_reason(model) if attachment is not None else None
-        if attachment is not None and call.state.modulation == "table" and call.state.no_table is None:
-            if isinstance(call.conditions, TableConditions):
-                call.conditions.refresh()  # a callback may have touched the weights
-            else:
-                call.conditions = TableConditions(model, attachment.tables, task.host_timesteps, step_index)
-        self.packs: list[Packed] | None = None
-        if self._takes_rows(model, attachment):
-            same = kept is not None and kept.packs is not None and kept.embeds is task.prompts[0][0]
-            self.packs = kept.packs if same else self._pack(model)
-        self.embeds = task.prompts[0][0]
+    def __init__(self, pipe: Any, task: Task, latents: torch.Tensor):
+        self.pipe, self.task, self.model = pipe, task, pipe.transformer
+        self.state: State = pipe.fast_state
+        self.batch, self.dtype, self.device = latents.shape[0], latents.dtype, latents.device
+        self.timesteps = task.schedule.model_timesteps(self.dtype)
+        self.step_index = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.call: Call | None = None
+        self.packs: list[PromptBatch] | None = None
+        self.guidance: torch.Tensor | None = None
+        if task.true_cfg_scale is not None:  # on the device, so that a graph can read another one
+            self.guidance = torch.full((1,), task.true_cfg_scale, dtype=torch.float32, device=self.device)
+        self.predictions: tuple[torch.Tensor, ...] = ()
+        self.graph: graph.StepGraph | None = None
+        self._context = contextlib.ExitStack()
+        self._scale, self._steps = 1.0, 0
+        if ATTACHED in self.model.__dict__:
+            self.call = Call(self.model, self.state)
+            self.look()
 
-    def on(self, call: Call, step_index: torch.Tensor, packs: list[Packed]) -> "Forwards":
-        """The same forwards for another call, reading another step index and other prompts."""
-        other = copy.copy(self)
-        other.call, other.step_index, other.packs = call, step_index, packs
-        return other
+    def look(self, changed_prompt: bool = True) -> None:
+        """Read what of the model is stock's own: before the first step, and after code of the user's has run.
+
+        Args:
+            changed_prompt: the embeddings may be others, or others in place.
+        """
+        call, before = self.call, None if self.call is None else self.call.survey
+        if call is None:
+            return
+        call.survey = found = self.model.look()
+        if found is not before:
+            for reason in found.foreign:
+                self.state.fall_back(reason)
+            self.state.no_table = found.modulation or table_reason(self.model)
+            call.conditions = None
+            if self.state.modulation == "table" and self.state.no_table is None:
+                tables = self.model.__dict__[ATTACHED].tables
+                call.conditions = TableConditions(self.model, tables, self.task.host_timesteps, self.step_index)
+        if self.graph is not None and (found is not before or changed_prompt):
+            self._leave_graph()
+            self.state.graph = "a callback changed the model or the prompt"
+        if not self._takes_rows():
+            self.packs = None
+            self._context.close()  # stock's forward scales LoRA layers itself
+            self._scale = 1.0
+        elif self.packs is None or changed_prompt:
+            self.packs = self._pack()
+
+    def _takes_rows(self) -> bool:
+        """Whether both predictions of a step can share a forward."""
+        found, others = self.call.survey, set(self.pipe.attention_kwargs or ()) - {"scale"}
+        if not found.rows or found.whole is not None or others or self.task.guidance is not None:
+            return False
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(self.device.type):
+            return False
+        return not getattr(self.model, "is_cache_enabled", False) and getattr(self.model, "_parallel_config", None) is None
+
+    @contextlib.contextmanager
+    def running(self, latents: torch.Tensor, own_step: OwnStep | None, watched: bool) -> Iterator[None]:
+        """Inside, forwards of the model are this call's.
+
+        Args:
+            latents: those of the first step.
+            own_step: the user's own step in place of ours, from velocity, timestep and latents.
+            watched: somebody wants to see the predictions.
+        """
+        self._own_step = own_step
+        with entered(self.call), self._context:
+            self._apply_lora_scale()
+            reason = (
+                "a scheduler's own step" if own_step is not None else "a callback gets the predictions" if watched else None
+            )
+            self.state.graph = reason = reason or graph.reason_against(self)
+            if reason is None:
+                self.graph = graph.take(self, latents)
+            try:
+                yield
+            finally:
+                self._leave_graph()
+
+    def _leave_graph(self) -> None:
+        if self.graph is not None:
+            self.graph.release()
+            self.graph = None
+            self.step_index.fill_(self._steps)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, they are not: a callback may run another pipeline on the same transformer."""
+        outside = CALL.set(None)
+        try:
+            yield
+        finally:
+            CALL.reset(outside)
+
+    def step(self, index: int, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """The latents `[B, S_img, C]` behind step `index`, whose timestep is `t`."""
+        self._steps = index + 1
+        if self.graph is not None:
+            return self.graph.run(index, latents)
+        self.predictions = self.predict(latents.to(self.dtype))
+        if self._own_step is not None:
+            latents = self._own_step(guided(self.predictions, self.task.true_cfg_scale), t, latents)
+        else:
+            sigmas = self.task.schedule.sigmas
+            latents = sampler_step(self.state, latents, self.predictions, sigmas, self.step_index, self.guidance)
+        self.step_index.add_(1)  # in stream order, so no program of this step can see the next index
+        return latents
 
     def predict(self, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The prediction for the prompt, and with guidance the one for the negative prompt, each `[B, S_img, C]`."""
+        """The prediction for the prompt, and with guidance the one for the negative prompt, each `[B, S_img, C]`.
+
+        Args:
+            latents: `[B, S_img, C]` in the model's dtype.
+        """
         timestep = self.timesteps.index_select(0, self.step_index)
         if self.packs is None:
-            return tuple(self._stock_call(latents, timestep, n) for n in range(len(self.task.prompts)))
+            return tuple(self._as_stock(latents, timestep, n) for n in range(len(self.task.prompts)))
+        self._apply_lora_scale()
+        try:
+            return self._packed(latents, timestep)
+        except torch.OutOfMemoryError:
+            if len(self.packs) == len(self.task.prompts):
+                raise
+            logger.warning("memory is too short for one forward of both predictions: they follow one another.")
+            self.packs = self._pack(together=False)
+        torch.cuda.empty_cache()
+        return self._packed(latents, timestep)
+
+    def _packed(self, latents: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor, ...]:
         predictions = []
         for pack in self.packs:
-            self.call.packed = pack
-            try:
-                output = self.pipe.transformer(hidden_states=latents, timestep=timestep, return_dict=False)[0]
-            finally:
-                self.call.packed = None
+            if self.call.survey.placed:
+                self.call.prompts = pack
+                try:
+                    output = self.model(hidden_states=latents, timestep=timestep, return_dict=False)[0]
+                finally:
+                    self.call.prompts = None
+            else:
+                output = self.model.predict(self.call, latents, timestep, pack)
             predictions += output.chunk(pack.copies)
         return tuple(predictions)
 
-    def _stock_call(self, latents: torch.Tensor, timestep: torch.Tensor, n: int) -> torch.Tensor:
+    def _as_stock(self, latents: torch.Tensor, timestep: torch.Tensor, n: int) -> torch.Tensor:
         embeds, mask = self.task.prompts[n]
-        transformer = self.pipe.transformer
-        with transformer.cache_context(("cond", "uncond")[n]):
-            return transformer(
+        with self.model.cache_context(("cond", "uncond")[n]):
+            return self.model(
                 hidden_states=latents,
                 timestep=timestep.expand(self.batch),
                 guidance=self.task.guidance,
                 encoder_hidden_states_mask=mask,
                 encoder_hidden_states=embeds,
                 img_shapes=self.task.img_shapes,
-                attention_kwargs=self.kwargs,
+                attention_kwargs=self.pipe.attention_kwargs,
                 return_dict=False,
             )[0]
 
-    def _takes_rows(self, model: torch.nn.Module, attachment: object) -> bool:
-        """Whether nothing stands between the loop and the rows: no hooks on blocks, no cache."""
-        if attachment is None or self.task.guidance is not None or self.kwargs:
-            return False
-        if getattr(model, "is_cache_enabled", False) or getattr(model, "_parallel_config", None) is not None:
-            return False
-        return not any(is_hooked(block) or stock_reason(block) is not None for block in model.transformer_blocks)
+    def _apply_lora_scale(self) -> None:
+        """`attention_kwargs={"scale": ...}`: once for all steps, and again where a callback has changed it."""
+        scale = (self.pipe.attention_kwargs or {}).get("scale", 1.0)
+        if scale != self._scale:
+            self._context.close()
+            self._context.enter_context(lora_scale(self.model, {"scale": scale}))
+            self._scale = scale
 
-    def _pack(self, model: torch.nn.Module) -> list[Packed]:
-        prompts = [(*self._rows_of(*prompt), self._sources(prompt[0])) for prompt in self.task.prompts]
+    def _pack(self, together: bool | None = None) -> list[PromptBatch]:
+        prompts = [self._rows_of(*prompt) for prompt in self.task.prompts]
         shapes = check_image_shapes(self.task.img_shapes, self.batch)
-        device = self.step_index.device
 
-        def packed(group: list) -> Packed:
-            embeds = torch.cat([embeds for embeds, _, _ in group])
-            positions = [position for _, own, _ in group for position in own]
-            known = [source for _, _, own in group for source in own or ()]
-            sources = known if sum(length for _, length in known) == len(embeds) else None
-            return Packed(model.layout(shapes * len(group), positions, device), embeds, len(group), sources=sources)
+        def packed(group: list) -> PromptBatch:
+            embeds = torch.cat([embeds for embeds, _ in group])
+            positions = [position for _, own in group for position in own]
+            return PromptBatch(self.model.layout(shapes * len(group), positions, self.device), embeds, len(group))
 
-        together = packed(prompts)
-        if len(prompts) == 1 or fits_in_memory(together.layout.rows, model, self.timesteps.dtype, device):
-            return [together]
-        return [packed([prompt]) for prompt in prompts]
-
-    def _sources(self, embeds: torch.Tensor) -> list[Source] | None:
-        """The encoded prompts that the rows of `embeds` were made of, sample by sample, if they are known."""
-        sources = sources_of(embeds)
-        return sources * self.batch if sources is not None and embeds.shape[0] == 1 else sources
+        batch = packed(prompts)
+        if together is None:
+            together = fits_in_memory(batch.layout.rows, self.model, self.dtype, self.device)
+        return [batch] if together or len(prompts) == 1 else [packed([prompt]) for prompt in prompts]
 
     def _rows_of(self, embeds: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, list[int | tuple[int, ...]]]:
         """Embeddings as rows without the masked ones, and per sample how many they are, or where they stood."""
@@ -174,12 +245,36 @@ class Forwards:
         return torch.cat(rows), positions
 
 
+def guided(predictions: tuple[torch.Tensor, ...], true_cfg_scale: float | None) -> torch.Tensor:
+    """Classifier-free guidance with stock's rescaling of each token's norm, by stock's operations.
+
+    Source: diffusers 0.42.1, pipelines/qwenimage/pipeline_qwenimage.py, QwenImagePipeline.__call__.
+    """
+    if true_cfg_scale is None:
+        return predictions[0]
+    positive, negative = predictions
+    combined = negative + true_cfg_scale * (positive - negative)
+    return combined * (torch.norm(positive, dim=-1, keepdim=True) / torch.norm(combined, dim=-1, keepdim=True))
+
+
+def sampler_step(
+    state: State,
+    latents: torch.Tensor,
+    predictions: tuple[torch.Tensor, ...],
+    sigmas: torch.Tensor,
+    step_index: torch.Tensor,
+    guidance: torch.Tensor | None,
+) -> torch.Tensor:
+    """The update of one step from its one or two predictions, counted."""
+    if guidance is None:
+        state.calls["euler_step"] += 1
+        return euler_step(latents, predictions[0], sigmas, step_index)
+    state.calls["cfg_euler_step"] += 1
+    return cfg_euler_step(latents, *predictions, sigmas, step_index, guidance)
+
+
 def fits_in_memory(rows: int, model: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the activations of a forward over so many token rows fit into free GPU memory. True on the CPU."""
-    if device.type != "cuda":
-        return True
+    free = free_bytes(device)
     # Residual twice, norm, branch, attended, query, key and value, four times the width in the MLP; and some room.
-    needed = 1.25 * 12 * rows * model.inner_dim * dtype.itemsize
-    free, _ = torch.cuda.mem_get_info(device)
-    reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return needed < free + reusable
+    return free is None or 1.25 * 12 * rows * model.inner_dim * dtype.itemsize < free

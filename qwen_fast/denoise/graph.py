@@ -1,201 +1,320 @@
-"""A whole denoising step as one CUDA graph: forward, CFG, Euler update, step index.
+"""A whole denoising step over buffers of its own, and as a CUDA graph: forward, guidance, Euler update.
 
-Everything that changes from step to step or from prompt to prompt lies in buffers of fixed addresses: latents, sigmas,
-step index, text rows, their rotary rows and true lengths. Prompts are put into buckets of lengths, so that a new prompt
-re-uses the graph. What a graph bakes in (sizes, weights' addresses, adapters, guidance scale) is its key.
+A graph repeats its work on the same addresses. So everything that differs from step to step, from prompt to prompt and from
+schedule to schedule lies in buffers: latents, two neighbouring sigmas, timestep, guidance scale, one row of the modulation
+table, text rows with their rotary rows and true lengths. What is baked in is the key: sizes, weights, adapters, options.
 """
 
+import contextlib
 import copy
+import functools
+import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..common.hooks import is_hooked
 from ..common.proofs import attention_is_right
+from ..common.stages import stage
+from ..common.state import logger
 from ..transformer.attention import chosen_backend
-from ..transformer.call import ATTACHED, Call, Packed, accelerated
+from ..transformer.call import ATTACHED, Call, PromptBatch
 from ..transformer.conditions import TableConditions
 from ..transformer.host_weights import host_bytes
 from ..transformer.layout import build_layout, check_image_shapes
-from ..transformer.modulation import weights_signature
-from .denoiser import Forwards, Task, sampler_step
+from ..transformer.modulation import ModulationTable
+
+if TYPE_CHECKING:
+    from .denoiser import Denoiser
 
 DEVICES = ("cuda",)
-_BUCKETS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)  # text tokens; longer prompts in steps of 512
-_KEPT = 2  # graphs of one model; each keeps the activations of a step
+# Text rows of a sequence. Prompts of many lengths share a graph, and its first steps cost no more than a few rows; negative
+# prompts differ less, and need not be padded as far. Longer texts in steps of 512.
+_PROMPT_CAPACITIES = (128, 256, 512, 768, 1024)
+_NEGATIVE_CAPACITIES = (16, 32, 64, *_PROMPT_CAPACITIES)
+_KEPT = 4  # graphs of one model; each keeps the activations of a step
 # "auto", image tokens of all predictions of a step: at 512x512 with guidance (2048) a graph gains a fifth and more on an
 # H100, where the host is slower than the device; at 1024x1024 it loses 3 %, because cuDNN's attention is out of its reach.
 _FEW_TOKENS = 3072
 # On an H100 steps in a graph gave NaN now and then (benchmarks/results/LOG.md, 2026-11-26). The attention kernel that is most
 # probably to blame is out of use; until a GPU has shown that nothing else is, "auto" takes no graph. The run-book's stage
-# "stress" (benchmarks/attention_stress.py) can show it.
+# "stress" can show it.
 AUTO = False
+_SYNCHRONISING = ("Linear8bitLt",)  # layers that wait for the device, which no capture can hold
 
 
-def bucket(length: int) -> int:
-    """Rows that a text of `length` tokens gets."""
-    return next((size for size in _BUCKETS if size >= length), -(-length // 512) * 512)
+def capacity(length: int, negative: bool = False) -> int:
+    """Rows that a text of `length` tokens gets: of a prompt, or of a negative one."""
+    sizes = _NEGATIVE_CAPACITIES if negative else _PROMPT_CAPACITIES
+    return next((size for size in sizes if size >= length), -(-length // 512) * 512)
 
 
-def reason_against(pipe: Any, forwards: Forwards, callback: Any) -> str | None:
-    """Why the steps of this call are not captured, or None."""
-    option, _task = pipe.fast_state.cuda_graph, forwards.task
-    if option is False:
+def reason_against(denoiser: "Denoiser") -> str | None:
+    """Why the steps of this call do not go through a `StepGraph`, or None."""
+    state, model, found = denoiser.state, denoiser.model, denoiser.call and denoiser.call.survey
+    if state.cuda_graph is False:
         return "cuda_graph=False"
-    if forwards.step_index.device.type not in DEVICES:
-        return f"the device is {forwards.step_index.device}"
-    if option == "auto" and not AUTO:
+    if denoiser.device.type not in DEVICES:
+        return f"the device is {denoiser.device}"
+    if state.cuda_graph == "auto" and not AUTO:
         return "auto: not before a GPU has shown that the NaN of first light is gone; cuda_graph=True captures"
-    if callback is not None:
-        return "a callback may change anything between two steps"
-    if forwards.packs is None:
+    if denoiser.packs is None:
         return "hooks, caches, compiled blocks or custom attention processors"
-    if len(forwards.packs) > 1:
+    if len(denoiser.packs) > 1:
         return "memory is too short for one forward of both predictions"
-    if any(map(is_hooked, pipe.transformer.modules())):
+    if found.touched:
         return "a hook on the transformer or a layer, such as offloading or casting"
-    if any(chosen_backend(block.attn.processor) is not None for block in pipe.transformer.transformer_blocks):
+    if any(type(module).__name__ in _SYNCHRONISING for module in found.modules):
+        return "layers that wait for the device"
+    if any(chosen_backend(block.attn.processor) is not None for block in model.transformer_blocks):
         return "an attention backend chosen in diffusers"
-    attn = pipe.transformer.transformer_blocks[0].attn
-    if pipe.fast_state.attention not in ("auto", "triton"):
-        return f"attention={pipe.fast_state.attention!r} cannot read true prompt lengths on the device"
-    if not attention_is_right(forwards.step_index.device, forwards.timesteps.dtype, attn.inner_dim // attn.heads):
+    if state.attention not in ("auto", "triton"):
+        return f"attention={state.attention!r} cannot read true prompt lengths on the device"
+    attn = model.transformer_blocks[0].attn
+    if not attention_is_right(denoiser.device, denoiser.dtype, attn.inner_dim // attn.heads):
         return "the attention kernel is wrong on this GPU"
-    if forwards.call.conditions is None and host_bytes(pipe.transformer):
-        return "the modulation weights stay on the host for another pipeline"
-    if option == "auto":
-        tokens = forwards.packs[0].layout.img_rows
-        if tokens > _FEW_TOKENS:
-            return f"auto: {tokens} image tokens a step are not limited by launches"
+    if denoiser.call.conditions is None and host_bytes(model):
+        return "the modulation weights stay on the host"
+    if state.cuda_graph == "auto" and denoiser.packs[0].layout.img_rows > _FEW_TOKENS:
+        return f"auto: {denoiser.packs[0].layout.img_rows} image tokens a step are not limited by launches"
     return None
 
 
-def capture(step: Callable[[], None], rewind: Callable[[], object], device: torch.device) -> Callable[[], None]:
-    """`step` as a CUDA graph; calling what is returned replays it.
+def take(denoiser: "Denoiser", latents: torch.Tensor) -> "StepGraph":
+    """The graph for this call, held by it until `release` and loaded with its inputs.
 
-    Runs `step` three times before the capture, each after `rewind`: a schedule may be a single step long, and an index
-    beyond its end is a device-side assertion.
+    Where another thread holds the one that is kept, this call gets one of its own, which is never captured: the same kernels
+    on buffers of the same sizes.
     """
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            rewind()
-            step()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # Only this thread's calls can spoil the capture: another may be decoding the picture before.
-    captured = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
-    with torch.cuda.device(device), captured:
-        step()
-    return graph.replay
+    model, key = denoiser.model, _key(denoiser, latents)
+    kept = model.__dict__[ATTACHED]
+    with kept.lock:
+        graph = kept.graphs.get(key)
+        if graph is not None and graph.lock.acquire(blocking=False):
+            kept.graphs.move_to_end(key)
+        else:
+            fresh = StepGraph(denoiser, latents)
+            fresh.lock.acquire()
+            if graph is None:
+                kept.graphs[key] = fresh
+                while len(kept.graphs) > _KEPT:
+                    kept.graphs.popitem(last=False)
+            else:
+                fresh.captures = False
+            graph = fresh
+    try:
+        graph.load(denoiser, latents)
+    except BaseException:
+        graph.release()
+        raise
+    return graph
 
 
-class CapturedStep:
-    """Static buffers of one shape of call, and the graph over them.
+class StepGraph:
+    """One denoising step for one shape of call.
+
+    The first call of a shape computes its steps on these buffers. The second warms up on the stream that captures, with its
+    first step, captures the next one and replays it from there on, as do all later calls. All of them run the same kernels
+    on the same buffers, so a call gives the same bits whichever it is.
 
     Args:
-        forwards: of the call that is captured; its sizes and options are taken over.
+        denoiser: of the call; its sizes and options are taken over.
         latents: `[B, S_img, C]`, for shape and dtype.
     """
 
-    def __init__(self, pipe: Any, call: Call, forwards: Forwards, latents: torch.Tensor):
-        pack, task, device = forwards.packs[0], forwards.task, latents.device
-        model, state = pipe.transformer, call.state
-        shapes = check_image_shapes(task.img_shapes, forwards.batch) * pack.copies
-        self.capacities = tuple(bucket(length) for length in pack.layout.txt_lengths)
-        self.latents, self.sigmas = torch.empty_like(latents), torch.empty_like(task.schedule.sigmas)
-        self.step_index = torch.zeros(1, dtype=torch.int32, device=device)
-        layout = replace(build_layout(model.pos_embed, shapes, self.capacities, device), padded=True)
-        text = torch.zeros(layout.txt_rows, model.inner_dim, dtype=forwards.timesteps.dtype, device=device)
-        self.pack = Packed(layout, pack.embeds.new_empty(0), pack.copies, text)
-        conditions = None
-        if call.conditions is not None:
-            tables = model.__dict__[ATTACHED].tables
-            conditions = TableConditions(model, tables, task.host_timesteps, self.step_index)
-        self.load(model, latents, task, pack)
-
-        model_dtype, true_cfg_scale = forwards.timesteps.dtype, task.true_cfg_scale
-
-        counting = copy.copy(state)
+    def __init__(self, denoiser: "Denoiser", latents: torch.Tensor):
+        self.lock, self.captures = threading.Lock(), True
+        self._model, self._device, self._dtype = denoiser.model, denoiser.device, denoiser.dtype
+        self._calls, self._is_warm = 0, False
+        self._replay: Callable[[], None] | None = None
+        self._done: torch.cuda.Event | None = None
+        with torch.inference_mode(False), torch.no_grad():  # buffers that calls in either mode may write
+            self._allocate(denoiser, latents)
+        counting = copy.copy(denoiser.state)
         counting.calls = Counter()
+        self._counting, self._counts = counting, Counter()
+        self._call = Call(self._model, counting, self._source, denoiser.call.survey)
 
-        def step() -> None:
-            with accelerated(model, counting) as own:
-                own.conditions = conditions
-                predictions = forwards.on(own, self.step_index, [self.pack]).predict(self.latents.to(model_dtype))
-            latents = sampler_step(counting, self.latents, predictions, self.sigmas, self.step_index, true_cfg_scale)
-            self.latents.copy_(latents)
-            self.step_index.add_(1)
+    def _allocate(self, denoiser: "Denoiser", latents: torch.Tensor) -> None:
+        pack, task, model, device = denoiser.packs[0], denoiser.task, denoiser.model, denoiser.device
+        self.latents = torch.empty_like(latents)
+        self.sigmas = torch.empty(2, dtype=torch.float32, device=device)
+        self.step_index = torch.zeros(1, dtype=torch.int32, device=device)
+        self.timestep = torch.empty(1, dtype=self._dtype, device=device)
+        self.guidance = None if denoiser.guidance is None else torch.empty_like(denoiser.guidance)
+        shapes = check_image_shapes(task.img_shapes, denoiser.batch) * pack.copies
+        layout = build_layout(model.pos_embed, shapes, _capacities(denoiser), device)
+        text = torch.zeros(layout.txt_rows, model.inner_dim, dtype=self._dtype, device=device)
+        self.prompts = PromptBatch(replace(layout, padded=True), pack.embeds.new_empty(0), pack.copies, text)
+        self._source, self._table = None, None
+        if denoiser.call.conditions is not None:
+            layers = len(model.transformer_blocks)
+            rows = torch.empty(1, layers, 2, 6, model.inner_dim, dtype=self._dtype, device=device)
+            norm_out = torch.empty(1, 1, 2, model.inner_dim, dtype=self._dtype, device=device)
+            self._source = TableConditions(model, None, None, self.step_index)
+            self._source.table = ModulationTable(rows, norm_out, rows.new_empty(1, model.inner_dim))
 
-        step()  # compiles, computes the table, and shows what one step counts
-        self.calls = Counter(counting.calls)
-        self._replay = capture(step, self.step_index.zero_, device)
-        # A replay reads these by address, and caches elsewhere may forget them.
-        self._read = forwards.timesteps, None if conditions is None else conditions.table
-
-    def load(self, model: torch.nn.Module, latents: torch.Tensor, task: Task, pack: Packed) -> None:
-        """Put another call's latents, schedule and prompts into the buffers; step 0 comes next."""
-        layout, own = self.pack.layout, pack.layout
+    def load(self, denoiser: "Denoiser", latents: torch.Tensor) -> None:
+        """Put a call's latents, guidance and prompts into the buffers."""
+        if self._done is not None:  # another stream may still be at the call before
+            torch.cuda.current_stream(self._device).wait_event(self._done)
+        self._calls += 1
+        self._denoiser = denoiser
+        self._call.survey = denoiser.call.survey
         self.latents.copy_(latents)
-        self.sigmas.copy_(task.schedule.sigmas)
-        self.step_index.zero_()
+        if self.guidance is not None:
+            self.guidance.copy_(denoiser.guidance)
+        pack, layout = denoiser.packs[0], self.prompts.layout
         if pack.text is None:
-            pack.text = model.text_rows(pack)
-        self.pack.text.zero_()
-        layout.spans.copy_(layout.spans_of(own.txt_lengths))
+            pack.text = self._model.text_rows(pack)
+        self.prompts.text.zero_()
+        layout.spans.copy_(layout.spans_of(pack.layout.txt_lengths))
         start = 0
-        for n, length in enumerate(own.txt_lengths):
+        for n, length in enumerate(pack.layout.txt_lengths):
             place = layout.text_start(n, length)
-            self.pack.text[place : place + length] = pack.text[start : start + length]
-            layout.rope[place : place + length] = own.rope[start : start + length]
+            self.prompts.text[place : place + length] = pack.text[start : start + length]
+            layout.rope[place : place + length] = pack.layout.rope[start : start + length]
             start += length
+        source = denoiser.call.conditions
+        if source is not None:
+            source.begin(denoiser.timesteps[:1])
+            self._table = source.table
 
-    def run(self, state: Any) -> torch.Tensor:
-        """One step; the latents after it, in the static buffer."""
-        self._replay()
-        state.calls.update(self.calls)
+    def run(self, index: int, latents: torch.Tensor) -> torch.Tensor:
+        """One step.
+
+        Args:
+            index: of the step.
+            latents: `[B, S_img, C]`, those of the step before, or what a callback made of them.
+        Returns:
+            Tensor: the next latents, in the buffer.
+        """
+        if latents is not self.latents:
+            self.latents.copy_(latents)
+        schedule = self._denoiser.task.schedule
+        self.sigmas.copy_(schedule.sigmas[index : index + 2])
+        self.timestep.copy_(self._denoiser.timesteps[index : index + 1])
+        if self._table is not None:
+            own = self._source.table
+            own.rows.copy_(self._table.rows[index : index + 1])
+            own.norm_out.copy_(self._table.norm_out[index : index + 1])
+        if self._replay is not None:
+            self._replay()
+        elif not self.captures or self._calls < 2:
+            self._counted()
+        elif not self._is_warm:
+            with _beside(self._device):
+                self._counted()
+            self._is_warm = True
+        else:
+            self._capture_and_replay()
+        self._denoiser.state.calls.update(self._counts)
         return self.latents
 
+    def release(self) -> None:
+        """The call is over: the next one may write into the buffers, behind its work."""
+        if self._device.type == "cuda":
+            self._done = torch.cuda.current_stream(self._device).record_event()
+        self._denoiser = self._table = None
+        self.lock.release()
 
-def captured_step(pipe: Any, call: Call, forwards: Forwards, latents: torch.Tensor) -> CapturedStep:
-    """The graph for this call, loaded with it: one of those kept, or a new one."""
-    task, pack, model = forwards.task, forwards.packs[0], pipe.transformer
-    graphs = model.__dict__[ATTACHED].graphs
-    key = (
+    def _compute(self) -> None:
+        from .denoiser import sampler_step  # which imports this module
+
+        latents = self.latents.to(self._dtype)
+        predictions = self._model.predict(self._call, latents, self.timestep, self.prompts).chunk(self.prompts.copies)
+        self.latents.copy_(sampler_step(self._counting, self.latents, predictions, self.sigmas, self.step_index, self.guidance))
+
+    def _counted(self) -> None:
+        self._counting.calls.clear()
+        self._compute()
+        self._counts = Counter(self._counting.calls)
+
+    def _capture_and_replay(self) -> None:
+        state = self._denoiser.state
+        try:
+            with stage("capture"), torch.inference_mode(False), torch.no_grad():
+                self._replay = capture(self._compute, self._device)
+        except Exception as error:
+            self.captures = False
+            state.calls["graph captures that failed"] += 1
+            logger.warning("the step could not be captured in a CUDA graph, and runs without: %s", error)
+            self._counted()
+            return
+        state.calls["graph captures"] += 1
+        self._replay()
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def _beside(device: torch.device):
+    """Inside, work goes to the stream that captures, behind the current one's; that one waits for it."""
+    if device.type != "cuda":
+        yield
+        return
+    current, side = torch.cuda.current_stream(device), _side_stream(device)
+    side.wait_stream(current)
+    try:
+        with torch.cuda.stream(side):
+            yield
+    finally:
+        current.wait_stream(side)
+
+
+def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """`step` as a CUDA graph; calling what is returned replays it. Nothing is computed meanwhile.
+
+    Whatever happens, the current stream is again what it was: `torch.cuda.graph` leaves its own behind when the end of a
+    capture raises.
+    """
+    # The one wait of a capture: memory that finished work has used can serve the graph.
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), _beside(device):
+        # Only this thread's calls can spoil the capture: another may be decoding the picture before.
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            step()
+        except BaseException:
+            with contextlib.suppress(Exception):
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    return graph.replay
+
+
+def _capacities(denoiser: "Denoiser") -> tuple[int, ...]:
+    """Text rows of each sequence: the prompts', then the negative ones'."""
+    lengths = denoiser.packs[0].layout.txt_lengths
+    return tuple(capacity(length, negative=n >= denoiser.batch) for n, length in enumerate(lengths))
+
+
+def _key(denoiser: "Denoiser", latents: torch.Tensor) -> tuple[Any, ...]:
+    """All that a graph bakes in."""
+    found, state, device = denoiser.call.survey, denoiser.state, denoiser.device.type
+    addresses = tuple(
+        tensor.data_ptr()
+        for module in found.modules
+        for tensor in module.__dict__["_parameters"].values()
+        if tensor is not None
+    )
+    return (
         tuple(latents.shape),
         latents.dtype,
-        forwards.timesteps.dtype,
+        denoiser.dtype,
         latents.device,
-        tuple(map(bucket, pack.layout.txt_lengths)),
-        str(task.img_shapes),
-        tuple(task.host_timesteps.tolist()),
-        task.true_cfg_scale,
-        (call.state.attention, call.state.modulation),
-        _weights(model),
+        _capacities(denoiser),
+        str(denoiser.task.img_shapes),
+        denoiser.guidance is None,
+        (state.attention, denoiser.call.conditions is None),
+        (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
+        tuple(map(type, found.modules)),
+        found.adapters,
+        addresses,
     )
-    step = graphs.get(key)
-    if step is None:
-        with torch.inference_mode(False), torch.no_grad():  # buffers that calls in either mode may write
-            step = graphs[key] = CapturedStep(pipe, call, forwards, latents)
-        call.state.calls["graph captures"] += 1
-        while len(graphs) > _KEPT:
-            graphs.popitem(last=False)
-    graphs.move_to_end(key)
-    step.load(model, latents, task, pack)
-    return step
-
-
-def _weights(model: torch.nn.Module) -> tuple:
-    """What a graph bakes in of the model: addresses, kinds of layers, adapters and their scales, table contents."""
-    adapters = tuple(
-        (tuple(module.active_adapters), tuple(sorted(module.scaling.items())), module.disable_adapters, module.merged)
-        for module in model.modules()
-        if hasattr(module, "active_adapters") and hasattr(module, "scaling")
-    )
-    addresses = tuple(parameter.data_ptr() for parameter in model.parameters())
-    kinds = tuple(type(module) for module in model.modules())
-    return addresses, kinds, adapters, weights_signature(model).content

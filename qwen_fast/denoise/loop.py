@@ -1,6 +1,5 @@
 """The denoising loop: predictions of the fused transformer, each step's CFG and Euler update in one kernel."""
 
-import contextlib
 from collections import deque
 from typing import Any
 
@@ -8,9 +7,7 @@ import torch
 
 from ..common.stages import steps
 from ..common.state import logger
-from ..transformer.call import CALL, accelerated, lora_scale
-from . import graph
-from .denoiser import Forwards, Task, sampler_step
+from .denoiser import Denoiser, Task, guided
 
 _STEPS_AHEAD = 2  # the host may prepare so many steps before it waits: `interrupt` and the progress bar stay honest
 
@@ -25,49 +22,26 @@ def denoise(pipe: Any, latents: torch.Tensor, task: Task, callback: Any, callbac
         Tensor: `[B, S_img, C]`; fp32 with the precise sampler.
     """
     state, scheduler, schedule = pipe.fast_state, pipe.scheduler, task.schedule
-    model_dtype = latents.dtype
+    denoiser = Denoiser(pipe, task, latents)
     if state.precise_sampler:
         latents = latents.float()
-    step_index = torch.zeros(1, dtype=torch.int32, device=latents.device)
     # Callbacks read the scheduler, so it shows what stock's would.
     scheduler.sigmas, scheduler.timesteps = schedule.sigmas, schedule.timesteps
     scheduler.num_inference_steps = schedule.num_inference_steps
     scheduler._step_index, scheduler._begin_index = None, 0
 
     pace, check = _Pace(latents.device), FiniteCheck(latents, schedule.timesteps) if state.check_nan else None
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(lora_scale(pipe.transformer, pipe.attention_kwargs))
-        call = stack.enter_context(accelerated(pipe.transformer, state))
-        call.changing = callback is not None
-        progress_bar = stack.enter_context(pipe.progress_bar(total=schedule.num_inference_steps))
-        forwards = Forwards(pipe, call, task, step_index, latents.shape[0], model_dtype)
-        captured = None
-        reason = graph.reason_against(pipe, forwards, callback)
-        if reason is None:
-            captured = graph.captured_step(pipe, call, forwards, latents)
-        state.graph = reason
+    watched = callback is not None and "noise_pred" in callback_inputs
+    with denoiser.running(latents, None, watched), pipe.progress_bar(total=schedule.num_inference_steps) as progress_bar:
+        graphed = denoiser.graph is not None
         for i, t in enumerate(steps(schedule.timesteps)):
             if pipe.interrupt:
                 continue
             pipe._current_timestep = t
-            if captured is not None:
-                latents = captured.run(state)
-            else:
-                predictions = forwards.predict(latents.to(model_dtype))
-                latents = sampler_step(state, latents, predictions, schedule.sigmas, step_index, task.true_cfg_scale)
-                step_index.add_(1)  # in stream order, so no program of this step can see the next index
+            latents = denoiser.step(i, t, latents)
             scheduler._step_index = i + 1
             if callback is not None:
-                tensors = {"latents": latents, "prompt_embeds": task.prompts[0][0]}
-                outside = CALL.set(None)  # a callback may run another pipeline on the same transformer
-                try:
-                    outputs = callback(pipe, i, t, {name: tensors[name] for name in callback_inputs})
-                finally:
-                    CALL.reset(outside)
-                latents = outputs.pop("latents", latents)
-                embeds = outputs.pop("prompt_embeds", task.prompts[0][0])
-                task.prompts[0] = (embeds, task.prompts[0][1])
-                forwards = Forwards(pipe, call, task, step_index, latents.shape[0], model_dtype, kept=forwards)
+                latents = _call_back(callback, callback_inputs, denoiser, i, t, latents)
             if check is not None:
                 check.look(i, latents)
             pace.step()
@@ -78,7 +52,24 @@ def denoise(pipe: Any, latents: torch.Tensor, task: Task, callback: Any, callbac
         state.nan_note = found or "all finite"
         if found is not None:
             logger.warning("check_nan: %s.", found)
-    return latents if captured is None else latents.clone()  # the next call writes into the graph's buffers
+    return latents.clone() if graphed else latents  # the next call writes into the graph's buffers
+
+
+def _call_back(
+    callback: Any, names: list[str], denoiser: Denoiser, i: int, t: torch.Tensor, latents: torch.Tensor
+) -> torch.Tensor:
+    """Stock's `callback_on_step_end`; the latents that it leaves."""
+    embeds, mask = denoiser.task.prompts[0]
+    own = latents.clone() if denoiser.graph is not None and "latents" in names else latents
+    tensors = {"latents": own, "prompt_embeds": embeds}
+    if "noise_pred" in names:
+        tensors["noise_pred"] = guided(denoiser.predictions, denoiser.task.true_cfg_scale)
+    with denoiser.aside():
+        outputs = callback(denoiser.pipe, i, t, {name: tensors[name] for name in names})
+    given = outputs.pop("prompt_embeds", embeds)
+    denoiser.task.prompts[0] = (given, mask)
+    denoiser.look(changed_prompt="prompt_embeds" in names or given is not embeds)  # it may have edited them in place
+    return outputs.pop("latents", own)
 
 
 class FiniteCheck:

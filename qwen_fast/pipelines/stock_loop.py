@@ -10,7 +10,7 @@ import diffusers
 from ..common.hardware import unsupported_reason
 from ..common.stages import staged
 from ..text.encoding import of_call as texts_of_call
-from ..transformer.call import ATTACHED, accelerated
+from ..transformer.call import ATTACHED, Call, accelerated, entered
 from ..transformer.conditions import ScheduledConditions
 from ..transformer.modulation import table_reason
 from . import scheduler as fast_scheduler
@@ -50,14 +50,39 @@ def _stock_loop(stock: type) -> Callable[..., Any]:
             self.require_kernels(self.transformer.dtype, self._execution_device)
         texts = texts_of_call(self, bound.arguments)
         with texts, self._images(), accelerated(self.transformer, self.fast_state) as forwards:
-            forwards.changing = bound.arguments.get("callback_on_step_end") is not None
-            self.fast_state.no_table = table_reason(self.transformer)
-            if self.fast_state.modulation == "table" and self.fast_state.no_table is None:
-                tables = self.transformer.__dict__[ATTACHED].tables
-                forwards.conditions = ScheduledConditions(self.transformer, tables, self, forwards.changing)
-            return in_stages(self, *args, **kwargs)
+            _settle(self, forwards)
+            callback = bound.arguments.get("callback_on_step_end")
+            if callback is not None:
+                bound.arguments["callback_on_step_end"] = _watched(callback, forwards)
+            return in_stages(*bound.args, **bound.kwargs)
 
     return call
+
+
+def _settle(pipe: Any, call: Call) -> None:
+    """What follows from what of the transformer is stock's own now."""
+    state, model = pipe.fast_state, call.model
+    for reason in call.survey.foreign:
+        state.fall_back(reason)
+    state.no_table = call.survey.modulation or table_reason(model)
+    call.conditions = None
+    if state.modulation == "table" and state.no_table is None:
+        call.conditions = ScheduledConditions(model, model.__dict__[ATTACHED].tables, pipe, False)
+
+
+def _watched(callback: Callable[..., Any], call: Call) -> Callable[..., Any]:
+    """`callback_on_step_end` outside the call, since it may run anything; then the transformer is looked at again."""
+
+    @functools.wraps(callback)
+    def called(pipe, *args, **kwargs):
+        with entered(None):
+            result = callback(pipe, *args, **kwargs)
+        before, call.survey = call.survey, call.model.look()
+        if call.survey is not before:
+            _settle(pipe, call)
+        return result
+
+    return called
 
 
 class _SchedulerPipeline(AcceleratedPipeline):

@@ -1,24 +1,21 @@
 """One Qwen-Image block over joint token rows: fused operators around diffusers' own projections."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from diffusers.models.activations import GELU
-from diffusers.models.attention import FeedForward
-from diffusers.models.normalization import RMSNorm
-from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from torch import nn
 
 from qwen_fast_kernels import ada_layer_norm, gated_residual, gated_residual_ada_layer_norm, qk_norm_rope
 
-from ..common.hooks import is_hooked
 from .attention import attend
 from .layout import Layout
-from .linear import feed_forward_into, linear_into
+from .linear import called, feed_forward_into, gather_linear, linear_into, scatter_linear
 from .modulation import BlockModulation
+from .survey import FUSED, BlockPlan
 
 
-class Address(NamedTuple):
+class TableRows(NamedTuple):
     """Which row of a modulation table each token takes.
 
     Attributes:
@@ -29,107 +26,136 @@ class Address(NamedTuple):
     step_index: torch.Tensor
     token_rows: torch.Tensor | None
 
-    def image(self, txt_rows: int) -> "Address":
+    def image(self, txt_rows: int) -> "TableRows":
         """The image rows alone."""
-        return Address(self.step_index, None if self.token_rows is None else self.token_rows[txt_rows:])
+        return TableRows(self.step_index, None if self.token_rows is None else self.token_rows[txt_rows:])
 
 
-class Rows:
+class TokenStream:
     """Joint token rows on their way through the blocks of one forward, and the buffers they share.
 
     Args:
-        block: any block, for the sizes.
         residual: `[R, C]`.
         layout: where the sequences lie.
+        rows: of the modulation table.
         attention: the option, see `attention.attend`.
+        batch: samples, where layers that are not plain get them as stock's `[batch, S, C]`; None: rows in one piece.
+    Attributes:
+        arguments: stock's keyword arguments of a block, where a module is called as stock calls it.
+        pending: what a block is to do that is called with this stream, through a hook that brings its weights.
     """
 
-    def __init__(self, block: nn.Module, residual: torch.Tensor, layout: Layout, address: Address, attention: str):
-        attn = block.attn
-        self.residual, self.layout, self.address, self.attention = residual, layout, address, attention
+    def __init__(
+        self,
+        residual: torch.Tensor,
+        layout: Layout,
+        rows: TableRows,
+        head_dim: int,
+        attention: str,
+        batch: int | None = None,
+    ):
+        self.residual, self.layout, self.rows, self.attention = residual, layout, rows, attention
+        self.batch, self.head_dim, self.all_rows = batch, head_dim, rows
+        self.arguments: dict[str, Any] | None = None
+        self.pending: Callable[[], None] | None = None
         self.split = layout.txt_rows
         self.normed: torch.Tensor | None = None
-        self.head_dim = attn.inner_dim // attn.heads
-        self.qkv = residual.new_empty(3, layout.rows, attn.inner_dim)  # in the order of attention
-        self.text = residual.new_empty(3, layout.txt_rows, attn.inner_dim)
+        self.qkv = residual.new_empty(3, layout.rows, residual.shape[1])  # in the order of attention
+        self.text = residual.new_empty(3, layout.txt_rows, residual.shape[1])
         self.branch = torch.empty_like(residual)
         # diffusers clips at the end of each block, and in fp16 only.
         self.clip = residual.dtype == torch.float16
 
-    def begin(self, modulation: BlockModulation) -> None:
-        """The first norm of a block, where the block before has not left it."""
-        shift, scale = modulation.shift1, modulation.scale1
-        self.normed = ada_layer_norm(self.residual, shift, scale, self.address.step_index, self.split, self.address.token_rows)
-
-    def attend(self, block: nn.Module, modulation: BlockModulation, *, drop_text: bool = False) -> None:
-        """Attention, its gated residual and the second norm.
+    def through(
+        self,
+        block: nn.Module,
+        modulation: BlockModulation,
+        following: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None,
+        plan: BlockPlan = FUSED,
+        *,
+        drop_text: bool = False,
+    ) -> None:
+        """The whole block.
 
         Args:
-            drop_text: keep the image rows only from here on: nothing reads the text that the last block would give.
+            following: gives shift and scale of the norm behind the block, to be computed along with its end.
+            drop_text: keep the image rows only: nothing reads the text that the last block would give.
         """
-        attn, split, layout = block.attn, self.split, self.layout
-        image, branch = self.normed[split:], self.branch[split:]
-        projections = ((attn.to_q, attn.add_q_proj), (attn.to_k, attn.add_k_proj), (attn.to_v, attn.add_v_proj))
-        for rows, text, (of_image, of_text) in zip(self.qkv, self.text, projections, strict=True):
-            linear_into(of_text, self.normed[:split], text)
-            for own, places in layout.images:
-                linear_into(of_image, image[own], rows[places])
-        query, key, value = self.qkv.unflatten(-1, (-1, self.head_dim))
-        weights = (attn.norm_q.weight, attn.norm_k.weight, attn.norm_added_q.weight, attn.norm_added_k.weight)
-        text = self.text.unflatten(-1, (-1, self.head_dim))
-        qk_norm_rope(query, key, *weights, layout.rope, split, attn.norm_q.eps, value, text, layout.places)
-        attended = attend(query, key, value, layout, attn.processor, self.attention)
-        for own, piece, places in layout.images_of(attended):
-            linear_into(attn.to_out[0], piece[places], branch[own])
+        if self.normed is None:
+            self._begin(modulation)
+        self._attend(block, plan, drop_text)
+        self._gate_and_norm(modulation.gate1, modulation.shift2, modulation.scale2, clip=False)
+        self._feed_forward(block, plan)
+        if following is None:
+            self._end(modulation.gate2)
+        else:
+            self._gate_and_norm(modulation.gate2, *following(), clip=self.clip)
+
+    def _begin(self, modulation: BlockModulation) -> None:
+        """The first norm of a block, where the block before has not left it."""
+        shift, scale = modulation.shift1, modulation.scale1
+        self.normed = ada_layer_norm(self.residual, shift, scale, self.rows.step_index, self.split, self.rows.token_rows)
+
+    def _attend(self, block: nn.Module, plan: BlockPlan, drop_text: bool) -> None:
+        """Attention, its output in `branch`."""
+        attn, split, layout, batch = block.attn, self.split, self.layout, self.batch
+        image, text = self.normed[split:], self.normed[:split]
+        if plan.attention is not None:
+            self._call_attention(attn)
+        else:
+            for module, rows in zip((attn.to_q, attn.to_k, attn.to_v), self.qkv, strict=True):
+                scatter_linear(module, image, [(own, rows, places) for own, places in layout.images], batch)
+            for module, rows in zip((attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), self.text, strict=True):
+                linear_into(module, text, rows, batch)
+            query, key, value = self.qkv.unflatten(-1, (-1, self.head_dim))
+            weights = (attn.norm_q.weight, attn.norm_k.weight, attn.norm_added_q.weight, attn.norm_added_k.weight)
+            moved = self.text.unflatten(-1, (-1, self.head_dim))
+            qk_norm_rope(query, key, *weights, layout.rope, split, attn.norm_q.eps, value, moved, layout.places)
+            attended = attend(query, key, value, layout, attn.processor, self.attention)
+            gather_linear(attn.to_out[0], list(layout.images_of(attended)), self.branch[split:], batch)
+            if not drop_text:
+                linear_into(attn.to_add_out, layout.text_of(attended), self.branch[:split], batch)
         if drop_text:
             self.residual, self.branch = self.residual[split:], self.branch[split:]
-            self.address, self.split = self.address.image(split), 0
-        else:
-            linear_into(attn.to_add_out, layout.text_of(attended), self.branch[:split])
-        self._gate_and_norm(modulation.gate1, modulation.shift2, modulation.scale2, clip=False)
+            self.rows, self.split = self.rows.image(split), 0
 
-    def feed_forward(self, block: nn.Module) -> None:
-        """Both streams' MLPs; their gated residual is `end` or `end_and_begin`."""
-        feed_forward_into(block.txt_mlp, self.normed[: self.split], self.branch[: self.split])
-        feed_forward_into(block.img_mlp, self.normed[self.split :], self.branch[self.split :])
+    def _call_attention(self, attn: nn.Module) -> None:
+        """The attention module called as stock calls it."""
+        text, image = as_batches(self.normed, self.layout)
+        image, text = attn(
+            hidden_states=image,
+            encoder_hidden_states=text,
+            encoder_hidden_states_mask=self.arguments["encoder_hidden_states_mask"],
+            image_rotary_emb=self.arguments["image_rotary_emb"],
+        )
+        self.branch[: self.split], self.branch[self.split :] = text.flatten(0, 1), image.flatten(0, 1)
 
-    def end(self, gate: torch.Tensor) -> None:
+    def _feed_forward(self, block: nn.Module, plan: BlockPlan) -> None:
+        """Both streams' MLPs."""
+        image, text = self.normed[self.split :], self.normed[: self.split]
+        for mlp, reason, rows, out in (
+            (block.img_mlp, plan.mlps[0], image, self.branch[self.split :]),
+            (block.txt_mlp, plan.mlps[1], text, self.branch[: self.split]),
+        ):
+            if reason is None:
+                feed_forward_into(mlp, rows, out, self.batch)
+            elif rows.shape[0]:
+                out.copy_(called(mlp, rows, self.batch))
+
+    def _end(self, gate: torch.Tensor) -> None:
         """The block's last gated residual alone."""
-        step_index, token_rows = self.address
+        step_index, token_rows = self.rows
         self.residual = gated_residual(self.residual, self.branch, gate, step_index, self.split, token_rows, self.clip)
         self.normed = None
 
-    def end_and_begin(self, gate: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> None:
-        """The block's last gated residual and the norm that follows it, of the next block or of the output."""
-        self._gate_and_norm(gate, shift, scale, clip=self.clip)
-
     def _gate_and_norm(self, gate, shift, scale, *, clip: bool) -> None:
-        step_index, token_rows = self.address
+        step_index, token_rows = self.rows
         self.residual, self.normed = gated_residual_ada_layer_norm(
             self.residual, self.branch, gate, shift, scale, step_index, self.split, token_rows, clip=clip
         )
 
 
-def stock_reason(block: nn.Module) -> str | None:
-    """Why `block` has to run as diffusers wrote it, or None."""
-    attn = block.attn
-    if type(attn.processor) is not QwenDoubleStreamAttnProcessor2_0:
-        return f"attention processor {type(attn.processor).__name__}"
-    if getattr(attn.processor, "_parallel_config", None) is not None:
-        return "context parallelism"
-    norms = (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k)
-    if any(type(norm) is not RMSNorm or norm.weight is None or norm.bias is not None for norm in norms):
-        return "query and key norms that are not RMSNorm with a weight"
-    layer_norms = (block.img_norm1, block.img_norm2, block.txt_norm1, block.txt_norm2)
-    for norm in layer_norms:
-        if type(norm) is not nn.LayerNorm or norm.weight is not None or norm.eps != 1e-6:
-            return "layer norms that are not LayerNorm without affine"
-    mlps = (block.img_mlp, block.txt_mlp)
-    for mlp in mlps:
-        activation = mlp.net[0]
-        if type(mlp) is not FeedForward or type(activation) is not GELU or activation.approximate != "tanh":
-            return "a feed-forward that is not diffusers' with tanh GELU"
-    read_around = (attn, *norms, *layer_norms, *mlps, *(layer for mlp in mlps for layer in mlp.net[:2]))
-    if any(is_hooked(module) for module in read_around):
-        return "a hook inside a block"
-    return None
+def as_batches(rows: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Joint rows as `[B, S_txt, C]` and `[B, S_img, C]`, for a layout whose sequences have equal lengths."""
+    text = rows[: layout.txt_rows].unflatten(0, (layout.sequences, layout.txt_lengths[0]))
+    return text, rows[layout.txt_rows :].unflatten(0, (layout.sequences, layout.img_lengths[0]))

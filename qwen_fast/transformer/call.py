@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -14,11 +15,11 @@ from diffusers.utils import USE_PEFT_BACKEND
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 
 from ..common.state import State
-from ..text.cache import Encoded
-from .blocks import Address
+from .blocks import TableRows
 from .conditions import Conditions
 from .layout import Layout
 from .modulation import TableCache
+from .survey import Survey
 
 ATTACHED = "_qwen_fast_attachment"  # the one attribute that an attached model carries
 
@@ -34,6 +35,8 @@ class Attachment:
     layouts: OrderedDict = field(default_factory=OrderedDict)
     tables: TableCache = field(default_factory=TableCache)
     graphs: OrderedDict = field(default_factory=OrderedDict)
+    survey: Survey | None = None
+    lock: Any = field(default_factory=threading.Lock)
     own: State | None = None  # of a model that was built as ours and accelerates every forward
 
     def __deepcopy__(self, memo: dict) -> "Attachment":
@@ -45,7 +48,7 @@ class Attachment:
 
 
 @dataclass
-class Packed:
+class PromptBatch:
     """Prompts and layout of one forward that holds several predictions for the same latents, such as cond and uncond.
 
     Attributes:
@@ -54,14 +57,12 @@ class Packed:
         copies: how often the image rows of the batch are repeated.
         text: `[txt_rows, C]`, the embeddings after txt_norm and txt_in; the first forward fills it in (before it, an
             offloaded model's weights are not on the device).
-        sources: the encoded prompts that `embeds` was made of and how many tokens of each, where that is known.
     """
 
     layout: Layout
     embeds: torch.Tensor
     copies: int
     text: torch.Tensor | None = None
-    sources: list[tuple[Encoded, int]] | None = None
 
 
 @dataclass
@@ -70,44 +71,59 @@ class Call:
 
     Attributes:
         conditions: where modulations come from; None: computed in each forward from its timestep, as stock does.
-        changing: a callback may attach something between two forwards, so that blocks are looked at each time.
-        separate: per block, whether it has to be called as a module.
-        packed: set while a forward is asked for several predictions.
-        forward: set while blocks run that something is attached to.
+        survey: what of the model is stock's own; None: looked at in each forward.
+        prompts: set while a forward is asked for several predictions.
+        forward: set while the blocks of a forward run.
+        given: what the last block was called with by code that is not ours: rotary tables, mask, batch, and their layout.
     """
 
     model: torch.nn.Module
     state: State
     conditions: Conditions | None = None
-    changing: bool = False
-    separate: list[bool] | None = None
-    packed: Packed | None = None
+    survey: Survey | None = None
+    prompts: PromptBatch | None = None
     forward: "SharedForward | None" = None
+    given: tuple[Any, Any, int, Layout] | None = None
+
+    def look(self) -> Survey:
+        """What of the model is stock's own, now."""
+        return self.survey or self.model.look()
 
 
 @dataclass
 class SharedForward:
-    """What the blocks of one forward share, for those that are called as modules because hooks sit on them."""
+    """What the blocks of one forward share, for those that are called as modules.
+
+    Attributes:
+        arguments: stock's keyword arguments of a block, but for the two streams.
+    """
 
     layout: Layout
-    address: Address
+    rows: TableRows
     conditions: Conditions
-    index: dict[int, int]
-    block_arguments: dict[str, Any]
+    arguments: dict[str, Any]
+
+    def gave(self, arguments: dict[str, Any]) -> bool:
+        """Whether a block was called with just these, so that what is known beside them holds too."""
+        return all(arguments[name] is value for name, value in self.arguments.items())
 
 
 CALL: ContextVar[Call | None] = ContextVar("qwen_fast_call", default=None)
 
 
 @contextlib.contextmanager
-def accelerated(model: torch.nn.Module, state: State) -> Iterator[Call]:
-    """Inside, forwards of `model` in this thread are fused and counted into `state`."""
-    call = Call(model, state)
+def entered(call: Call | None) -> Iterator[Call | None]:
+    """Inside, forwards of the call's model in this thread are fused and counted into its state; None: no model's are."""
     token = CALL.set(call)
     try:
         yield call
     finally:
         CALL.reset(token)
+
+
+def accelerated(model: torch.nn.Module, state: State) -> contextlib.AbstractContextManager[Call]:
+    """`entered` with a new call of `model`, looked at now."""
+    return entered(Call(model, state, survey=model.look()))
 
 
 @contextlib.contextmanager

@@ -189,7 +189,7 @@ def build_layout(
     Raises:
         ValueError: more text tokens than the rotary table has positions.
     """
-    lengths, text, image = [], [], []
+    frequencies = []
     tables: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
     for shapes, positions in zip(img_shapes, text_positions, strict=True):
         holes = isinstance(positions, tuple)
@@ -202,9 +202,15 @@ def build_layout(
                 f"the prompt has {length} tokens, but beside a picture of {shapes[0]} patches the rotary table has "
                 f"{text_freqs.shape[0]} text positions; shorten the prompt or the picture."
             )
-        text.append(text_freqs[torch.tensor(positions, dtype=torch.long, device=device)] if holes else text_freqs)
-        image.append(image_freqs)
-        lengths.append((text[-1].shape[0], image_freqs.shape[0]))
+        own = text_freqs[torch.tensor(positions, dtype=torch.long, device=device)] if holes else text_freqs
+        frequencies.append((own, image_freqs))
+    return lay_out(frequencies)
+
+
+def lay_out(frequencies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Layout:
+    """The rows of sequences whose rotary tables are known: complex `[S_txt, head_dim / 2]` and `[S_img, head_dim / 2]` each."""
+    text, image = zip(*frequencies, strict=True)
+    lengths = [(own.shape[0], other.shape[0]) for own, other in frequencies]
     text_lengths, image_lengths = zip(*lengths, strict=True)
     # Complex numbers lie in memory as (cosine, sine).
     rope = torch.view_as_real(torch.cat([*text, *image])).flatten(-2).float().contiguous()
@@ -219,7 +225,7 @@ def build_layout(
         txt_lengths=text_lengths,
         img_lengths=image_lengths,
         rope=rope,
-        places=torch.cat([*places_txt, *places_img]).to(device, torch.int32),
+        places=torch.cat([*places_txt, *places_img]).to(rope.device, torch.int32),
         spans=rope.new_empty(0),
     )
-    return replace(layout, spans=layout.spans_of(text_lengths).to(device))
+    return replace(layout, spans=layout.spans_of(text_lengths).to(rope.device))

@@ -20,26 +20,27 @@ from diffusers.models.transformers import transformer_qwenimage
 
 from qwen_fast_kernels import ada_layer_norm
 
-from ..common.fingerprint import modules_signature
-from ..common.hooks import OURS, is_hooked, rebind_forward
+from ..common.hooks import OURS, rebind_forward
 from ..common.proofs import require_transformer
 from ..common.state import State
-from .blocks import Address, Rows, stock_reason
-from .call import ATTACHED, CALL, Attachment, Call, Packed, SharedForward, lora_scale
+from .blocks import TableRows, TokenStream, as_batches
+from .call import ATTACHED, CALL, Attachment, Call, PromptBatch, SharedForward, entered, lora_scale
 from .conditions import Conditions, LayerConditions
-from .host_weights import disk_reason, host_bytes
-from .layout import ImageShapes, Layout, build_layout, check_image_shapes
-from .linear import linear_into
+from .host_weights import host_bytes
+from .layout import ImageShapes, Layout, build_layout, check_image_shapes, lay_out
+from .linear import called, linear_into
+from .modulation import BlockModulation
+from .survey import FUSED, BlockPlan, Survey, survey
 
 STOCK = diffusers.QwenImageTransformer2DModel
 STOCK_BLOCK = transformer_qwenimage.QwenImageTransformerBlock
-_SIGNATURE = inspect.signature(STOCK.forward)
 _KEPT_LAYOUTS = 16
 
 
 class QwenImageTransformerBlock(STOCK_BLOCK):
-    """diffusers' block. Called as a module (something is attached to it), it is fused within its own boundaries."""
+    """diffusers' block. Called as a module in a call of ours, it is fused within its own boundaries, whoever calls it."""
 
+    @functools.wraps(STOCK_BLOCK.forward)
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -50,31 +51,20 @@ class QwenImageTransformerBlock(STOCK_BLOCK):
         joint_attention_kwargs: dict[str, Any] | None = None,
         modulate_index: list[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(hidden_states, TokenStream):  # through a hook that brings this block's weights
+            return hidden_states.pending()
+        arguments = {
+            "encoder_hidden_states_mask": encoder_hidden_states_mask,
+            "temb": temb,
+            "image_rotary_emb": image_rotary_emb,
+            "joint_attention_kwargs": joint_attention_kwargs,
+            "modulate_index": modulate_index,
+        }
         call = None if torch.compiler.is_compiling() else CALL.get()
-        forward = None if call is None else call.forward
-        index = None if forward is None else forward.index.get(id(self))
-        if index is not None:
-            sizes = (encoder_hidden_states.shape[0], encoder_hidden_states.shape[1], hidden_states.shape[1])
-            layout = forward.layout
-            fits = sizes == (layout.sequences, layout.txt_lengths[0], layout.img_lengths[0])
-        if index is None or not fits or joint_attention_kwargs or stock_reason(self) is not None:
-            return super().forward(
-                hidden_states,
-                encoder_hidden_states,
-                encoder_hidden_states_mask,
-                temb,
-                image_rotary_emb,
-                joint_attention_kwargs,
-                modulate_index,
-            )
-        residual = torch.cat([encoder_hidden_states.flatten(0, 1), hidden_states.flatten(0, 1)])
-        rows = Rows(self, residual, layout, forward.address, call.state.attention)
-        modulation = forward.conditions.block(index)
-        rows.begin(modulation)
-        rows.attend(self, modulation)
-        rows.feed_forward(self)
-        rows.end(modulation.gate2)
-        return _as_batches(rows.residual, layout)
+        streams = None if call is None else _fused_block(call, self, hidden_states, encoder_hidden_states, arguments)
+        if streams is None:
+            return super().forward(hidden_states, encoder_hidden_states, **arguments)
+        return streams
 
 
 class QwenImageTransformer2DModel(STOCK):
@@ -90,39 +80,82 @@ class QwenImageTransformer2DModel(STOCK):
         self.__dict__[ATTACHED] = Attachment(own=State(modulation="layers"))
         swap_blocks(self, STOCK_BLOCK, QwenImageTransformerBlock)
 
+    @functools.wraps(STOCK.forward)  # pipelines read its signature
     def forward(self, *args, **kwargs):
         call = None if torch.compiler.is_compiling() else self._call()
         if call is None:
             return super().forward(*args, **kwargs)
-        bound = _SIGNATURE.bind(self, *args, **kwargs)
+        if call.prompts is not None:  # through a hook that brings the weights
+            return (self.predict(call, kwargs["hidden_states"], kwargs["timestep"], call.prompts),)
+        found = call.look()
+        hidden_states = kwargs.get("hidden_states", args[0] if args else None)
+        reason = found.whole or _context_reason(hidden_states)
+        if reason is not None:
+            call.state.fall_back(reason)
+            with entered(None):  # the blocks too
+                return super().forward(*args, **kwargs)
+        if found.stock is not None:  # replaced on diffusers' class: what it calls of the model is fused
+            with entered(call):
+                return super().forward(*args, **kwargs)
+        bound = inspect.signature(STOCK.forward).bind(self, *args, **kwargs)
         bound.apply_defaults()
         arguments = dict(bound.arguments)
         del arguments["self"]
         reason = self._stock_reason(arguments)
         if reason is not None:
             call.state.fall_back(reason)
-            return super().forward(*args, **kwargs)
-        rows = arguments["hidden_states"]
-        require_transformer(call.state, self, rows.dtype, rows.device)
-        with lora_scale(self, arguments["attention_kwargs"]):
-            if call.packed is not None:
-                output = self._packed_forward(call, arguments["hidden_states"], arguments["timestep"])
-            else:
-                output = self._batch_forward(call, **arguments)
-        packed = call.packed is not None and call.packed.copies > 1
-        call.state.calls["packed transformer" if packed else "transformer"] += 1
+            with entered(call):
+                return super().forward(*args, **kwargs)
+        require_transformer(call.state, self, hidden_states.dtype, hidden_states.device)
+        with lora_scale(self, arguments["attention_kwargs"]), entered(call):
+            output = self._batch_forward(call, found, **arguments)
+        call.state.calls["transformer"] += 1
         return Transformer2DModelOutput(sample=output) if arguments["return_dict"] else (output,)
+
+    def look(self) -> Survey:
+        """What of this model is stock's own, now."""
+        kept = self.__dict__[ATTACHED]
+        kept.survey = survey(self, kept.survey)
+        return kept.survey
+
+    def predict(self, call: Call, hidden_states: torch.Tensor, timestep: torch.Tensor, prompts: PromptBatch) -> torch.Tensor:
+        """Several predictions for the same latents in one forward.
+
+        Args:
+            hidden_states: `[B, S_img, C_in]`.
+            timestep: `[1]` or `[B]`, in their dtype and over 1000.
+        Returns:
+            Tensor: `[copies * B, S_img, C_out]`, prompt after prompt.
+        """
+        layout, found = prompts.layout, call.look()
+        require_transformer(call.state, self, hidden_states.dtype, hidden_states.device)
+        residual = hidden_states.new_empty(layout.rows, self.inner_dim)
+        if prompts.text is None:
+            prompts.text = self.text_rows(prompts)
+        residual[: layout.txt_rows] = prompts.text
+        image = residual[layout.txt_rows :].unflatten(0, (prompts.copies, -1))
+        linear_into(self.img_in, hidden_states.flatten(0, 1), image[0])
+        image[1:] = image[0]
+        conditions = self._conditions(call, found, timestep, hidden_states, None)
+        stream = self._stream(call, residual, layout, TableRows(conditions.step_index, None))
+        output = self._run(call, found, stream, conditions)
+        call.state.calls["packed transformer" if prompts.copies > 1 else "transformer"] += 1
+        return output.unflatten(0, (prompts.copies * hidden_states.shape[0], -1))
+
+    def text_rows(self, prompts: PromptBatch) -> torch.Tensor:
+        """`[txt_rows, C]`: the text after txt_norm and txt_in."""
+        return self.txt_in(self.txt_norm(prompts.embeds))
 
     def _call(self) -> Call | None:
         call = CALL.get()
         if call is not None:
             return call if call.model is self else None
         attachment = self.__dict__.get(ATTACHED)
-        return None if attachment is None or attachment.own is None else Call(self, attachment.own, changing=True)
+        if attachment is None or attachment.own is None:
+            return None
+        return Call(self, attachment.own, survey=self.look())
 
     def _stock_reason(self, arguments: dict[str, Any]) -> str | None:
-        if torch.is_grad_enabled():
-            return "gradients are asked for (use torch.no_grad or torch.inference_mode)"
         if arguments["guidance"] is not None:
             return "guidance embeddings"
         others = set(arguments["attention_kwargs"] or ()) - {"scale"}
@@ -130,13 +163,12 @@ class QwenImageTransformer2DModel(STOCK):
             return f"attention_kwargs {', '.join(sorted(others))}"
         if getattr(self, "_parallel_config", None) is not None:
             return "context parallelism"
-        if type(self.pos_embed) not in (transformer_qwenimage.QwenEmbedRope, transformer_qwenimage.QwenEmbedLayer3DRope):
-            return f"rotary embedding {type(self.pos_embed).__name__}"
         return None
 
     def _batch_forward(
         self,
         call: Call,
+        found: Survey,
         hidden_states,
         encoder_hidden_states,
         encoder_hidden_states_mask,
@@ -168,130 +200,113 @@ class QwenImageTransformer2DModel(STOCK):
                     f"{tuple(encoder_hidden_states.shape[:2])} of the embeddings."
                 )
             mask = mask.bool().expand(batch, -1)
-        layout = self.layout(shapes, (text_length,) * batch, hidden_states.device)
+        frequencies = None
+        if found.rotary is None:
+            layout = self.layout(shapes, (text_length,) * batch, hidden_states.device)
+        else:
+            frequencies = self.pos_embed(img_shapes, max_txt_seq_len=text_length, device=hidden_states.device)
+            layout = lay_out([(frequencies[1], frequencies[0])] * batch)
         residual = hidden_states.new_empty(layout.rows, self.inner_dim)
+        linear_into(self.img_in, hidden_states.flatten(0, 1), residual[layout.txt_rows :], batch)
         text = self.txt_norm(encoder_hidden_states).expand(batch, -1, -1)
-        linear_into(self.txt_in, text.flatten(0, 1), residual[: layout.txt_rows])
-        linear_into(self.img_in, hidden_states.flatten(0, 1), residual[layout.txt_rows :])
+        linear_into(self.txt_in, text.flatten(0, 1), residual[: layout.txt_rows], batch)
 
-        conditions = self._conditions(call, timestep, hidden_states, additional_t_cond)
-        address = self.address(conditions, layout, shapes)
+        conditions = self._conditions(call, found, timestep, hidden_states, additional_t_cond)
+        rows = self.table_rows(conditions, layout, shapes)
         layout = layout.with_key_mask(mask)
-        if call.separate is None or call.changing:
-            call.separate = [is_hooked(block) or stock_reason(block) is not None for block in self.transformer_blocks]
-        separate = call.separate
-        if any(separate):
+        stream = self._stream(call, residual, layout, rows, batch)
+        if any(found.plan(block) is not FUSED for block in self.transformer_blocks) or found.norm_out is not None:
             if len(set(shapes)) > 1:
                 raise ValueError(
                     f"`img_shapes` {img_shapes} differ within a batch whose blocks have hooks: run them one by one."
                 )
-            call.forward = self._shared(call, layout, address, conditions, shapes, mask, batch)
+            stream.arguments = self._block_arguments(layout, conditions, shapes, mask, batch, frequencies)
+            call.forward = SharedForward(layout, rows, conditions, stream.arguments)
         try:
-            output = self._run(call, residual, layout, address, conditions, separate, controlnet_block_samples)
+            output = self._run(call, found, stream, conditions, controlnet_block_samples)
         finally:
             call.forward = None
         return output.unflatten(0, (batch, -1))
 
-    def _packed_forward(self, call: Call, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """`[B, S_img, C_in]` to `[copies * B, S_img, C_out]`, the text given by `call.packed`."""
-        packed, layout = call.packed, call.packed.layout
-        residual = hidden_states.new_empty(layout.rows, self.inner_dim)
-        if packed.text is None:
-            packed.text = self.text_rows(packed)
-        residual[: layout.txt_rows] = packed.text
-        image = residual[layout.txt_rows :].unflatten(0, (packed.copies, -1))
-        linear_into(self.img_in, hidden_states.flatten(0, 1), image[0])
-        image[1:] = image[0]
-        conditions = self._conditions(call, timestep, hidden_states, None)
-        address = Address(conditions.step_index, None)
-        separate = [False] * len(self.transformer_blocks)
-        output = self._run(call, residual, layout, address, conditions, separate, None)
-        return output.unflatten(0, (packed.copies * hidden_states.shape[0], -1))
+    def _stream(self, call: Call, residual, layout, rows, batch: int | None = None) -> TokenStream:
+        heads, width = self.config.num_attention_heads, self.inner_dim
+        return TokenStream(residual, layout, rows, width // heads, call.state.attention, batch)
 
-    def _conditions(self, call: Call, timestep, hidden_states, additional_t_cond) -> Conditions:
+    def _conditions(self, call: Call, found: Survey, timestep, hidden_states, additional_t_cond) -> Conditions:
         timestep = timestep.to(hidden_states.dtype)
-        if call.conditions is not None and additional_t_cond is None and call.conditions.begin(timestep):
-            return call.conditions
+        table = call.conditions if additional_t_cond is None and found.modulation is None else None
+        if table is not None and table.begin(timestep):
+            return table
         return LayerConditions(self, timestep, hidden_states, additional_t_cond)
 
-    def _run(self, call, residual, layout, address, conditions, separate, controlnet) -> torch.Tensor:
+    def _run(self, call: Call, found: Survey, stream: TokenStream, conditions: Conditions, controlnet=None) -> torch.Tensor:
         """Joint token rows `[R, C]` through all blocks, norm_out and proj_out: `[R_img, C_out]`."""
-        blocks = self.transformer_blocks
+        blocks = list(self.transformer_blocks)
+        plans = [found.plan(block) for block in blocks]
         every = None if controlnet is None else math.ceil(len(blocks) / len(controlnet))
-        rows = Rows(blocks[0], residual, layout, address, call.state.attention)
         last = len(blocks) - 1
-        for index, block in enumerate(blocks):
-            modulation = conditions.block(index)
-            if separate[index]:
-                rows.residual = self._call_block(call, block, rows.residual)
+        for index, (block, plan) in enumerate(zip(blocks, plans, strict=True)):
+            if plan.called is not None or plan.stock is not None:
+                self._call_block(call, block, plan, stream)
             else:
-                if rows.normed is None:
-                    rows.begin(modulation)
-                rows.attend(block, modulation, drop_text=index == last)
-                rows.feed_forward(block)
-                if controlnet is None and index < last and not separate[index + 1]:
-                    following = conditions.block(index + 1)
-                    rows.end_and_begin(modulation.gate2, following.shift1, following.scale1)
-                elif controlnet is None and index == last and rows.address.token_rows is None:
-                    rows.end_and_begin(modulation.gate2, *conditions.out())
+                following = None
+                if controlnet is None and index < last:
+                    following = _following(conditions, index + 1, plans[index + 1])
+                elif controlnet is None and found.norm_out is None and stream.rows.token_rows is None:
+                    following = conditions.out
+                work = functools.partial(_through, stream, block, index, conditions, following, plan, index == last)
+                if plan.placed:
+                    stream.pending = work
+                    block(stream, None, None, None)
                 else:
-                    rows.end(modulation.gate2)
+                    work()
             if controlnet is not None:
-                rows.residual[rows.split :] += controlnet[index // every].flatten(0, 1)
-        image = rows.normed
+                stream.residual[stream.split :] += controlnet[index // every].flatten(0, 1)
+        return self._out(found, stream, conditions)
+
+    def _out(self, found: Survey, stream: TokenStream, conditions: Conditions) -> torch.Tensor:
+        """norm_out and proj_out of the image rows."""
+        image, layout = stream.normed, stream.layout
         if image is None:
-            image = rows.residual[rows.split :]
-            shift, scale = conditions.out()
-            token_rows = None
-            if conditions.samples > 1:
-                # The output norm takes a sample's own timestep for its reference tokens too, as in stock.
-                token_rows = address.token_rows[layout.txt_rows :] % conditions.samples
-            image = ada_layer_norm(image, shift, scale, address.step_index, 0, token_rows)
-        return self.proj_out(image)
+            image = stream.residual[stream.split :]
+            if found.norm_out is not None:
+                temb = stream.arguments["temb"]
+                temb = temb.chunk(2)[0] if self.zero_cond_t else temb
+                image = self.norm_out(image.unflatten(0, (stream.batch, -1)), temb).flatten(0, 1)
+            else:
+                shift, scale = conditions.out()
+                token_rows = None
+                if conditions.samples > 1:
+                    # The output norm takes a sample's own timestep for its reference tokens too, as in stock.
+                    token_rows = stream.all_rows.token_rows[layout.txt_rows :] % conditions.samples
+                image = ada_layer_norm(image, shift, scale, conditions.step_index, 0, token_rows)
+        return called(self.proj_out, image, stream.batch)
 
-    def _call_block(self, call: Call, block, residual: torch.Tensor) -> torch.Tensor:
+    def _call_block(self, call: Call, block: torch.nn.Module, plan: BlockPlan, stream: TokenStream) -> None:
         """A block with something attached to it, through its own `__call__` and with its own boundaries."""
-        reason = stock_reason(block)
-        if reason is not None:
-            call.state.fall_back(f"a block as diffusers wrote it: {reason}")
-        text, image = _as_batches(residual, call.forward.layout)
-        arguments = call.forward.block_arguments
-        text, image = block(hidden_states=image, encoder_hidden_states=text, **arguments)
-        return torch.cat([text.flatten(0, 1), image.flatten(0, 1)])
+        if plan.stock is not None:
+            call.state.fall_back(f"a block as diffusers wrote it: {plan.stock}")
+        text, image = as_batches(stream.residual, stream.layout)
+        text, image = block(hidden_states=image, encoder_hidden_states=text, **stream.arguments)
+        stream.residual = torch.cat([text.flatten(0, 1), image.flatten(0, 1)])
 
-    def _shared(self, call, layout, address, conditions, shapes, mask, batch) -> SharedForward:
-        temb, modulate_index = conditions.temb(batch), None
+    def _block_arguments(self, layout, conditions, shapes, mask, batch, frequencies) -> dict[str, Any]:
+        """What stock hands to its blocks beside the two streams."""
+        modulate_index = None
         if self.zero_cond_t:
             index = [[int(i > 0) for i, shape in enumerate(entry) for _ in range(math.prod(shape))] for entry in shapes]
             modulate_index = torch.tensor(index, device=layout.rope.device, dtype=torch.int)
-        frequencies = self.pos_embed(
-            [list(entry) for entry in shapes], max_txt_seq_len=layout.txt_lengths[0], device=layout.rope.device
-        )
-        arguments = {
+        if frequencies is None:
+            frequencies = self.pos_embed(
+                [list(entry) for entry in shapes], max_txt_seq_len=layout.txt_lengths[0], device=layout.rope.device
+            )
+        return {
             "encoder_hidden_states_mask": mask,
-            "temb": temb,
+            "temb": conditions.temb(batch),
             "image_rotary_emb": frequencies,
             "joint_attention_kwargs": None,
             "modulate_index": modulate_index,
         }
-        index = {id(block): i for i, block in enumerate(self.transformer_blocks)}
-        return SharedForward(layout, address, conditions, index, arguments)
-
-    def text_rows(self, packed: Packed) -> torch.Tensor:
-        """`[txt_rows, C]`: the text after txt_norm and txt_in, from what is kept of a prompt where its prompts are known."""
-
-        def project(embeds: torch.Tensor) -> torch.Tensor:
-            return self.txt_in(self.txt_norm(embeds))
-
-        layers = (self.txt_norm, self.txt_in)
-        if packed.sources is None or any(is_hooked(part) for layer in layers for part in layer.modules()):
-            return project(packed.embeds)
-        signature = modules_signature(zip(("txt_norm", "txt_in"), layers, strict=True), readable=disk_reason(self) is None)
-        if signature.content is None:
-            return project(packed.embeds)
-        device = packed.embeds.device.type
-        content = f"{signature.content} {torch.is_autocast_enabled(device)} {torch.get_autocast_dtype(device)}"
-        return torch.cat([prompt.projected(content, project)[:length] for prompt, length in packed.sources])
 
     def fast_memory(self) -> dict[str, int]:
         """Bytes that stay in host memory, and bytes that the caches of this model take."""
@@ -308,11 +323,11 @@ class QwenImageTransformer2DModel(STOCK):
     ) -> Layout:
         """The rows of these sequences; the last few layouts are kept. See `build_layout`."""
         return self._kept(
-            ("layout", tuple(shapes), tuple(text_positions), device),
+            ("layout", tuple(shapes), tuple(text_positions), device, _Rotary(self.pos_embed)),
             lambda: build_layout(self.pos_embed, shapes, text_positions, device),
         )
 
-    def address(self, conditions: Conditions, layout: Layout, shapes: Sequence[ImageShapes]) -> Address:
+    def table_rows(self, conditions: Conditions, layout: Layout, shapes: Sequence[ImageShapes]) -> TableRows:
         """Which rows of the conditions' tables the tokens of `layout` take."""
 
         def token_rows() -> torch.Tensor | None:
@@ -330,7 +345,7 @@ class QwenImageTransformer2DModel(STOCK):
             return torch.tensor(text + image, dtype=torch.int32, device=layout.rope.device)
 
         key = ("token rows", tuple(shapes), layout.txt_lengths, conditions.samples, conditions.zero_row, layout.rope.device)
-        return Address(conditions.step_index, self._kept(key, token_rows))
+        return TableRows(conditions.step_index, self._kept(key, token_rows))
 
     def _kept(self, key: tuple, build) -> Any:
         kept = self.__dict__[ATTACHED].layouts
@@ -342,10 +357,105 @@ class QwenImageTransformer2DModel(STOCK):
         return kept[key]
 
 
-def _as_batches(residual: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-    """Joint rows as `[B, S_txt, C]` and `[B, S_img, C]`, for a layout whose sequences have equal lengths."""
-    text = residual[: layout.txt_rows].unflatten(0, (layout.sequences, layout.txt_lengths[0]))
-    return text, residual[layout.txt_rows :].unflatten(0, (layout.sequences, layout.img_lengths[0]))
+class _Rotary:
+    """What a rotary table is made of, compared by identity and held, so that no other object takes its place."""
+
+    def __init__(self, module: torch.nn.Module):
+        tables = (module.pos_freqs, module.neg_freqs)
+        versions = tuple(0 if table.is_inference() else table._version for table in tables)
+        self.held = (module, *tables)
+        self.key = (*map(id, self.held), versions, module.theta, tuple(module.axes_dim), module.scale_rope)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Rotary) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+def _through(stream, block, index, conditions, following, plan, is_last) -> None:
+    # The modulation is asked for here, and not before: its layers are where a hook brings the block's weights.
+    stream.through(block, conditions.block(index), following, plan, drop_text=is_last)
+
+
+def _following(conditions: Conditions, index: int, plan: BlockPlan):
+    """Shift and scale of the first norm of the next block, where that is ours and need not be called to have its weights."""
+    if plan.called is not None or plan.stock is not None or (plan.placed and isinstance(conditions, LayerConditions)):
+        return None
+
+    def shift_and_scale() -> tuple[torch.Tensor, torch.Tensor]:
+        modulation = conditions.block(index)
+        return modulation.shift1, modulation.scale1
+
+    return shift_and_scale
+
+
+def _fused_block(
+    call: Call, block: QwenImageTransformerBlock, image: torch.Tensor, text: torch.Tensor, arguments: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Text and image behind a block that was called as a module, or None where it has to run as diffusers wrote it."""
+    found = call.look()
+    if id(block) not in found.owned or found.whole is not None or _context_reason(image) is not None:
+        return None
+    plan = found.blocks.get(id(block), FUSED)
+    if plan.stock is not None or arguments["joint_attention_kwargs"]:
+        return None
+    shared, index = call.forward, found.index.get(id(block))
+    sizes = (image.shape[0], text.shape[1], image.shape[1])
+    ours = shared is not None and index is not None and shared.gave(arguments)
+    layout = shared.layout if ours else _layout_given(call, sizes, arguments)
+    if layout is None or sizes != (layout.sequences, layout.txt_lengths[0], layout.img_lengths[0]) or text.dtype != image.dtype:
+        return None
+    if ours:
+        rows, modulation = shared.rows, shared.conditions.block(index)
+    else:
+        rows, modulation = _modulation_given(block, layout, arguments["temb"])
+    residual = torch.cat([text.flatten(0, 1), image.flatten(0, 1)])
+    head_dim = block.attn.inner_dim // block.attn.heads
+    stream = TokenStream(residual, layout, rows, head_dim, call.state.attention, sizes[0])
+    stream.arguments = arguments
+    stream.through(block, modulation, None, plan)
+    call.state.calls["transformer block"] += 1
+    return as_batches(stream.residual, layout)
+
+
+def _layout_given(call: Call, sizes: tuple[int, int, int], arguments: dict[str, Any]) -> Layout | None:
+    """The layout of a block's own arguments; the last one is kept, since all blocks of a forward get the same."""
+    rotary, mask = arguments["image_rotary_emb"], arguments["encoder_hidden_states_mask"]
+    batch, text_length, image_length = sizes
+    if arguments["modulate_index"] is not None or not isinstance(rotary, tuple) or len(rotary) != 2:
+        return None
+    if arguments["temb"].shape[0] not in (1, batch) or not all(torch.is_complex(freqs) for freqs in rotary):
+        return None
+    if (rotary[1].shape[0], rotary[0].shape[0]) != (text_length, image_length):
+        return None
+    if call.given is None or call.given[0] is not rotary or call.given[1] is not mask or call.given[2] != batch:
+        layout = lay_out([(rotary[1], rotary[0])] * batch)
+        call.given = rotary, mask, batch, layout.with_key_mask(None if mask is None else mask.bool().expand(batch, -1))
+    return call.given[3]
+
+
+def _modulation_given(
+    block: QwenImageTransformerBlock, layout: Layout, temb: torch.Tensor
+) -> tuple[TableRows, BlockModulation]:
+    """The modulation that a block computes from the embedding `[1 or B, C]` that it was given."""
+    table = torch.stack([block.img_mod(temb), block.txt_mod(temb)], dim=1).unflatten(-1, (6, -1))
+    token_rows = None
+    if temb.shape[0] > 1:
+        samples = torch.arange(layout.sequences, dtype=torch.int32, device=temb.device)
+        of_text, of_image = (samples.repeat_interleave(lengths[0]) for lengths in (layout.txt_lengths, layout.img_lengths))
+        token_rows = torch.cat([of_text, of_image])
+    return TableRows(torch.zeros(1, dtype=torch.int32, device=temb.device), token_rows), BlockModulation(*table.unbind(2))
+
+
+def _context_reason(hidden_states: torch.Tensor) -> str | None:
+    """Why a forward in the present context of torch is stock's."""
+    if torch.is_grad_enabled():
+        return "gradients are asked for (use torch.no_grad or torch.inference_mode)"
+    kind = hidden_states.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != hidden_states.dtype:
+        return f"autocast to {torch.get_autocast_dtype(kind)} of a model in {hidden_states.dtype}"
+    return None
 
 
 def swap_blocks(model: torch.nn.Module, old: type, new: type) -> None:

@@ -1,0 +1,337 @@
+"""What of a transformer is stock's own, level by level: read before a call, and again after code of the user's has run.
+
+The fused forward works around the modules: it reads their weights, and calls neither blocks nor norms nor attention. That is
+right for as long as calling them would run what diffusers wrote. What somebody has replaced, hooked or wrapped is called
+instead, in stock's way and with stock's arguments and batches, and everything around it stays fused.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.activations import GELU
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.normalization import AdaLayerNormContinuous, RMSNorm
+from diffusers.models.transformers import transformer_qwenimage as stock
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from ..common.fingerprint import adapter_state
+from ..common.hooks import Kind, attached
+from ..common.own import foreign_functions, foreign_methods, foreign_on
+
+ROTARY = (stock.QwenEmbedRope, stock.QwenEmbedLayer3DRope)
+# Packages whose layers take a linear layer's place and compute each row alone: adapters and quantised weights.
+_ADAPTING = ("peft.", "bitsandbytes.", "torchao.", "optimum.", "sdnq.", "diffusers.quantizers.")
+_KNOWN = ("torch.nn.", "diffusers.", "cache_dit.", *_ADAPTING)
+_ROTARY_METHODS = ("forward", "rope_params", "_get_device_freqs", "_compute_video_freqs", "_compute_condition_freqs")
+_METHODS = {
+    stock.QwenImageTransformerBlock: ("forward", "_modulate"),
+    stock.QwenDoubleStreamAttnProcessor2_0: ("__call__",),
+    GELU: ("forward", "gelu"),
+    **dict.fromkeys(ROTARY, _ROTARY_METHODS),
+}
+# What stock's attention looks up by name each time that it runs.
+_FUNCTIONS = ("apply_rotary_emb_qwen", "dispatch_attention_fn")
+_BUILTIN = {"scaled_dot_product_attention": torch._C._nn.scaled_dot_product_attention, "linear": torch._C._nn.linear}
+_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+# What is read of modules beside their weights, and no module itself.
+_ODD = {
+    Attention: lambda own: own["processor"],
+    nn.LayerNorm: lambda own: own["eps"],
+    GELU: lambda own: own["approximate"],
+    stock.QwenImageTransformerBlock: lambda own: own.get("_modulate"),
+}
+_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+class BlockPlan(NamedTuple):
+    """How one block is computed. Reasons are words for `report`; None where the block is ours throughout.
+
+    Attributes:
+        called: why the block is called as a module, with stock's arguments.
+        placed: a hook brings the block's weights to the device: it is called as a module, with our rows.
+        stock: why its forward is stock's.
+        attention: why its attention module is called.
+        mlps: why the image's and the text's feed-forward are called.
+    """
+
+    called: str | None = None
+    placed: bool = False
+    stock: str | None = None
+    attention: str | None = None
+    mlps: tuple[str | None, str | None] = (None, None)
+
+
+FUSED = BlockPlan()
+_STRANGER = BlockPlan(called="a block that somebody put in for the time of a forward")
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """One look at a transformer.
+
+    Attributes:
+        whole: why everything runs as diffusers wrote it, or None.
+        model: why the transformer is called as a module with stock's arguments, or None.
+        stock: why the transformer's forward is stock's, or None.
+        placed: a hook brings the transformer's weights to the device: it is called as a module.
+        rotary: why its rotary module is called in each forward, or None.
+        modulation: why modulations are computed in each forward, by the model's own modules, or None.
+        rows: all layers may get the rows of several predictions at once.
+        blocks: by id of the block.
+        index: place of each block of `transformer_blocks`, by id.
+        owned: blocks of ours anywhere in the model, by id.
+        norm_out: why the output norm is called as a module, or None.
+        modules: the transformer and all modules below it.
+        touched: something is attached to one of them, of whatever kind.
+        adapters: scales of adapters and which of them are on, in words.
+        foreign: what is not stock's own, in words. Known adapters, quantised layers, placements and caches are not in it.
+        key: equal where nothing has changed since, but for the values of weights.
+    """
+
+    whole: str | None
+    model: str | None
+    stock: str | None
+    placed: bool
+    rotary: str | None
+    modulation: str | None
+    rows: bool
+    blocks: dict[int, BlockPlan]
+    index: dict[int, int]
+    owned: frozenset[int]
+    norm_out: str | None
+    modules: list[nn.Module]
+    touched: bool
+    adapters: tuple[str, ...]
+    foreign: tuple[str, ...]
+    key: tuple
+
+    def plan(self, block: nn.Module) -> BlockPlan:
+        """How a block of `transformer_blocks` is computed; one that was not there when this was looked at is called."""
+        return self.blocks.get(id(block), FUSED if id(block) in self.index else _STRANGER)
+
+
+def survey(model: nn.Module, before: Survey | None = None) -> Survey:
+    """Look at `model`: a walk over its 2,300 modules, and `before` again where nothing has changed since that."""
+    look = _Look(model)
+    return before if before is not None and before.key == look.key else look.result()
+
+
+def takes_rows(module: nn.Module) -> bool:
+    """Whether a linear layer may get rows in any number and order: one that nobody hooked, adapted or not."""
+    found = attached(module)
+    if found is not None and found.kind is not Kind.PLACES:
+        return False
+    return type(module) is nn.Linear or type(module).__module__.startswith(_ADAPTING)
+
+
+class _Look:
+    """What is seen on one walk, and what follows from it."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.modules = model, _modules(model)
+        kinds = set(map(type, self.modules))
+        self.kinds = {kind: words for kind in kinds if (words := _foreign_kind(kind)) is not None}
+        self.attached = {
+            id(module): found
+            for module in self.modules
+            if _is_touched(module.__dict__) and (found := attached(module)) is not None
+        }
+        self.whole = _whole_reason()
+        functions = foreign_functions(stock, _FUNCTIONS)
+        functions += [f"torch.nn.functional.{name}" for name, own in _BUILTIN.items() if getattr(F, name) is not own]
+        self.functions = [f"{name} was replaced" for name in functions]
+        self.stock = foreign_methods(stock.QwenImageTransformer2DModel, ("forward",))
+        self.wrapped = [name for name in foreign_methods(type(model), ("forward",)) if name not in self.stock]
+        self.block_methods = foreign_methods(stock.QwenImageTransformerBlock, _METHODS[stock.QwenImageTransformerBlock])
+        self.rotary = foreign_on(model.pos_embed, _ROTARY_METHODS[1:])
+        self.foreign = [*self.kinds.values(), *self.functions, *self.stock, *self.wrapped, *self.block_methods, *self.rotary]
+        adapted = {kind for kind in kinds if hasattr(kind, "merged_adapters")}
+        states = (str(adapter_state(module)) for module in self.modules if type(module) in adapted) if adapted else ()
+        self.adapters = tuple(states)
+        self.key = self._key()
+
+    def _key(self) -> tuple:
+        """All that `result` depends on; the modules themselves, held and compared by identity."""
+        odd = [_ODD[kind](module.__dict__) for module in self.modules if (kind := type(module)) in _ODD]
+        return self.modules, self.attached, tuple(self.foreign), self.whole, odd, self.adapters
+
+    def reason(self, module: Any) -> str | None:
+        """Why `module` has to be called with stock's arguments, or None. A hook that brings weights is no reason."""
+        found = self.attached.get(id(module))
+        if found is not None and found.kind is not Kind.PLACES:
+            return found.words
+        return self.kinds.get(type(module))
+
+    def is_placed(self, module: nn.Module) -> bool:
+        found = self.attached.get(id(module))
+        return found is not None and found.kind is Kind.PLACES
+
+    def result(self) -> Survey:
+        model, blocks = self.model, list(self.model.transformer_blocks)
+        self._name_what_is_attached()
+        fused = [module for module in self.modules if isinstance(module, stock.QwenImageTransformerBlock)]
+        plans = {id(block): self._block(block) for block in dict.fromkeys((*blocks, *fused))}
+        plans = {place: plan for place, plan in plans.items() if plan is not FUSED}
+        outside = self.reason(model) or next(iter((*self.stock, *self.wrapped)), None)
+        rotary = self._rotary(model.pos_embed)
+        norm_out = next(filter(None, map(self.reason, (model.norm_out, model.norm_out.norm))), None)
+        if norm_out is None and type(model.norm_out) is not AdaLayerNormContinuous:
+            norm_out = self._structure(model.norm_out, f"a {type(model.norm_out).__name__} as output norm")
+        rows = outside is None and rotary is None and norm_out is None and all(map(self._is_by_rows, plans.values()))
+        rows = rows and all(self._takes_rows(module) for module in self._linears(blocks))
+        strange = (found.words for found in self.attached.values() if found.kind is Kind.FOREIGN)
+        return Survey(
+            whole=self.whole,
+            model=outside,
+            stock=next(iter(self.stock), None),
+            placed=self.is_placed(model),
+            rotary=rotary,
+            modulation=next(strange, None) or next(iter(self.kinds.values()), None),
+            rows=rows,
+            blocks=plans,
+            index={id(block): place for place, block in enumerate(blocks)},
+            owned=frozenset(map(id, fused)),
+            norm_out=norm_out,
+            modules=self.modules,
+            touched=bool(self.attached),
+            adapters=self.adapters,
+            foreign=tuple(dict.fromkeys(([self.whole] if self.whole else []) + self.foreign)),
+            key=self.key,
+        )
+
+    def _name_what_is_attached(self) -> None:
+        strange = [module for module in self.modules if id(module) in self.attached]
+        strange = [module for module in strange if self.attached[id(module)].kind is Kind.FOREIGN]
+        if strange:
+            names = {id(module): name for name, module in self.model.named_modules()}
+            told = [f"{self.attached[id(m)].words} on {names.get(id(m)) or 'the transformer'}" for m in strange]
+            self.foreign = self.foreign + (told if len(told) <= 4 else [*told[:3], f"{len(told) - 3} more such modules"])
+
+    def _block(self, block: nn.Module) -> BlockPlan:
+        called = self.reason(block)
+        if not isinstance(block, stock.QwenImageTransformerBlock):
+            called = called or f"a {type(block).__name__} in a block's place"
+            return BlockPlan(called=called)
+        foreign = [*self.block_methods, *foreign_on(block, ("_modulate",))]
+        self.foreign += foreign
+        plan = BlockPlan(
+            called,
+            self.is_placed(block),
+            next(iter(foreign), None) or self._norms(block),
+            next(iter(self.functions), None) or self._attention(block.attn),
+            (self._mlp(block.img_mlp), self._mlp(block.txt_mlp)),
+        )
+        return FUSED if plan == FUSED else plan
+
+    def _norms(self, block: nn.Module) -> str | None:
+        for norm in (block.img_norm1, block.img_norm2, block.txt_norm1, block.txt_norm2):
+            if (reason := self.reason(norm)) is not None:
+                return reason
+            if type(norm) is not nn.LayerNorm or norm.weight is not None or norm.eps != 1e-6:
+                return self._structure(norm, "layer norms that are not LayerNorm without affine")
+        return None
+
+    def _attention(self, attn: nn.Module) -> str | None:
+        processor, out = attn.processor, attn.to_out
+        for part in (attn, out, *list(out._modules.values())[1:]):
+            if (reason := self.reason(part)) is not None:
+                return reason
+        if type(processor) is not stock.QwenDoubleStreamAttnProcessor2_0:
+            # diffusers' own do something else on purpose, and are as known as its caches.
+            return self._structure(processor, f"attention processor {type(processor).__name__}")
+        if changed := foreign_methods(type(processor), ("__call__",)):
+            self.foreign += changed
+            return changed[0]
+        if getattr(processor, "_parallel_config", None) is not None:
+            return "context parallelism"
+        for name in _NORMS:
+            norm = getattr(attn, name)
+            if (reason := self.reason(norm)) is not None:
+                return reason
+            if type(norm) is not RMSNorm or norm.weight is None or norm.bias is not None:
+                return self._structure(norm, "query and key norms that are not RMSNorm with a weight")
+            if self.is_placed(norm):
+                return "offloading brings the weights of query and key norms for each call"
+        return None
+
+    def _mlp(self, mlp: nn.Module) -> str | None:
+        if (reason := self.reason(mlp)) is not None:
+            return reason
+        if type(mlp) is not FeedForward or type(mlp.net[0]) is not GELU or mlp.net[0].approximate != "tanh":
+            return self._structure(mlp, "a feed-forward that is not diffusers' with tanh GELU")
+        parts = list(mlp.net._modules.values())  # the layers themselves may be anything that computes by rows
+        return next(filter(None, map(self.reason, (mlp.net, parts[0], parts[1], *parts[3:]))), None)
+
+    def _structure(self, part: Any, words: str) -> str:
+        """`words`, and a note where `part` is of nobody that is known."""
+        if not type(part).__module__.startswith(_KNOWN):
+            self.foreign.append(words)
+        return words
+
+    def _rotary(self, module: nn.Module) -> str | None:
+        reason = self.reason(module) or next(iter(self.rotary), None)
+        if reason is None and type(module) not in ROTARY:
+            reason = self._structure(module, f"rotary embedding {type(module).__name__}")
+        return reason
+
+    def _linears(self, blocks: list[nn.Module]):
+        yield from (self.model.img_in, self.model.txt_in, self.model.proj_out)
+        for block in blocks:
+            if isinstance(block, stock.QwenImageTransformerBlock):
+                attn = block.attn._modules
+                yield from (attn[name] for name in _PROJECTIONS if name in attn)
+                yield attn["to_out"]._modules["0"]
+                for mlp in (block.img_mlp, block.txt_mlp):
+                    if type(mlp) is FeedForward:
+                        layers = mlp.net._modules
+                        yield from (layers["0"].proj, layers["2"])
+
+    def _takes_rows(self, module: nn.Module) -> bool:
+        if self.reason(module) is not None:
+            return False
+        known = type(module) is nn.Linear or type(module).__module__.startswith(_ADAPTING)
+        return known or self._structure(module, f"a {type(module).__name__} in a linear layer's place") is None
+
+    @staticmethod
+    def _is_by_rows(plan: BlockPlan) -> bool:
+        return plan.called is None and plan.stock is None and plan.attention is None and plan.mlps == (None, None)
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """`model` and all modules below it, each once."""
+    found, seen = [model], {id(model)}
+    for module in found:  # which grows meanwhile
+        for child in module.__dict__["_modules"].values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                found.append(child)
+    return found
+
+
+def _is_touched(own: dict[str, Any]) -> bool:
+    """Whether something may be attached to the module whose attributes these are: the quick look at all of them."""
+    return bool("forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"] or "_compiled_call_impl" in own)
+
+
+def _foreign_kind(kind: type) -> str | None:
+    """What of the methods of a class of modules is not its package's own, or why nothing is known of the class."""
+    if kind.__module__.startswith((*_ADAPTING, "cache_dit.", "qwen_fast.")):
+        return None
+    if not kind.__module__.startswith(_KNOWN):
+        return f"a {kind.__name__}"
+    if isinstance(kind, type) and issubclass(kind, (stock.QwenImageTransformerBlock, stock.QwenImageTransformer2DModel)):
+        return None  # asked about where it matters what of it was replaced
+    if kind.forward is nn.Module.forward:
+        return None  # a container, which nobody calls
+    return next(iter(foreign_methods(kind, _METHODS.get(kind, ("forward",)))), None)
+
+
+def _whole_reason() -> str | None:
+    """Why no module may be gone around."""
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return "hooks on all modules (register_module_forward_hook)"
+    return next(iter(foreign_methods(nn.Module, ("__call__", "_call_impl"))), None)
