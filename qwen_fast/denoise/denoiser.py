@@ -64,7 +64,8 @@ class Denoiser:
         self.packs: list[PromptBatch] | None = None
         self.guidance: torch.Tensor | None = None
         if task.true_cfg_scale is not None:  # on the device, so that a graph can read another one
-            self.guidance = torch.full((1,), task.true_cfg_scale, dtype=torch.float32, device=self.device)
+            dtype = torch.promote_types(self.dtype, torch.float32)
+            self.guidance = torch.full((1,), task.true_cfg_scale, dtype=dtype, device=self.device)
         self.predictions: tuple[torch.Tensor, ...] = ()
         self.graph: graph.StepGraph | None = None
         self._context = contextlib.ExitStack()
