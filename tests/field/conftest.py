@@ -5,6 +5,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+
 from support.field import Field
 
 

@@ -15,10 +15,10 @@ import transformers
 from diffusers.models import activations, attention, attention_processor, normalization
 from diffusers.models.autoencoders import autoencoder_kl_qwenimage as vae
 from diffusers.models.transformers import transformer_qwenimage as stock
-from support.field import ORDERS, SMALL, assert_named, assert_strict_raises, compare, draw
 from torch import nn
 
 import qwen_fast
+from support.field import ORDERS, SMALL, assert_named, assert_strict_raises, compare, draw
 
 ROOT = Path(__file__).parents[2]
 MODEL = diffusers.QwenImageTransformer2DModel

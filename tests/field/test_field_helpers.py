@@ -5,6 +5,7 @@ import types
 import diffusers
 import pytest
 import torch
+
 from support.field import IMAGE_TO_IMAGE, INPAINT, ORDERS, TEXT_TO_IMAGE, assert_named, assert_strict_raises, compare, guided
 
 STATIC = {"_pack_latents", "_unpack_latents"}

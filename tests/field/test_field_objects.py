@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers.models import normalization
 from diffusers.models.transformers import transformer_qwenimage as stock
-from support.field import GUIDED, ORDERS, assert_named, assert_same, assert_strict_raises, compare, draw, guided
 from torch import nn
 
 import qwen_fast
+from support.field import GUIDED, ORDERS, assert_named, assert_same, assert_strict_raises, compare, draw, guided
 
 HALF, MORE = (lambda result: result * 0.5), (lambda result: result * 1.1)
 AXES = [4, 14, 14]

@@ -82,11 +82,13 @@ class Run:
     Attributes:
         pipe: the pipeline.
         patch: replaces attributes of classes and modules until the run ends.
+        later: undone when the run ends, in the opposite order.
         seen: what the user's code was called with, by name, in order.
     """
 
     pipe: Any
     patch: pytest.MonkeyPatch
+    later: contextlib.ExitStack
     seen: dict[str, list] = field(default_factory=dict)
 
     @property
@@ -156,8 +158,8 @@ class Field:
 
     @contextlib.contextmanager
     def run(self, cls: type = TEXT_TO_IMAGE, dtype: torch.dtype = torch.float32) -> Iterator[Run]:
-        with pytest.MonkeyPatch.context() as patch:
-            yield Run(self.pipe(cls, dtype), patch)
+        with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as later:
+            yield Run(self.pipe(cls, dtype), patch, later)
 
     def stock(self, situation: Any, act: Callable[[Run], Any], cls: type, dtype: torch.dtype, key: tuple) -> Outcome:
         """Stock's outcome; it is kept under the situation and `key`."""
