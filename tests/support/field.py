@@ -196,6 +196,7 @@ def compare(
     tolerance: float = TOLERANCE,
     moves: bool = True,
     refused: str | None = None,
+    first: bool = True,
     **arguments: Any,
 ) -> Run:
     """Stock and an enabled pipeline give the same in a situation, and the user's code sees the same calls.
@@ -210,6 +211,7 @@ def compare(
         tolerance: largest difference over the largest value.
         moves: stock's picture is another one in this situation; without that the test would be blind.
         refused: a ValueError that says this is accepted too.
+        first: with the order "after", an enabled pipeline draws once before the situation.
     Returns:
         The run of the enabled pipeline, for further questions.
     """
@@ -222,7 +224,8 @@ def compare(
     with field.run(cls, dtype) as run:
         if order == "after":
             qwen_fast.enable(run.pipe, **(options or {}))
-            _call(run, guided(cls))
+            if first:
+                _call(run, guided(cls))
 
         def situated(run: Run) -> None:
             if situation is not None:
