@@ -12,7 +12,7 @@ from .attention import attend
 from .layout import Layout
 from .linear import called, feed_forward_into, gather_linear, linear_into, scatter_linear
 from .modulation import BlockModulation
-from .survey import FUSED, BlockPlan
+from .survey import FUSED, BlockParts, BlockPlan
 
 
 class TableRows(NamedTuple):
@@ -55,7 +55,7 @@ class TokenStream:
         batch: int | None = None,
     ):
         self.residual, self.layout, self.rows, self.attention = residual, layout, rows, attention
-        self.batch, self.head_dim, self.all_rows = batch, head_dim, rows
+        self.batch, self.all_rows = batch, rows
         self.arguments: dict[str, Any] | None = None
         self.pending: Callable[[], None] | None = None
         self.split = layout.txt_rows
@@ -63,12 +63,14 @@ class TokenStream:
         self.qkv = residual.new_empty(3, layout.rows, residual.shape[1])  # in the order of attention
         self.text = residual.new_empty(3, layout.txt_rows, residual.shape[1])
         self.branch = torch.empty_like(residual)
+        self.heads = self.qkv.unflatten(-1, (-1, head_dim)).unbind()
+        self.moved = self.text.unflatten(-1, (-1, head_dim))
         # diffusers clips at the end of each block, and in fp16 only.
         self.clip = residual.dtype == torch.float16
 
     def through(
         self,
-        block: nn.Module,
+        parts: BlockParts,
         modulation: BlockModulation,
         following: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None,
         plan: BlockPlan = FUSED,
@@ -83,9 +85,9 @@ class TokenStream:
         """
         if self.normed is None:
             self._begin(modulation)
-        self._attend(block, plan, drop_text)
+        self._attend(parts, plan, drop_text)
         self._gate_and_norm(modulation.gate1, modulation.shift2, modulation.scale2, clip=False)
-        self._feed_forward(block, plan)
+        self._feed_forward(parts)
         if following is None:
             self._end(modulation.gate2)
         else:
@@ -96,25 +98,23 @@ class TokenStream:
         shift, scale = modulation.shift1, modulation.scale1
         self.normed = ada_layer_norm(self.residual, shift, scale, self.rows.step_index, self.split, self.rows.token_rows)
 
-    def _attend(self, block: nn.Module, plan: BlockPlan, drop_text: bool) -> None:
+    def _attend(self, parts: BlockParts, plan: BlockPlan, drop_text: bool) -> None:
         """Attention, its output in `branch`."""
-        attn, split, layout, batch = block.attn, self.split, self.layout, self.batch
-        image, text = self.normed[split:], self.normed[:split]
+        split, layout, batch = self.split, self.layout, self.batch
         if plan.attention is not None:
-            self._call_attention(attn)
+            self._call_attention(parts.attn)
         else:
-            for module, rows in zip((attn.to_q, attn.to_k, attn.to_v), self.qkv, strict=True):
-                scatter_linear(module, image, [(own, rows, places) for own, places in layout.images], batch)
-            for module, rows in zip((attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), self.text, strict=True):
-                linear_into(module, text, rows, batch)
-            query, key, value = self.qkv.unflatten(-1, (-1, self.head_dim))
-            weights = (attn.norm_q.weight, attn.norm_k.weight, attn.norm_added_q.weight, attn.norm_added_k.weight)
-            moved = self.text.unflatten(-1, (-1, self.head_dim))
-            qk_norm_rope(query, key, *weights, layout.rope, split, attn.norm_q.eps, value, moved, layout.places)
-            attended = attend(query, key, value, layout, attn.processor, self.attention)
-            gather_linear(attn.to_out[0], list(layout.images_of(attended)), self.branch[split:], batch)
+            image, text = self.normed[split:], self.normed[:split]
+            for layer, rows in zip(parts.image, self.qkv.unbind(), strict=True):
+                scatter_linear(layer, image, [(own, rows, places) for own, places in layout.images], batch)
+            for layer, rows in zip(parts.text, self.text.unbind(), strict=True):
+                linear_into(layer, text, rows, batch)
+            weights = (parameters["weight"] for parameters in parts.norms)
+            qk_norm_rope(*self.heads[:2], *weights, layout.rope, split, parts.eps, self.heads[2], self.moved, layout.places)
+            attended = attend(*self.heads, layout, parts.attn.processor, self.attention)
+            gather_linear(parts.to_out, list(layout.images_of(attended)), self.branch[split:], batch)
             if not drop_text:
-                linear_into(attn.to_add_out, layout.text_of(attended), self.branch[:split], batch)
+                linear_into(parts.to_add_out, layout.text_of(attended), self.branch[:split], batch)
         if drop_text:
             self.residual, self.branch = self.residual[split:], self.branch[split:]
             self.rows, self.split = self.rows.image(split), 0
@@ -130,15 +130,13 @@ class TokenStream:
         )
         self.branch[: self.split], self.branch[self.split :] = text.flatten(0, 1), image.flatten(0, 1)
 
-    def _feed_forward(self, block: nn.Module, plan: BlockPlan) -> None:
+    def _feed_forward(self, parts: BlockParts) -> None:
         """Both streams' MLPs."""
-        image, text = self.normed[self.split :], self.normed[: self.split]
-        for mlp, reason, rows, out in (
-            (block.img_mlp, plan.mlps[0], image, self.branch[self.split :]),
-            (block.txt_mlp, plan.mlps[1], text, self.branch[: self.split]),
-        ):
-            if reason is None:
-                feed_forward_into(mlp, rows, out, self.batch)
+        streams = (slice(self.split, None), slice(self.split))
+        for own, (mlp, ends) in zip(streams, parts.mlps, strict=True):
+            rows, out = self.normed[own], self.branch[own]
+            if ends is not None:
+                feed_forward_into(*ends, rows, out, self.batch)
             elif rows.shape[0]:
                 out.copy_(called(mlp, rows, self.batch))
 

@@ -28,7 +28,7 @@ from .call import ATTACHED, CALL, Attachment, Call, PromptBatch, SharedForward, 
 from .conditions import Conditions, LayerConditions
 from .host_weights import host_bytes
 from .layout import ImageShapes, Layout, build_layout, check_image_shapes, lay_out
-from .linear import called, linear_into
+from .linear import linear_into
 from .modulation import BlockModulation
 from .survey import FUSED, BlockPlan, Survey, survey
 
@@ -134,7 +134,7 @@ class QwenImageTransformer2DModel(STOCK):
             prompts.text = self.text_rows(prompts)
         residual[: layout.txt_rows] = prompts.text
         image = residual[layout.txt_rows :].unflatten(0, (prompts.copies, -1))
-        linear_into(self.img_in, hidden_states.flatten(0, 1), image[0])
+        linear_into(found.img_in, hidden_states.flatten(0, 1), image[0])
         image[1:] = image[0]
         conditions = self._conditions(call, found, timestep, hidden_states, None)
         stream = self._stream(call, residual, layout, TableRows(conditions.step_index, None))
@@ -207,9 +207,9 @@ class QwenImageTransformer2DModel(STOCK):
             frequencies = self.pos_embed(img_shapes, max_txt_seq_len=text_length, device=hidden_states.device)
             layout = lay_out([(frequencies[1], frequencies[0])] * batch)
         residual = hidden_states.new_empty(layout.rows, self.inner_dim)
-        linear_into(self.img_in, hidden_states.flatten(0, 1), residual[layout.txt_rows :], batch)
+        linear_into(found.img_in, hidden_states.flatten(0, 1), residual[layout.txt_rows :], batch)
         text = self.txt_norm(encoder_hidden_states).expand(batch, -1, -1)
-        linear_into(self.txt_in, text.flatten(0, 1), residual[: layout.txt_rows], batch)
+        linear_into(found.txt_in, text.flatten(0, 1), residual[: layout.txt_rows], batch)
 
         conditions = self._conditions(call, found, timestep, hidden_states, additional_t_cond)
         rows = self.table_rows(conditions, layout, shapes)
@@ -254,7 +254,9 @@ class QwenImageTransformer2DModel(STOCK):
                     following = _following(conditions, index + 1, plans[index + 1])
                 elif controlnet is None and found.norm_out is None and stream.rows.token_rows is None:
                     following = conditions.out
-                work = functools.partial(_through, stream, block, index, conditions, following, plan, index == last)
+                work = functools.partial(
+                    _through, stream, found.parts[id(block)], index, conditions, following, plan, index == last
+                )
                 if plan.placed:
                     stream.pending = work
                     block(stream, None, None, None)
@@ -280,7 +282,7 @@ class QwenImageTransformer2DModel(STOCK):
                     # The output norm takes a sample's own timestep for its reference tokens too, as in stock.
                     token_rows = stream.all_rows.token_rows[layout.txt_rows :] % conditions.samples
                 image = ada_layer_norm(image, shift, scale, conditions.step_index, 0, token_rows)
-        return called(self.proj_out, image, stream.batch)
+        return found.proj_out(image, stream.batch)
 
     def _call_block(self, call: Call, block: torch.nn.Module, plan: BlockPlan, stream: TokenStream) -> None:
         """A block with something attached to it, through its own `__call__` and with its own boundaries."""
@@ -373,9 +375,9 @@ class _Rotary:
         return hash(self.key)
 
 
-def _through(stream, block, index, conditions, following, plan, is_last) -> None:
+def _through(stream, parts, index, conditions, following, plan, is_last) -> None:
     # The modulation is asked for here, and not before: its layers are where a hook brings the block's weights.
-    stream.through(block, conditions.block(index), following, plan, drop_text=is_last)
+    stream.through(parts, conditions.block(index), following, plan, drop_text=is_last)
 
 
 def _following(conditions: Conditions, index: int, plan: BlockPlan):
@@ -414,7 +416,7 @@ def _fused_block(
     head_dim = block.attn.inner_dim // block.attn.heads
     stream = TokenStream(residual, layout, rows, head_dim, call.state.attention, sizes[0])
     stream.arguments = arguments
-    stream.through(block, modulation, None, plan)
+    stream.through(found.parts[id(block)], modulation, None, plan)
     call.state.calls["transformer block"] += 1
     return as_batches(stream.residual, layout)
 

@@ -21,6 +21,7 @@ from torch.nn.modules import module as torch_module
 from ..common.fingerprint import adapter_state
 from ..common.hooks import Kind, attached
 from ..common.own import foreign_functions, foreign_methods, foreign_on
+from .linear import Projection
 
 ROTARY = (stock.QwenEmbedRope, stock.QwenEmbedLayer3DRope)
 # Packages whose layers take a linear layer's place and compute each row alone: adapters and quantised weights.
@@ -41,9 +42,11 @@ _NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 _ODD = {
     Attention: lambda own: own["processor"],
     nn.LayerNorm: lambda own: own["eps"],
+    RMSNorm: lambda own: own["eps"],
     GELU: lambda own: own["approximate"],
     stock.QwenImageTransformerBlock: lambda own: own.get("_modulate"),
 }
+_IMAGE, _TEXT = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
 _PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
@@ -65,6 +68,28 @@ class BlockPlan(NamedTuple):
     mlps: tuple[str | None, str | None] = (None, None)
 
 
+class BlockParts(NamedTuple):
+    """What the fused computation of a block reads, found once.
+
+    Attributes:
+        image, text: projections to query, key and value of each stream.
+        to_out, to_add_out: those behind attention.
+        norms: parameters of norm_q, norm_k, norm_added_q and norm_added_k.
+        eps: of these.
+        mlps: up and down projection of the image's and the text's feed-forward; None where it is called.
+    """
+
+    block: nn.Module
+    attn: nn.Module
+    image: tuple[Projection, ...]
+    text: tuple[Projection, ...]
+    to_out: Projection
+    to_add_out: Projection
+    norms: tuple[dict[str, nn.Parameter], ...]
+    eps: float
+    mlps: tuple[tuple[nn.Module, tuple[Projection, Projection] | None], ...]
+
+
 FUSED = BlockPlan()
 _STRANGER = BlockPlan(called="a block that somebody put in for the time of a forward")
 
@@ -81,7 +106,9 @@ class Survey:
         rotary: why its rotary module is called in each forward, or None.
         modulation: why modulations are computed in each forward, by the model's own modules, or None.
         rows: all layers may get the rows of several predictions at once.
-        blocks: by id of the block.
+        blocks: how each block is computed that is not fused throughout, by id.
+        parts: of each block of ours whose attention or feed-forward is, by id.
+        img_in, txt_in, proj_out: the model's other projections.
         index: place of each block of `transformer_blocks`, by id.
         owned: blocks of ours anywhere in the model, by id.
         norm_out: why the output norm is called as a module, or None.
@@ -100,6 +127,10 @@ class Survey:
     modulation: str | None
     rows: bool
     blocks: dict[int, BlockPlan]
+    parts: dict[int, BlockParts]
+    img_in: Projection
+    txt_in: Projection
+    proj_out: Projection
     index: dict[int, int]
     owned: frozenset[int]
     norm_out: str | None
@@ -118,14 +149,6 @@ def survey(model: nn.Module, before: Survey | None = None) -> Survey:
     """Look at `model`: a walk over its 2,300 modules, and `before` again where nothing has changed since that."""
     look = _Look(model)
     return before if before is not None and before.key == look.key else look.result()
-
-
-def takes_rows(module: nn.Module) -> bool:
-    """Whether a linear layer may get rows in any number and order: one that nobody hooked, adapted or not."""
-    found = attached(module)
-    if found is not None and found.kind is not Kind.PLACES:
-        return False
-    return type(module) is nn.Linear or type(module).__module__.startswith(_ADAPTING)
 
 
 class _Look:
@@ -193,6 +216,10 @@ class _Look:
             modulation=next(strange, None) or next(iter(self.kinds.values()), None),
             rows=rows,
             blocks=plans,
+            parts={id(block): self._parts(block, plans.get(id(block), FUSED)) for block in fused},
+            img_in=self._projection(model.img_in),
+            txt_in=self._projection(model.txt_in),
+            proj_out=self._projection(model.proj_out),
             index={id(block): place for place, block in enumerate(blocks)},
             owned=frozenset(map(id, fused)),
             norm_out=norm_out,
@@ -226,6 +253,29 @@ class _Look:
             (self._mlp(block.img_mlp), self._mlp(block.txt_mlp)),
         )
         return FUSED if plan == FUSED else plan
+
+    def _parts(self, block: nn.Module, plan: BlockPlan) -> BlockParts:
+        attn = block.attn
+        ours = plan.attention is None and plan.stock is None
+        image, text = ([self._projection(getattr(attn, name)) for name in names] if ours else () for names in (_IMAGE, _TEXT))
+        mlps = []
+        for mlp, reason in zip((block.img_mlp, block.txt_mlp), plan.mlps, strict=True):
+            ends = None if reason or plan.stock else (self._projection(mlp.net[0].proj), self._projection(mlp.net[2]))
+            mlps.append((mlp, ends))
+        return BlockParts(
+            block,
+            attn,
+            tuple(image),
+            tuple(text),
+            self._projection(attn.to_out[0]) if ours else None,
+            self._projection(attn.to_add_out) if ours else None,
+            tuple(getattr(attn, name)._parameters for name in _NORMS) if ours else (),
+            attn.norm_q.eps if ours else 0.0,
+            tuple(mlps),
+        )
+
+    def _projection(self, module: nn.Module) -> Projection:
+        return Projection(module, readable=F.linear is _BUILTIN["linear"] and self.reason(module) is None)
 
     def _norms(self, block: nn.Module) -> str | None:
         for norm in (block.img_norm1, block.img_norm2, block.txt_norm1, block.txt_norm2):
@@ -291,7 +341,7 @@ class _Look:
                         yield from (layers["0"].proj, layers["2"])
 
     def _takes_rows(self, module: nn.Module) -> bool:
-        if self.reason(module) is not None:
+        if self.reason(module) is not None or F.linear is not _BUILTIN["linear"]:
             return False
         known = type(module) is nn.Linear or type(module).__module__.startswith(_ADAPTING)
         return known or self._structure(module, f"a {type(module).__name__} in a linear layer's place") is None
