@@ -19,12 +19,11 @@ import torch
 from qwen_fast_kernels._triton import capability
 
 from .cases import BF16, DIMENSIONS, FP16, Case, Maker, Size
-from .processes import start, stop
+from .shared.budget import LAUNCHES, LIMIT
+from .shared.processes import start, stop
 
 # The order of preference: as the operator chooses, descriptors without specialised warps, no descriptors.
 WAYS = ("operator", "descriptors", "pointers")
-LIMIT = 5e-3  # relative RMS error; a right kernel has 2e-3 in bf16
-LAUNCHES = 20
 OWN = "own ptxas"
 _FULL, _RAGGED = Size((30, 6), (4096, 4096)), Size((30, 77, 11), (1024, 517, 777))
 FORMS: dict[str, tuple[Size, dict]] = {

@@ -18,10 +18,10 @@ import torch
 from qwen_fast.transformer.attention import SDPA, _scaled_dot_product
 from qwen_fast_kernels.joint_attention import joint_attention, launch_joint_attention
 
-from .attention_check import LAUNCHES, LIMIT
-from .machine import PROVENANCE, Sampler, provenance
-from .measure import Spread
-from .rows import Rows
+from .shared.budget import LAUNCHES, LIMIT
+from .shared.machine import PROVENANCE, Sampler, provenance
+from .shared.measure import Spread
+from .shared.rows import Rows
 
 FIELDS = [*PROVENANCE, *("case", "lengths", "way", "status", "reason", "rms_error", "equal_launches", "rounds")]
 FIELDS += ["ms_p20", "ms_p50", "ms_p80", "tflop_per_s"]

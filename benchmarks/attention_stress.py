@@ -26,9 +26,9 @@ import torch
 from qwen_fast_kernels._triton import capability
 from qwen_fast_kernels.joint_attention import default_config, joint_attention, joint_attention_reference, launch_joint_attention
 
-from .machine import PROVENANCE, provenance
-from .processes import start, stop
-from .rows import Rows
+from .shared.machine import PROVENANCE, provenance
+from .shared.processes import start, stop
+from .shared.rows import Rows
 from .stress_counts import Found
 
 FIELDS = [*PROVENANCE, *("variant", "way", "process", "status", "reason", "seconds")]

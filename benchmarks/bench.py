@@ -1,27 +1,27 @@
 """What `qwen-fast bench` does: checks, the model, ceilings, the ladder, one table."""
 
-import contextlib
 import gc
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers.utils import logging
 
 from qwen_fast.common.hardware import check_device
 from qwen_fast.common.options import writable_folder
 
 from . import changing, estimate, models
-from .ceilings import kept_ceilings
-from .grid import QWEN_IMAGE, Case, Shape, default_cases, full_cases, small_cases
 from .ladder import COMPILED, ENABLED, LOSSY, STOCK, Rung, all_rungs, chosen_rungs
-from .machine import PROVENANCE, Sampler, provenance
-from .rows import Rows, of_this_state
 from .session import FIELDS, Session
+from .shared.ceilings import kept_ceilings
+from .shared.machine import PROVENANCE, Sampler, provenance
+from .shared.measure import silence
+from .shared.rows import Rows, of_this_state
+from .shared.shapes import QWEN_IMAGE, Case, Shape, default_cases, full_cases, small_cases
+from .shared.source import RESULTS
 
 CEILING_FIELDS = [*PROVENANCE, *Sampler("cpu").summary(), "model", "what", "detail", "rate", "unit", "seconds", "clock"]
 
@@ -70,8 +70,7 @@ class Options:
 
 def default_folder() -> Path:
     """benchmarks/results of the checkout that this is; elsewhere a folder in the current one."""
-    here = Path(__file__).parent
-    return here / "results" if here.name == "benchmarks" else Path("qwen-fast-results")
+    return RESULTS if RESULTS.parent.name == "benchmarks" else Path("qwen-fast-results")
 
 
 def plan(options: Options) -> list[tuple[Case, list[Rung]]]:
@@ -253,20 +252,6 @@ def measure(
     before = of_this_state(changing_rows.path, device) if options.resume else []
     rungs = [rung for rung in changing.RUNGS if _wanted(rung, options)]
     return changing.Changing(pipe, name, list(options.changing), rungs, changing_rows, before, options.limit, say).run()
-
-
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """diffusers' warnings about embeddings without masks, once a call, and its progress bars."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 COLUMNS = {  # heading: (field, how it is written)

@@ -19,9 +19,6 @@ import torch
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import retrieve_timesteps
 
 import qwen_fast
-from budget import assert_bit_equal
-from oracle import in_float64
-from pipelines import assert_same_latents, draw, in_fp32, stock
 from qwen_fast.common.state import State
 from qwen_fast.denoise.denoiser import sampler_step
 from qwen_fast.schedule import Schedule, calculate_mu
@@ -34,6 +31,8 @@ from qwen_fast_kernels.flow_match_schedule import flow_match_schedule_reference
 from .bench_operators import checked, compiled, guided_step, scheduler_at
 from .bench_transformer import Case as Forwards
 from .cases import TRAFFIC
+from .shared.budget import assert_bit_equal
+from .shared.stock import assert_same_latents, draw, in_float64, in_fp32, stock
 from .suite import Run, clock, sets
 from .work import Piece, count
 

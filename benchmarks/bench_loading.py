@@ -32,7 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import qwen_fast
 from qwen_fast.testing import build_checkpoint
 
-from .rows import append, git
+from .shared.rows import append
+from .shared.source import git
 
 FIELDS = "date commit dirty machine torch diffusers transformers device dtype checkpoint_bytes how repeats seconds_p50".split()
 FIELDS += ["cpu_seconds_p50", "peak_host_bytes", "host_bytes_after"]

@@ -22,12 +22,11 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageRMS_norm
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock, apply_rotary_emb_qwen
 
-from budget import assert_within_budget
 from qwen_fast.schedule.configs import QWEN_IMAGE_SCHEDULER_CONFIG
 from qwen_fast_kernels._triton import capability
 
-from .budget import in_float64, relative_errors, results
 from .cases import CASES, Case, Maker
+from .shared.budget import assert_within_budget, in_float64, relative_errors, results
 from .suite import Run, clock, sets
 from .work import Piece
 

@@ -18,9 +18,9 @@ from diffusers.utils import logging
 import qwen_fast
 from qwen_fast.testing import build_checkpoint
 
-from .machine import provenance
-from .measure import Difference, Spread, interleaved, ratio
-from .rows import Rows
+from .shared.machine import provenance
+from .shared.measure import Difference, Spread, interleaved, ratio
+from .shared.rows import Rows
 
 # Sizes of the checkpoint: tiny shows what the driver costs, middle what a user would notice.
 MODELS = {

@@ -20,13 +20,12 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift, re
 import qwen_fast
 from qwen_fast.testing import build_checkpoint
 
-from .bench import silence
 from .bench_operators import stock_cfg_euler_step
 from .bench_pipeline import MODELS
 from .bench_transformer import Case as Forwards
-from .machine import PROVENANCE, provenance
-from .measure import Difference, Spread, interleaved, ratio
-from .rows import Rows
+from .shared.machine import PROVENANCE, provenance
+from .shared.measure import Difference, Spread, interleaved, ratio, silence
+from .shared.rows import Rows
 
 CASES = [  # model, pixels, steps, token counts of prompt and negative prompt in the forwards
     ("tiny", 64, 4, (14, 6)),

@@ -28,7 +28,8 @@ import qwen_fast
 from qwen_fast.testing import build_checkpoint, initialize
 from qwen_fast.text.encoding import of_call
 
-from .rows import append, git
+from .shared.rows import append
+from .shared.source import git
 
 VOCABULARY = 152_064
 FIELDS = "date commit dirty machine torch transformers dtype layers width tokens negative_tokens what repeats".split()

@@ -19,9 +19,9 @@ from qwen_fast.transformer.attach import attach
 from qwen_fast.transformer.call import ATTACHED, Packed, accelerated
 from qwen_fast.transformer.conditions import TableConditions
 
-from .machine import provenance
-from .measure import Difference, Spread, interleaved, ratio
-from .rows import Rows
+from .shared.machine import provenance
+from .shared.measure import Difference, Spread, interleaved, ratio
+from .shared.rows import Rows
 
 MODELS = {
     "tiny": {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 32, "axes_dims_rope": (4, 14, 14)},

@@ -20,7 +20,8 @@ import torch
 import qwen_fast
 from qwen_fast.testing import initialize
 
-from .rows import append, git
+from .shared.rows import append
+from .shared.source import git
 
 FIELDS = "date commit dirty machine torch diffusers dtype pixels what repeats stock_p50 fast_p50 ratio_p50".split()
 FIELDS += ["max_difference"]

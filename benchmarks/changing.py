@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from .grid import STEPS_MEASURED, Case
 from .ladder import ENABLED, STEPS, STOCK, NotMeasured, Rung, weights_stay
-from .machine import PROVENANCE, Sampler, machine_name, provenance
-from .measure import Difference, Spread, Stopwatch, clocked, ratio
 from .models import call_arguments
-from .rows import Rows
 from .session import FP32_LIMIT, UNJUDGED_PSNR, shortened
-from .watchdog import watched
+from .shared.machine import PROVENANCE, Sampler, machine_name, provenance
+from .shared.measure import Difference, Spread, Stopwatch, clocked, ratio
+from .shared.rows import Rows
+from .shared.shapes import STEPS_MEASURED, Case
+from .shared.watchdog import watched
 
 FIELDS = [
     *PROVENANCE,

@@ -28,11 +28,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from .shared.source import RESULTS, ROOT
 from .warp_specialised import early_releases, stale_barriers
 
-ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "kernels" / "qwen_fast_kernels"
-TABLE = ROOT / "benchmarks" / "results" / "compile_table.csv"
+TABLE = RESULTS / "compile_table.csv"
 NOT_OPS = {"proof", "tuning"}
 VERSIONS = ("3.6.0", "3.9.0")  # of Triton; every operator has rows of both
 # Compute capability -> bytes of shared memory that one program may have.

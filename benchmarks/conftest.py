@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from .ceilings import Ceilings, measure_ceilings
-from .grid import SHAPES
-from .machine import provenance
-from .rows import Rows
+from .shared.ceilings import Ceilings, measure_ceilings
+from .shared.machine import provenance
+from .shared.rows import Rows
+from .shared.shapes import SHAPES
 from .suite import FIELDS, rows, summary
 from .suite import measure as measure_runs
 

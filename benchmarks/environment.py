@@ -24,8 +24,8 @@ import torch
 from qwen_fast_kernels._triton import capability
 
 from . import attention_check
-from .budget import results
 from .cases import CASES, Maker
+from .shared.budget import results
 
 PACKAGES = (
     *("torch", "triton", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "huggingface_hub", "numpy"),

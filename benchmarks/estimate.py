@@ -2,9 +2,8 @@
 
 import importlib.util
 
-from .grid import STEPS_MEASURED, Case
 from .ladder import ENABLED, GRAPH, OURS, STEPS, STOCK, Rung
-from .session import COMPARED_STEPS
+from .shared.shapes import COMPARED_STEPS, STEPS_MEASURED, Case
 
 _PRODUCTS, _ATTENTION, _FP32 = 790e12, 500e12, 45e12  # FLOP/s in bf16, and of everything in fp32
 _BANDWIDTH = 4.3e12  # bytes/s, read and written

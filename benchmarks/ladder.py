@@ -16,7 +16,7 @@ from diffusers.models.attention_dispatch import attention_backend
 import qwen_fast
 from qwen_fast.common.state import logger
 
-from .grid import Case
+from .shared.shapes import Case
 
 
 class NotMeasured(Exception):

@@ -18,10 +18,9 @@ from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 
-from .processes import ROOT
 from .runbook_stages import Stage
+from .shared.source import RESULTS
 
-RESULTS = ROOT / "benchmarks" / "results"
 BOOK = "runbook.csv"
 FIELDS = ("date", "commit", "dirty", "machine", "stage", "status", "code", "seconds")
 

@@ -21,16 +21,15 @@ import torch
 
 from qwen_fast_kernels._triton import capability
 
-from .attention_check import LAUNCHES, LIMIT
-from .budget import IN_PLACE, in_float64, over_budget, relative_errors, results
 from .cases import BF16, FP32, Case, Maker, Size
-from .ceilings import Ceilings, kept_ceilings
-from .grid import NEGATIVE_TOKENS, SHAPES
-from .machine import PROVENANCE, Sampler, provenance
-from .rows import Rows, of_this_state
+from .shared.budget import IN_PLACE, LAUNCHES, LIMIT, in_float64, over_budget, relative_errors, results
+from .shared.ceilings import Ceilings, kept_ceilings
+from .shared.machine import PROVENANCE, Sampler, provenance
+from .shared.rows import Rows, of_this_state
+from .shared.shapes import NEGATIVE_TOKENS, SHAPES
+from .shared.watchdog import watched
 from .suite import DEVICE_CLOCK, sets
 from .vae_cases import PIXELS
-from .watchdog import watched
 from .work import Piece, floor_seconds
 
 ROUNDS = 30

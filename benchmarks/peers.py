@@ -10,8 +10,8 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from .grid import Case
 from .ladder import NotMeasured, Rung, compiled_blocks
+from .shared.shapes import Case
 
 # diffusers' recipe for Qwen-Image with torchao leaves these as they are.
 _UNQUANTISED = (

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .figures import CASE, Row, ladder_figure, roofline_figure, scaling_figure
-from .rows import read
+from .shared.rows import read
+from .shared.source import RESULTS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -130,8 +131,7 @@ def draw_all(rows: Path, out: Path, *, machine: str | None = None, suffix: str =
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    results = Path(__file__).parent / "results"
-    parser.add_argument("--rows", type=Path, default=results, help="folder of the tables (default: %(default)s)")
+    parser.add_argument("--rows", type=Path, default=RESULTS, help="folder of the tables (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder of the pictures (default: that of the tables)")
     parser.add_argument("--machine", help="part of its name (default: that of the last row)")
     parser.add_argument("--svg", action="store_true", help="SVG instead of PNG")

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from .attention_speed import fields_of, milliseconds, reason_of
-from .machine import PROVENANCE, Sampler, provenance
-from .rows import Rows
+from .shared.machine import PROVENANCE, Sampler, provenance
+from .shared.rows import Rows
 
 FIELDS = [*PROVENANCE, *("m", "k", "n", "way", "status", "reason", "rounds", "ms_p50", "ms_p20", "tflop_per_s", "gb_per_s")]
 WIDTH, SMALL_WIDTH = 3072, 32

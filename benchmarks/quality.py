@@ -26,13 +26,13 @@ from qwen_fast.common.hardware import check_device
 from qwen_fast.demo import checkpoint
 from qwen_fast.demo.judge import Verdict, judge
 
-from .machine import PROVENANCE, provenance
 from .quality_metrics import FIELDS as METRICS
 from .quality_metrics import Perceptual, latent_differences, psnr, ssim, summarise
 from .quality_modes import MODES, Mode, Setting
 from .quality_pictures import Case, Model, Pictures, Store, cases, draw, identity
 from .quality_sheet import Line, contact_sheet
-from .rows import Rows
+from .shared.machine import PROVENANCE, provenance
+from .shared.rows import Rows
 
 LATENT_LIMIT = 2e-6  # fp32 on the CPU: largest difference in units of the picture's largest latent
 VERDICT_LIMIT = 0.99  # elsewhere: share of pictures with the reference's verdict

@@ -12,10 +12,10 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
-RESULTS = Path(__file__).parent / "results"
+from .shared.source import RESULTS, ROOT
+
+README = ROOT / "README.md"
 _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 
 Row = dict[str, str]

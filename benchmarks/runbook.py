@@ -38,9 +38,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import archives, next_stages, sources, wheels
-from .processes import ROOT, execute
-from .runbook_stages import GO_ON, LATER, STAGES, TIMEOUT, TUNING, Stage
+from . import archives, next_stages, wheels
+from .runbook_stages import LATER, STAGES, TIMEOUT, TUNING, Stage
+from .shared import source as sources
+from .shared.processes import execute
+from .shared.source import ROOT
+from .shared.watchdog import GO_ON
 
 CONFIGS = ROOT / "kernels" / "qwen_fast_kernels" / "configs"
 FINAL = ("done", "failed")  # a stage that was cut short is run again

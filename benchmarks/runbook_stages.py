@@ -37,9 +37,6 @@ class Stage:
     after: str = ""
 
 
-GO_ON = 7  # exit code of a stage that gave up at something that hung, and goes on behind it when it is begun again
-
-
 def _each(option: str, values: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(word for value in values for word in (option, value))
 

@@ -12,16 +12,15 @@ import torch
 
 from qwen_fast.common.stages import record, stage_table, staged
 
-from .ceilings import Ceilings
-from .grid import STEPS_MEASURED, Case
 from .ladder import ENABLED, OURS, STOCK, NotMeasured, Rung, weights_stay
-from .machine import PROVENANCE, Sampler, machine_name, provenance
-from .measure import Difference, Spread, Stopwatch, clocked, exact_latents, ratio
 from .models import call_arguments, prompts_of
-from .rows import Rows
-from .watchdog import watched
+from .shared.ceilings import Ceilings
+from .shared.machine import PROVENANCE, Sampler, machine_name, provenance
+from .shared.measure import Difference, Spread, Stopwatch, clocked, exact_latents, ratio
+from .shared.rows import Rows
+from .shared.shapes import COMPARED_STEPS, STEPS_MEASURED, Case
+from .shared.watchdog import watched
 
-COMPARED_STEPS = 2
 # fp32 against stock: the numerical contract. Below fp32, the error against fp32 as a part of stock's own.
 FP32_LIMIT, ERROR_LIMIT = 2e-6, 1.25
 # Below fp32 where the exact latents could not be had: dB from stock. Two right implementations in bf16 have 40 and more.

@@ -17,12 +17,12 @@ import torch
 
 from qwen_fast_kernels.tuning import CONFIGS, dims_of, file_name, read_entries
 
-from .budget import IN_PLACE, in_float64, over_budget, results
 from .cases import BF16, DIMENSIONS, PACKED, Case, Maker, Size
 from .compile_table import source_hash
-from .machine import provenance
 from .precompile import precompile
 from .search import Outcome, candidates, search
+from .shared.budget import IN_PLACE, in_float64, over_budget, results
+from .shared.machine import provenance
 
 _CHECK_HEADS = 4  # of an attention's check: its oracle holds the float64 scores of every head
 _MILLISECONDS = 2.0  # of one measurement

@@ -19,7 +19,8 @@ from qwen_fast.vae.bands import choose
 from qwen_fast.vae.layers import decoder_layers
 
 from .live_bytes import LiveBytes
-from .rows import append, git
+from .shared.rows import append
+from .shared.source import git
 
 FIELDS = "date commit dirty dtype base_dim pixels limit_mib bands overhead estimate_mib counted_mib".split()
 MIB = 2**20

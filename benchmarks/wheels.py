@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from . import sources
+from .shared import source as sources
 
 # diffusers and the peers that install from wheels. Python has what diffusers needs of importlib_metadata.
 PINNED = ("diffusers==0.42.1", "cache-dit==1.5.3", "torchao==0.18.0", "sageattention==1.0.6")

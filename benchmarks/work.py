@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from .cases import TRAFFIC
-from .ceilings import Ceilings
+from .shared.ceilings import Ceilings
 
 
 class Piece(NamedTuple):

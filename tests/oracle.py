@@ -1,13 +1,7 @@
 """Stock's transformer in true float64, and small transformers to compare with it."""
 
-import contextlib
-from collections.abc import Iterator
-from unittest import mock
-
 import torch
 from diffusers import QwenImageTransformer2DModel
-from diffusers.models.normalization import RMSNorm
-from diffusers.models.transformers import transformer_qwenimage
 
 from qwen_fast.common.state import State
 from qwen_fast.testing import initialize
@@ -16,26 +10,6 @@ from qwen_fast.transformer.call import accelerated
 
 SIZES = {"in_channels": 16, "out_channels": 4, "num_layers": 3, "num_attention_heads": 2, "joint_attention_dim": 24}
 HEAD_SIZES = {"attention_head_dim": 32, "axes_dims_rope": (4, 14, 14)}
-
-
-@contextlib.contextmanager
-def in_float64() -> Iterator[None]:
-    """Inside, what stock computes in fp32 whatever the model's dtype is computed in float64: rotation and RMS."""
-
-    def rotate(x, freqs_cis, use_real=True, use_real_unbind_dim=-1):
-        assert not use_real
-        pairs = torch.view_as_complex(x.double().reshape(*x.shape[:-1], -1, 2))
-        return torch.view_as_real(pairs * freqs_cis.to(torch.complex128).unsqueeze(1)).flatten(3).to(x.dtype)
-
-    def normalize(self, hidden_states):
-        variance = hidden_states.double().square().mean(-1, keepdim=True)
-        return (hidden_states.double() * torch.rsqrt(variance + self.eps) * self.weight.double()).to(hidden_states.dtype)
-
-    with (
-        mock.patch.object(transformer_qwenimage, "apply_rotary_emb_qwen", rotate),
-        mock.patch.object(RMSNorm, "forward", normalize),
-    ):
-        yield
 
 
 def transformer(dtype: torch.dtype = torch.float32, seed: int = 0, **config) -> QwenImageTransformer2DModel:

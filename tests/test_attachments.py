@@ -9,7 +9,8 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry, atten
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 
 import qwen_fast
-from pipelines import GUIDED, SMALL, assert_same_latents, assert_same_picture, draw, in_fp32, stock
+from benchmarks.shared.stock import assert_same_latents, draw, in_fp32, stock
+from pipelines import GUIDED, SMALL, assert_same_picture
 
 ARGUMENTS = GUIDED | {"prompt": "a red circle", "num_inference_steps": 6}
 BATCH = ARGUMENTS | {"prompt": ["a red circle", "two green squares on a hill"]}

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import attention_speed, products
 from benchmarks.attention_speed import LENGTHS, error_of, fields_of, joined
-from benchmarks.rows import read
+from benchmarks.shared.rows import read
 
 CPU = torch.device("cpu")
 LENGTHS_HERE = (9, 5)

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import attention_stress
 from benchmarks.attention_stress import PICTURE_WAYS, PICTURES, SUSPECTS, USED, Batch, stressed
-from benchmarks.rows import read
+from benchmarks.shared.rows import read
 from benchmarks.stress_counts import Found
 from support.emulated_cuda import notes
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import qwen_fast
-from pipelines import GUIDED, SMALL, assert_same_latents, draw, stock
+from benchmarks.shared.stock import assert_same_latents, draw, stock
+from pipelines import GUIDED, SMALL
 from qwen_fast.pipelines.family import ACCELERATED
 from test_switch import EDITING, snapshot
 

@@ -14,10 +14,10 @@ import torch
 
 import qwen_fast
 from benchmarks import bench, ladder, models
-from benchmarks.grid import SHAPES, Case
 from benchmarks.ladder import COMPARED, COMPILED, ENABLED, GRAPH, OURS, PACKED, STEPS, STOCK, NotMeasured, Rung
-from benchmarks.rows import read
-from benchmarks.runbook_stages import GO_ON
+from benchmarks.shared.rows import read
+from benchmarks.shared.shapes import SHAPES, Case
+from benchmarks.shared.watchdog import GO_ON
 from qwen_fast.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -225,7 +225,7 @@ def test_a_rung_that_hangs_has_its_row_and_the_next_run_goes_on_behind_it(tmp_pa
     code = """
 import contextlib, sys, time, torch
 from benchmarks import bench, ladder
-from benchmarks.grid import SHAPES, Case
+from benchmarks.shared.shapes import SHAPES, Case
 
 @contextlib.contextmanager
 def hang(pipe, case):

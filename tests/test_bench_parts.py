@@ -12,11 +12,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import qwen_fast
-from benchmarks import machine, models
-from benchmarks.ceilings import Ceilings, measure_ceilings, sustained
-from benchmarks.grid import NEGATIVE_TOKENS, QWEN_IMAGE, SHAPES, Case, default_cases, full_cases
-from benchmarks.measure import Difference, Spread, clocked, exact_latents, interleaved, ratio
-from benchmarks.rows import Rows, append, read
+from benchmarks import models
+from benchmarks.shared import machine
+from benchmarks.shared.ceilings import Ceilings, measure_ceilings, sustained
+from benchmarks.shared.measure import Difference, Spread, clocked, exact_latents, interleaved, ratio
+from benchmarks.shared.rows import Rows, append, read
+from benchmarks.shared.shapes import NEGATIVE_TOKENS, QWEN_IMAGE, SHAPES, Case, default_cases, full_cases
 
 TINY = SHAPES["tiny"]
 CPU = torch.device("cpu")
@@ -204,7 +205,7 @@ def test_ceilings_of_this_machine():
 
 
 def test_products_in_8_bits_are_measured_or_refused_by_name(monkeypatch):
-    from benchmarks import ceilings
+    from benchmarks.shared import ceilings
 
     monkeypatch.setattr(ceilings, "eight_bit_dtypes", lambda device: [torch.float8_e4m3fn])
     size = {"seconds": 1e-3, "shape": TINY, "tokens": 48, "copy_bytes": 2**16}
@@ -230,7 +231,7 @@ def test_products_in_8_bits_are_measured_or_refused_by_name(monkeypatch):
 
 
 def test_an_attention_that_computes_something_else_is_no_candidate(monkeypatch):
-    from benchmarks import ceilings
+    from benchmarks.shared import ceilings
 
     right = torch.nn.functional.scaled_dot_product_attention
     wrong = types.SimpleNamespace(**vars(torch.nn.functional))
@@ -247,7 +248,7 @@ def test_an_attention_that_computes_something_else_is_no_candidate(monkeypatch):
 
 
 def test_an_attention_that_is_not_finite_is_no_candidate(monkeypatch):
-    from benchmarks import ceilings
+    from benchmarks.shared import ceilings
 
     nowhere = types.SimpleNamespace(**vars(torch.nn.functional))
     nowhere.scaled_dot_product_attention = lambda *rows: rows[0] * float("nan")
@@ -257,7 +258,7 @@ def test_an_attention_that_is_not_finite_is_no_candidate(monkeypatch):
 
 
 def test_ceilings_are_measured_once_and_again_where_the_file_is_of_something_else(tmp_path, monkeypatch):
-    from benchmarks import ceilings
+    from benchmarks.shared import ceilings
 
     how = {"seconds": 1e-3, "shape": TINY, "tokens": 48, "copy_bytes": 2**16}
     path = tmp_path / "new" / "ceilings.json"

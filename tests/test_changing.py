@@ -8,9 +8,9 @@ import torch
 
 from benchmarks import changing, models
 from benchmarks.changing import Changing, varied
-from benchmarks.grid import SHAPES, Case
 from benchmarks.ladder import ENABLED, STEPS, STOCK, NotMeasured, Rung
-from benchmarks.rows import Rows, read
+from benchmarks.shared.rows import Rows, read
+from benchmarks.shared.shapes import SHAPES, Case
 from qwen_fast.cli import main
 
 CPU, TINY = torch.device("cpu"), SHAPES["tiny"]

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import qwen_fast
-from pipelines import GUIDED, draw, stock
+from benchmarks.shared.stock import draw, stock
+from pipelines import GUIDED
 from qwen_fast.denoise.loop import FiniteCheck
 
 PROMPT = {"prompt": ["a red circle", "a cat"]}

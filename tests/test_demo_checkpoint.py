@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 
 import qwen_fast
-from pipelines import assert_ran_fast, draw, stock
+from benchmarks.shared.stock import draw, stock
+from pipelines import assert_ran_fast
 from qwen_fast import demo
 from qwen_fast.demo import __main__ as main
 from qwen_fast.demo.accuracy import draw as draw_and_judge

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import qwen_fast
-from pipelines import stock
+from benchmarks.shared.stock import stock
 from qwen_fast.common.stages import record
 from qwen_fast.pipelines import generate as drawing
 

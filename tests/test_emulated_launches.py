@@ -11,7 +11,8 @@ import torch
 
 import qwen_fast
 import qwen_fast_kernels as kernels
-from pipelines import GUIDED, SMALL, draw, stock
+from benchmarks.shared.stock import draw, stock
+from pipelines import GUIDED, SMALL
 from support import emulated_cuda as emulation
 from support.emulated_cuda import notes
 
@@ -121,7 +122,7 @@ def test_the_first_launch_of_a_kernel_in_a_capture(emulated_cuda, warm):
 COMPILE = """
 import json, sys
 import qwen_fast
-from pipelines import draw, stock
+from benchmarks.shared.stock import draw, stock
 from support.emulated_cuda import emulated_cuda
 with emulated_cuda(launches="compile", capability=int(sys.argv[2]), attention="triton") as device:
     pipe = qwen_fast.enable(stock(sys.argv[1], getattr(__import__("torch"), "bfloat16")).to("cuda"), cuda_graph=False)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import qwen_fast
-from pipelines import GUIDED, assert_ran_fast, assert_same_latents, draw, in_fp32, stock
+from benchmarks.shared.stock import assert_same_latents, draw, in_fp32, stock
+from pipelines import GUIDED, assert_ran_fast
 from qwen_fast.denoise import denoiser as forwards
 from qwen_fast.denoise import graph
 from qwen_fast.denoise import loop as denoise

@@ -10,7 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qwen_fast
-from pipelines import GUIDED, SMALL, assert_same_latents, draw, stock
+from benchmarks.shared.stock import assert_same_latents, draw, stock
+from pipelines import GUIDED, SMALL
 from qwen_fast.denoise import graph
 from qwen_fast.transformer.call import ATTACHED
 

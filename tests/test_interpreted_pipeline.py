@@ -13,7 +13,8 @@ import torch
 
 import qwen_fast
 import qwen_fast_kernels
-from pipelines import DTYPES, GUIDED, SMALL, assert_same_latents, draw, in_fp32, stock
+from benchmarks.shared.stock import assert_same_latents, draw, in_fp32, stock
+from pipelines import DTYPES, GUIDED, SMALL
 from qwen_fast_kernels import tuning
 
 OPS = sorted(name for name in qwen_fast_kernels.__all__ if name != "HAS_TRITON")

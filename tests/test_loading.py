@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qwen_fast
-from pipelines import GUIDED, draw
+from benchmarks.shared.stock import draw
+from pipelines import GUIDED
 from qwen_fast.common.stages import record
 from qwen_fast.loading import check_folder
 from qwen_fast.loading import checkpoint as checkpoints

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import qwen_fast
-from pipelines import GUIDED, assert_same_latents, assert_same_picture, draw, stock
+from benchmarks.shared.stock import assert_same_latents, draw, stock
+from pipelines import GUIDED, assert_same_picture
 from qwen_fast.schedule.configs import LIGHTNING_SCHEDULER_CONFIG as LIGHTNING
 
 pytest.importorskip("peft", reason="LoRA needs peft")

@@ -7,8 +7,8 @@ import torch
 
 from benchmarks import operators
 from benchmarks.cases import FP32, Case, Maker
-from benchmarks.ceilings import Ceilings
-from benchmarks.rows import Rows, read
+from benchmarks.shared.ceilings import Ceilings
+from benchmarks.shared.rows import Rows, read
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings("CPU", "float32", 1e10, {"float32": 1e11}, 1e11, "flash", {}, 1.0, "CPU time")
@@ -75,8 +75,8 @@ def test_a_failing_operator_has_its_error_in_its_row(row, monkeypatch):
 
 
 def test_rows_of_other_sources_are_not_of_this_run(tmp_path):
-    from benchmarks.machine import provenance
-    from benchmarks.rows import of_this_state
+    from benchmarks.shared.machine import provenance
+    from benchmarks.shared.rows import of_this_state
 
     rows = Rows(tmp_path / "rows.csv", operators.FIELDS)
     assert of_this_state(rows.path, CPU) == [] and of_this_state(tmp_path / "none.csv", CPU) == []

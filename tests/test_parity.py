@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from oracle import fused, in_float64, inputs, transformer
+from benchmarks.shared.stock import in_float64
+from oracle import fused, inputs, transformer
 from pipelines import DTYPES
 
 # Samples with a seed each; the largest error of the small models would be a matter of luck with 8.

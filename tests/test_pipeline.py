@@ -12,7 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qwen_fast
-from pipelines import DTYPES, GUIDED, SMALL, assert_ran_fast, assert_same_latents, assert_same_picture, draw, stock
+from benchmarks.shared.stock import assert_same_latents, draw, stock
+from pipelines import DTYPES, GUIDED, SMALL, assert_ran_fast, assert_same_picture
 from qwen_fast.denoise import denoiser as forwards
 from qwen_fast.denoise import loop as denoise
 from qwen_fast.schedule.configs import LIGHTNING_SCHEDULER_CONFIG as LIGHTNING

@@ -12,9 +12,9 @@ pytest.importorskip("matplotlib", reason="needs matplotlib")
 from matplotlib.colors import to_hex
 
 from benchmarks.figures import color_of, ladder_figure, point_of, roofline_figure, scaling_figure
-from benchmarks.grid import QWEN_IMAGE, Case
 from benchmarks.plots import draw_all, draw_ladder, draw_roofline, draw_scaling, latest, main
-from benchmarks.rows import append
+from benchmarks.shared.rows import append
+from benchmarks.shared.shapes import QWEN_IMAGE, Case
 
 PLACE = {"machine": "made-up GPU", "model": "random, 60 layers, 24 x 128", "dtype": "bfloat16", "torch": "2", "commit": "abc"}
 

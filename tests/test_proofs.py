@@ -14,7 +14,8 @@ import torch
 import qwen_fast
 import qwen_fast_kernels
 import stand_in
-from pipelines import GUIDED, SMALL, assert_same_latents, draw, in_fp32, stock
+from benchmarks.shared.stock import assert_same_latents, draw, in_fp32, stock
+from pipelines import GUIDED, SMALL
 from qwen_fast.cli import doctor, main
 from qwen_fast.common import proofs
 from qwen_fast.denoise import graph

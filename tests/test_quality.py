@@ -24,7 +24,7 @@ from benchmarks.quality_metrics import latent_differences
 from benchmarks.quality_modes import MODES, Mode, Setting, enabled, stock, wrong_schedule
 from benchmarks.quality_pictures import Model, Pictures, Store, cases, draw, initial_noise
 from benchmarks.quality_sheet import FRAME, GAP, LABEL
-from pipelines import stock as stock_pipeline
+from benchmarks.shared.stock import stock as stock_pipeline
 from qwen_fast.demo import LIGHTNING
 from qwen_fast.demo.judge import Verdict
 from qwen_fast.demo.scenes import lay_out, render

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import readme
-from benchmarks.rows import Rows
 from benchmarks.session import FIELDS
+from benchmarks.shared.rows import Rows
 from qwen_fast import Schedule
 from qwen_fast.schedule.comparison import historical_errors
 from qwen_fast.schedule.configs import QWEN_IMAGE_SCHEDULER_CONFIG

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import archives, environment, processes, runbook
+from benchmarks import archives, environment, runbook
 from benchmarks.runbook import State
-from benchmarks.runbook_stages import GO_ON, HOGS, LATER, STAGES, TUNING, Stage
+from benchmarks.runbook_stages import HOGS, LATER, STAGES, TUNING, Stage
+from benchmarks.shared import processes
+from benchmarks.shared.watchdog import GO_ON
 
 ROOT = Path(__file__).parents[1]
 KEY = "abc 123"

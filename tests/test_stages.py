@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 import qwen_fast
-from pipelines import SMALL, draw, stock
+from benchmarks.shared.stock import draw, stock
+from pipelines import SMALL
 from qwen_fast.common.stages import STAGES, Recorder, Span, record, stage, stage_table, staged, steps
 
 CALL = {"prompt": "a cat", "negative_prompt": "blurry", "true_cfg_scale": 3.7, **SMALL, "output_type": "pil"}
@@ -205,7 +206,7 @@ def test_the_table_adds_up():
 
 def test_a_bar_of_the_instance_is_kept(checkpoint):
     """Such as a benchmark's clock, which ends a call after some steps."""
-    from benchmarks.measure import clocked
+    from benchmarks.shared.measure import clocked
 
     pipe = stock(checkpoint)
     with clocked(pipe, 2) as clock, staged(pipe), record() as recorder:

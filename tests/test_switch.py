@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import qwen_fast
-from pipelines import DTYPES, GUIDED, SMALL, assert_same_latents, assert_same_picture, draw, stock
+from benchmarks.shared.stock import assert_same_latents, draw, stock
+from pipelines import DTYPES, GUIDED, SMALL, assert_same_picture
 from qwen_fast.common.state import STATE
 from qwen_fast.pipelines.family import ACCELERATED
 from qwen_fast.schedule.configs import LIGHTNING_SCHEDULER_CONFIG as LIGHTNING

@@ -10,9 +10,10 @@ import peft
 import pytest
 import torch
 
-import pipelines
 import qwen_fast
-from pipelines import GUIDED, SMALL, draw
+from benchmarks.shared import stock as reference
+from benchmarks.shared.stock import draw
+from pipelines import GUIDED, SMALL
 
 LONG, SHORT = "a red fox that jumps over a small brook in the evening", "a cat"
 PROMPTS = {
@@ -25,7 +26,7 @@ PROMPTS = {
 }
 
 
-loaded = functools.cache(pipelines.stock)
+loaded = functools.cache(reference.stock)
 
 
 def stock(checkpoint, dtype=torch.float32, cls=diffusers.QwenImagePipeline):

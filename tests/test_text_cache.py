@@ -12,16 +12,17 @@ import diffusers
 import pytest
 import torch
 
-import pipelines
 import qwen_fast
-from pipelines import GUIDED, draw
+from benchmarks.shared import stock as reference
+from benchmarks.shared.stock import draw
+from pipelines import GUIDED
 from qwen_fast.common import placement
 from qwen_fast.text import encoding as text
 from qwen_fast.text.cache import Encoded, PromptCache
 from small_transformer import pretend_elsewhere
 
 CPU = torch.device("cpu")
-loaded = functools.cache(pipelines.stock)
+loaded = functools.cache(reference.stock)
 
 
 def stock(checkpoint):
@@ -147,7 +148,7 @@ torch.save(embeds, sys.argv[3])
 
 def test_another_process_finds_it_on_disk(checkpoint, tmp_path):
     folder = tmp_path / "prompts"
-    pipe = qwen_fast.enable(pipelines.stock(checkpoint), prompt_cache=folder)
+    pipe = qwen_fast.enable(reference.stock(checkpoint), prompt_cache=folder)
     expected, _ = encode(pipe, "a cat")
     (file,) = folder.iterdir()
     assert len(file.stem) == 64 and b"cat" not in file.read_bytes()

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import qwen_fast
-from oracle import fused, in_float64, inputs, transformer
+from benchmarks.shared.stock import in_float64
+from oracle import fused, inputs, transformer
 from qwen_fast.common.state import State
 from qwen_fast.transformer import model as fused_transformer
 from qwen_fast.transformer.attach import attach, detach

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from benchmarks import precompile, tune
-from benchmarks.budget import results
 from benchmarks.cases import BF16, Case, Size
 from benchmarks.search import FINAL_ROUNDS, SCREENING_ROUNDS, SPACES, Outcome, candidates, search
+from benchmarks.shared.budget import results
 from benchmarks.tune import Checker, Task, read_record, write_entry
 from cli_errors import refused
 from qwen_fast_kernels.tuning import chosen, dims_of, read_entries

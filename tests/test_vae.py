@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import qwen_fast
-from pipelines import DTYPES, GUIDED, assert_ran_fast, draw, stock
+from benchmarks.shared.stock import draw, stock
+from pipelines import DTYPES, GUIDED, assert_ran_fast
 from qwen_fast.common.state import State
 from qwen_fast.testing import initialize
 from qwen_fast.vae import pictures as fast_vae

@@ -17,7 +17,7 @@ from sampler_cases import (
     surrounded,
 )
 
-from budget import assert_bit_equal, assert_within_budget, differing, rounding_distance
+from benchmarks.shared.budget import assert_bit_equal, assert_within_budget, differing, rounding_distance
 from canaries import Canaries, between_canaries
 from qwen_fast_kernels.cfg_euler_step import (
     DEFAULT_CONFIG,

@@ -17,7 +17,7 @@ from sampler_cases import (
     surrounded,
 )
 
-from budget import assert_bit_equal, assert_within_budget
+from benchmarks.shared.budget import assert_bit_equal, assert_within_budget
 from canaries import Canaries, between_canaries
 from qwen_fast_kernels.euler_step import (
     DEFAULT_CONFIG,

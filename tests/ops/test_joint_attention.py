@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from attention_cases import BAD, HALF, LAYOUTS, ONE_SEQUENCE, PACKED, Problem, bodies, config_of, packed, problem
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-from budget import assert_bit_equal, assert_within_budget
+from benchmarks.shared.budget import assert_bit_equal, assert_within_budget
 from canaries import Canaries, between_canaries
 from conftest import HAS_CUDA
 from qwen_fast_kernels.joint_attention import (

@@ -22,7 +22,7 @@ from linear_cases import (
     sums_in_sequence,
 )
 
-from budget import assert_bit_equal, assert_within_budget
+from benchmarks.shared.budget import assert_bit_equal, assert_within_budget
 from canaries import Canaries
 from qwen_fast_kernels._matmul import dimensions
 from qwen_fast_kernels.linear_gelu import (

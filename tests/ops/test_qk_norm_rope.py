@@ -17,7 +17,7 @@ from rope_cases import (
     random_case,
 )
 
-from budget import assert_bit_equal, assert_within_budget, errors
+from benchmarks.shared.budget import assert_bit_equal, assert_within_budget, errors
 from canaries import Canaries
 from qwen_fast_kernels.qk_norm_rope import _qk_norm_rope_kernel, default_config, qk_norm_rope
 

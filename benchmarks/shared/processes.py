@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from .source import ROOT
+
 KILLED_PATIENCE = 5.0  # seconds for a killed process to be gone; one that a driver holds may never be
 _DUMP_PATIENCE = 1.0  # for faulthandler to write where the process was
 

@@ -8,7 +8,8 @@ import hashlib
 import subprocess
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).resolve().parents[1] / "results"  # of the benchmarks, whatever they are installed as
 CARRIED = ROOT / "wheels"  # what goes with the sources to a machine without their history
 _FOLDERS = ("kernels", "qwen_fast", "benchmarks", "tests")
 _STAMP = "commit.txt"

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .machine import machine_name
-from .sources import git, source_key
-
-__all__ = ["Rows", "append", "damage", "git", "of_this_state", "read"]
+from .source import source_key
 
 
 def damage(path: Path, fields: list[str]) -> str | None:

@@ -9,7 +9,7 @@ import threading
 
 import torch
 
-from .sources import source_key
+from .source import source_key
 
 PROVENANCE = (
     *("date", "commit", "dirty", "machine", "driver", "sm_clock_mhz", "sm_clock_max_mhz", "memory_clock_mhz"),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 
 
 class Stopwatch:
@@ -207,3 +208,17 @@ def exact_latents(pipe: Any, arguments: dict, steps: int) -> torch.Tensor:
 
 def _is_floating(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """diffusers' warnings about embeddings without masks, once a call, and its progress bars."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

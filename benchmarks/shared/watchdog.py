@@ -1,6 +1,6 @@
 """What a process does about a kernel that never ends: nothing can be taken back on that device, so it says so and goes.
 
-Whoever started it begins it again, and it goes on behind what hung (see runbook_stages.GO_ON).
+Whoever started it begins it again, and it goes on behind what hung.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 
-from .runbook_stages import GO_ON
+GO_ON = 7  # exit code of a stage that gave up at something that hung, and goes on behind it when it is begun again
 
 
 @contextlib.contextmanager

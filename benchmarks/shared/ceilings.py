@@ -1,6 +1,6 @@
 """What this machine can do at best, sustained for seconds: copies, matrix products and attention at the model's own shapes.
 
-    python -m benchmarks.ceilings [--device cuda] [--seconds 2]
+    python -m benchmarks.shared.ceilings [--device cuda] [--seconds 2]
 
 From these comes the floor of a step, and every row's distance to it. Inputs are random (zeros run faster than the truth)
 and rotate through buffers larger than the caches.
@@ -22,8 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from qwen_fast.common.hardware import unsupported_reason
 from qwen_fast_kernels import joint_attention
 
-from .grid import QWEN_IMAGE, SHAPES, Case, Shape
 from .measure import Difference, Stopwatch
+from .shapes import QWEN_IMAGE, SHAPES, Case, Shape
 
 _ROTATED = 3  # sets of buffers; one of a block's weights in bf16 is 226 MB, four times an H200's L2
 _PROBE_SECONDS = 0.1  # how long each attention runs to find the fastest

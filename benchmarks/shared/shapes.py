@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 STEPS_MEASURED = 4  # ms per step is steady after the first
+COMPARED_STEPS = 2  # of which latents are compared with stock's
 PROMPT_LENGTHS = (1.0, 0.25, 0.7, 0.45)  # of a batch, as parts of the text length: no two prompts are equally long
 NEGATIVE_TOKENS = 6  # of the negative prompt " "
 
