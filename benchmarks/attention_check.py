@@ -18,7 +18,8 @@ import torch
 
 from qwen_fast_kernels._triton import capability
 
-from .cases import BF16, DIMENSIONS, FP16, Case, Maker, Size
+from .operators.arguments import DIMENSIONS
+from .operators.cases import BF16, FP16, Case, Maker, Size
 from .shared.budget import LAUNCHES, LIMIT
 from .shared.processes import start, stop
 

@@ -28,13 +28,13 @@ from qwen_fast.transformer.attach import detach
 from qwen_fast_kernels.cfg_euler_step import cfg_euler_step_reference
 from qwen_fast_kernels.flow_match_schedule import flow_match_schedule_reference
 
-from .bench_operators import checked, compiled, guided_step, scheduler_at
 from .bench_transformer import Case as Forwards
-from .cases import TRAFFIC
+from .operators.arguments import TRAFFIC
+from .operators.bench_operators import checked, compiled, guided_step, scheduler_at
+from .operators.suite import Run, clock, sets
+from .operators.work import Piece, count
 from .shared.budget import assert_bit_equal
 from .shared.stock import assert_same_latents, draw, in_float64, in_fp32, stock
-from .suite import Run, clock, sets
-from .work import Piece, count
 
 pytestmark = clock(host=True)
 STEPS, SCALE = 20, 4.0

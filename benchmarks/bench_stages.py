@@ -20,9 +20,9 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift, re
 import qwen_fast
 from qwen_fast.testing import build_checkpoint
 
-from .bench_operators import stock_cfg_euler_step
 from .bench_pipeline import MODELS
 from .bench_transformer import Case as Forwards
+from .operators.bench_operators import stock_cfg_euler_step
 from .shared.machine import PROVENANCE, provenance
 from .shared.measure import Difference, Spread, interleaved, ratio, silence
 from .shared.rows import Rows

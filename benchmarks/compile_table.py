@@ -123,7 +123,7 @@ def stale(rows: list[dict]) -> list[str]:
 def missing(rows: list[dict]) -> list[str]:
     """Cases without a row for some version and architecture, and rows without a case."""
     sys.path.append(str(KERNELS.parent))  # for a checkout that is not installed
-    from .cases import CASES
+    from .operators.cases import CASES
 
     there = {(row["op"], row["case"], row["arch"], row["triton"]) for row in rows}
     wanted = {(case.op, case.name, arch, version) for case in CASES for arch in ARCHS for version in VERSIONS}
@@ -154,8 +154,8 @@ def compile_cases(arch: int, cases: list, *, ir: bool = False) -> Iterator[dict]
     """One result per case: its rows, or the error; with `ir` also PTX and Triton's IRs of its kernels."""
     import triton
 
-    from .cases import Maker
     from .offline import compile_only
+    from .operators.cases import Maker
 
     inspected: dict[bytes, dict] = {}
     with compile_only(arch) as log:
@@ -224,7 +224,7 @@ def machine_code(compiled) -> dict:
 
 
 def worker(options: argparse.Namespace) -> None:
-    from .cases import CASES
+    from .operators.cases import CASES
 
     index, shares = map(int, options.share.split("/"))
     cases = [case for case in CASES if case.op in options.ops and (case.default or not options.default)]

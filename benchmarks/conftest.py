@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from .operators.suite import FIELDS, rows, summary
+from .operators.suite import measure as measure_runs
 from .shared.ceilings import Ceilings, measure_ceilings
 from .shared.machine import provenance
 from .shared.rows import Rows
 from .shared.shapes import SHAPES
-from .suite import FIELDS, rows, summary
-from .suite import measure as measure_runs
 
 torch.set_num_threads(1)
 GROUPS, ROWS = pytest.StashKey[list](), pytest.StashKey[Rows]()

@@ -24,7 +24,7 @@ import torch
 from qwen_fast_kernels._triton import capability
 
 from . import attention_check
-from .cases import CASES, Maker
+from .operators.cases import CASES, Maker
 from .shared.budget import results
 
 PACKAGES = (

@@ -20,8 +20,8 @@ from unittest import mock
 import torch
 from triton.backends.compiler import GPUTarget
 
-from .cases import CASES, Case, Maker
 from .offline import active_driver
+from .operators.cases import CASES, Case, Maker
 
 # Those that launch through one helper; the products by Triton are not chosen by default.
 OPS = ("ada_layer_norm", "gated_residual", "gated_residual_ada_layer_norm", "qk_norm_rope", "rms_norm_silu")

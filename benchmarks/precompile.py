@@ -11,9 +11,9 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from .cases import Case, Maker
 from .compile_table import SHARED_LIMIT, faults, machine_code
 from .offline import compile_only
+from .operators.cases import Case, Maker
 
 _WORKER = "from qwen_fast.pipelines.opening import benchmarks; benchmarks('precompile').worker()"
 

@@ -133,8 +133,8 @@ STAGES = (
     Stage(
         "operators",
         70,
-        ("-m", "benchmarks.operators", "--out", "{out}", "--seconds", "0.5", *_CEILINGS),
-        ("-m", "benchmarks.operators", "--out", "{out}", "--seconds", "0.02", "--device", "cpu", *_CEILINGS),
+        ("-m", "benchmarks.operators.run", "--out", "{out}", "--seconds", "0.5", *_CEILINGS),
+        ("-m", "benchmarks.operators.run", "--out", "{out}", "--seconds", "0.02", "--device", "cpu", *_CEILINGS),
         shown=3,
         estimate=21,
         grace=2,

@@ -17,8 +17,9 @@ import torch
 
 from qwen_fast_kernels.tuning import CONFIGS, dims_of, file_name, read_entries
 
-from .cases import BF16, DIMENSIONS, PACKED, Case, Maker, Size
 from .compile_table import source_hash
+from .operators.arguments import DIMENSIONS
+from .operators.cases import BF16, PACKED, Case, Maker, Size
 from .precompile import precompile
 from .search import Outcome, candidates, search
 from .shared.budget import IN_PLACE, in_float64, over_budget, results

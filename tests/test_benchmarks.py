@@ -15,15 +15,15 @@ pytest.importorskip("pytest_benchmark", reason="the benchmarks need pytest-bench
 
 from pytest_benchmark.session import PerformanceRegression
 
-from benchmarks import bench_operators, suite
 from benchmarks.bench_transformer import Case as Forwards
-from benchmarks.cases import TRAFFIC
+from benchmarks.operators import bench_operators, suite
+from benchmarks.operators.arguments import TRAFFIC
+from benchmarks.operators.suite import DeviceClock, measure, sets
+from benchmarks.operators.work import Piece, count, floor_seconds
 from benchmarks.shared.ceilings import Ceilings
 from benchmarks.shared.rows import read
 from benchmarks.shared.shapes import SHAPES
 from benchmarks.shared.shapes import Case as GridCase
-from benchmarks.suite import DeviceClock, measure, sets
-from benchmarks.work import Piece, count, floor_seconds
 from qwen_fast_kernels import ada_layer_norm, euler_step
 
 ROOT = Path(__file__).parents[1]

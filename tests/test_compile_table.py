@@ -7,7 +7,6 @@ import json
 import pytest
 
 import qwen_fast_kernels
-from benchmarks.cases import CASES, MODEL
 from benchmarks.compile_table import (
     ARCHS,
     FAMILIES,
@@ -25,7 +24,8 @@ from benchmarks.compile_table import (
     stale,
     write_table,
 )
-from benchmarks.vae_cases import WIDTHS
+from benchmarks.operators.cases import CASES, MODEL
+from benchmarks.operators.vae_cases import WIDTHS
 
 ROWS = read_table()
 OPS = sorted(set(qwen_fast_kernels.__all__) - {"HAS_TRITON"})
@@ -109,7 +109,7 @@ def test_every_configuration_that_can_be_chosen_has_a_row(op, monkeypatch):
         chosen = {json.dumps(module.default_config(capability, *asked)): asked for asked in ASKED[op]}
         there = {row["config"] for row in ROWS if (row["op"], row["arch"], row["triton"]) == (op, capability, version)}
         lost = {config: asked for config, asked in chosen.items() if config not in there}
-        assert not lost, f"sm_{capability}, Triton {version}: a case is missing in benchmarks/cases.py for {lost}"
+        assert not lost, f"sm_{capability}, Triton {version}: a case is missing in benchmarks/operators/cases.py for {lost}"
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import operators
-from benchmarks.cases import FP32, Case, Maker
+from benchmarks.operators import run as operators
+from benchmarks.operators.cases import FP32, Case, Maker
 from benchmarks.shared.ceilings import Ceilings
 from benchmarks.shared.rows import Rows, read
 
@@ -31,7 +31,7 @@ def row(tmp_path):
 
 
 def test_every_operator_has_cases_at_the_model_s_shapes():
-    from benchmarks.cases import TRAFFIC
+    from benchmarks.operators.arguments import TRAFFIC
 
     assert {case.op for case in CASES} == set(TRAFFIC)
     assert len({(case.op, case.name) for case in CASES}) == len(CASES)

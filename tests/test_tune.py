@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import precompile, tune
-from benchmarks.cases import BF16, Case, Size
+from benchmarks.operators.cases import BF16, Case, Size
 from benchmarks.search import FINAL_ROUNDS, SCREENING_ROUNDS, SPACES, Outcome, candidates, search
 from benchmarks.shared.budget import results
 from benchmarks.tune import Checker, Task, read_record, write_entry

@@ -198,7 +198,7 @@ def test_these_operators_are_tunable():
 @pytest.mark.parametrize("op", TUNABLE)
 def test_an_operator_asks_with_the_dimensions_of_its_default(op, configs, monkeypatch):
     """A configuration written for what `default_config` takes is the one that the operator's CUDA entry launches with."""
-    from benchmarks.cases import CASES, Maker
+    from benchmarks.operators.cases import CASES, Maker
 
     module = importlib.import_module(f"qwen_fast_kernels.{op}")
     dims = tuning.dims_of(module.default_config, ASKED[op])

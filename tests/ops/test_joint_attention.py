@@ -277,7 +277,7 @@ def test_an_allocator_of_the_callers_stays(device, monkeypatch):
 # Compiles in a process of its own, since this one interprets. Prompts of 1 to 200 tokens, two sequences, padded or not.
 PROMPTS = """
 import random, torch
-from benchmarks.cases import Maker
+from benchmarks.operators.cases import Maker
 from benchmarks.offline import compile_only
 from qwen_fast_kernels.joint_attention import default_config, launch_joint_attention
 random.seed(0)

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from .shared.ceilings import Ceilings
-from .shared.machine import PROVENANCE
+from ..shared.ceilings import Ceilings
+from ..shared.machine import PROVENANCE
 from .work import Piece, floor_seconds
 
 Run = Callable[[], object]

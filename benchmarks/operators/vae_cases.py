@@ -1,4 +1,4 @@
-"""The cases of the VAE's operator, for benchmarks/cases.py: arguments, bytes and FLOPs, widths of both VAEs."""
+"""The cases of the VAE's operator, for benchmarks/operators/cases.py: arguments, bytes and FLOPs, widths of both VAEs."""
 
 import torch
 

@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from .cases import TRAFFIC
-from .shared.ceilings import Ceilings
+from ..shared.ceilings import Ceilings
+from .arguments import TRAFFIC
 
 
 class Piece(NamedTuple):

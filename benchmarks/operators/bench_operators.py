@@ -1,6 +1,6 @@
 """Every operator against its reference, torch.compile of that reference, and stock diffusers' own code for the same job.
 
-    pytest benchmarks/bench_operators.py --benchmark-only [-k "linear_gelu and not compiled"]
+    pytest benchmarks/operators/bench_operators.py --benchmark-only [-k "linear_gelu and not compiled"]
 
 Before anything is timed its result is compared with the float64 reference; a wrong one fails and shows no time. On a GPU
 times are the device's, without the launch, on buffers that its L2 cache does not hold.
@@ -25,8 +25,8 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from qwen_fast.schedule.configs import QWEN_IMAGE_SCHEDULER_CONFIG
 from qwen_fast_kernels._triton import capability
 
+from ..shared.budget import assert_within_budget, in_float64, relative_errors, results
 from .cases import CASES, Case, Maker
-from .shared.budget import assert_within_budget, in_float64, relative_errors, results
 from .suite import Run, clock, sets
 from .work import Piece
 

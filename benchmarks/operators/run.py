@@ -1,6 +1,6 @@
 """Every operator at the model's real shapes: right, the same in every launch, and how near to what this machine can do.
 
-    python -m benchmarks.operators --out DIR [--ceilings FILE] [--device cuda] [--limit 25]
+    python -m benchmarks.operators.run --out DIR [--ceilings FILE] [--device cuda] [--limit 25]
 
 One process and no test runner. Rows go to operators_of_the_model.csv one by one: the relative errors against float64 (of
 attention in two heads), whether 20 launches agree to the bit, the median time on buffers that the L2 cache does not hold, GB/s,
@@ -21,13 +21,13 @@ import torch
 
 from qwen_fast_kernels._triton import capability
 
+from ..shared.budget import IN_PLACE, LAUNCHES, LIMIT, in_float64, over_budget, relative_errors, results
+from ..shared.ceilings import Ceilings, kept_ceilings
+from ..shared.machine import PROVENANCE, Sampler, provenance
+from ..shared.rows import Rows, of_this_state
+from ..shared.shapes import NEGATIVE_TOKENS, SHAPES
+from ..shared.watchdog import watched
 from .cases import BF16, FP32, Case, Maker, Size
-from .shared.budget import IN_PLACE, LAUNCHES, LIMIT, in_float64, over_budget, relative_errors, results
-from .shared.ceilings import Ceilings, kept_ceilings
-from .shared.machine import PROVENANCE, Sampler, provenance
-from .shared.rows import Rows, of_this_state
-from .shared.shapes import NEGATIVE_TOKENS, SHAPES
-from .shared.watchdog import watched
 from .suite import DEVICE_CLOCK, sets
 from .vae_cases import PIXELS
 from .work import Piece, floor_seconds
