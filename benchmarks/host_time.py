@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 from triton.backends.compiler import GPUTarget
 
-from .offline import active_driver
+from .compiler.offline import active_driver
 from .operators.cases import CASES, Case, Maker
 
 # Those that launch through one helper; the products by Triton are not chosen by default.

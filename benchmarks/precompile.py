@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from .compile_table import SHARED_LIMIT, faults, machine_code
-from .offline import compile_only
+from .compiler.offline import compile_only
+from .compiler.table import SHARED_LIMIT, faults, machine_code
 from .operators.cases import Case, Maker
 
 _WORKER = "from qwen_fast.pipelines.opening import benchmarks; benchmarks('precompile').worker()"

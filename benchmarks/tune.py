@@ -17,7 +17,7 @@ import torch
 
 from qwen_fast_kernels.tuning import CONFIGS, dims_of, file_name, read_entries
 
-from .compile_table import source_hash
+from .compiler.table import source_hash
 from .operators.arguments import DIMENSIONS
 from .operators.cases import BF16, PACKED, Case, Maker, Size
 from .precompile import precompile

@@ -7,7 +7,7 @@ import json
 import pytest
 
 import qwen_fast_kernels
-from benchmarks.compile_table import (
+from benchmarks.compiler.table import (
     ARCHS,
     FAMILIES,
     FIELDS,
@@ -46,7 +46,7 @@ ASKED = {
     "linear_gelu": list(itertools.product(_ROWS, (12288,), (3072,), _ITEMSIZES, (True, False))),
     "linear_gated_residual": list(itertools.product(_ROWS, (3072,), (3072, 12288), _ITEMSIZES, (True, False))),
 }
-COMMAND = "python -m benchmarks.compile_table --python <an interpreter with the other Triton>"
+COMMAND = "python -m benchmarks.compiler.table --python <an interpreter with the other Triton>"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.compile_table import compiled_for_tests
-from benchmarks.warp_specialised import early_releases, stale_barriers
+from benchmarks.compiler.table import compiled_for_tests
+from benchmarks.compiler.warp_specialised import early_releases, stale_barriers
 
 ROOT = Path(__file__).resolve().parents[1]
 ARRIVE = re.compile(r"\n[^\n]*= ttg\.memdesc_index [^\n]*\n[^\n]*ttng\.arrive_barrier[^\n]*")
@@ -103,8 +103,8 @@ def test_a_tile_that_nobody_releases_is_seen(right):
 # What the compiler took for a tile's last use: the reshape of a rank-3 tile, as the kernel had it until November 2026.
 RESHAPED = """
 import torch, triton, triton.language as tl
-from benchmarks.offline import compile_only
-from benchmarks.warp_specialised import early_releases
+from benchmarks.compiler.offline import compile_only
+from benchmarks.compiler.warp_specialised import early_releases
 
 @triton.jit
 def kernel(out_ptr, query_ptr, key_ptr, rows, RESHAPE: tl.constexpr):

@@ -278,7 +278,7 @@ def test_an_allocator_of_the_callers_stays(device, monkeypatch):
 PROMPTS = """
 import random, torch
 from benchmarks.operators.cases import Maker
-from benchmarks.offline import compile_only
+from benchmarks.compiler.offline import compile_only
 from qwen_fast_kernels.joint_attention import default_config, launch_joint_attention
 random.seed(0)
 for arch in (80, 90):

@@ -7,7 +7,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageRMS_norm
 from elementwise_cases import DTYPES, both, in_layout, last_element
 
-from benchmarks.compile_table import read_table
+from benchmarks.compiler.table import read_table
 from benchmarks.operators.vae_cases import WIDTHS
 from benchmarks.shared.budget import assert_bit_equal, assert_within_budget
 from canaries import Canaries, between_canaries

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 import triton
 
-from benchmarks.offline import compile_only
+from benchmarks.compiler.offline import compile_only
 from benchmarks.operators.cases import CASES, Maker, Size
 from qwen_fast_kernels import _arguments
 

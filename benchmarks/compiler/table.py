@@ -1,14 +1,14 @@
 """What the compiler makes of every operator for every architecture, without a GPU: benchmarks/results/compile_table.csv.
 
-    python -m benchmarks.compile_table                            every case, six architectures, this interpreter's Triton
-    python -m benchmarks.compile_table --python /path/to/python   the same with another interpreter's Triton afterwards
-    python -m benchmarks.compile_table --archs 80,90 --ops qk_norm_rope
-    python -m benchmarks.compile_table --changed                  only operators whose sources or cases have changed
-    python -m benchmarks.compile_table --check                    compiles nothing: are the committed rows those of the sources?
+    python -m benchmarks.compiler.table                            every case, six architectures, this interpreter's Triton
+    python -m benchmarks.compiler.table --python /path/to/python   the same with another interpreter's Triton afterwards
+    python -m benchmarks.compiler.table --archs 80,90 --ops qk_norm_rope
+    python -m benchmarks.compiler.table --changed                  only operators whose sources or cases have changed
+    python -m benchmarks.compiler.table --check                    compiles nothing: are the committed rows those of the sources?
 
 One row per Triton version, case, kernel and architecture. A run replaces the rows of its own version, architectures and
 operators only. Needs torch and Triton, neither diffusers nor the installed package. `tiles_kept` is what
-benchmarks/warp_specialised.py says of a kernel with warp specialisation: "yes" or "no".
+benchmarks/compiler/warp_specialised.py says of a kernel with warp specialisation: "yes" or "no".
 """
 
 import argparse
@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from .shared.source import RESULTS, ROOT
+from ..shared.source import RESULTS, ROOT
 from .warp_specialised import early_releases, stale_barriers
 
 KERNELS = ROOT / "kernels" / "qwen_fast_kernels"
@@ -123,7 +123,7 @@ def stale(rows: list[dict]) -> list[str]:
 def missing(rows: list[dict]) -> list[str]:
     """Cases without a row for some version and architecture, and rows without a case."""
     sys.path.append(str(KERNELS.parent))  # for a checkout that is not installed
-    from .operators.cases import CASES
+    from ..operators.cases import CASES
 
     there = {(row["op"], row["case"], row["arch"], row["triton"]) for row in rows}
     wanted = {(case.op, case.name, arch, version) for case in CASES for arch in ARCHS for version in VERSIONS}
@@ -154,8 +154,8 @@ def compile_cases(arch: int, cases: list, *, ir: bool = False) -> Iterator[dict]
     """One result per case: its rows, or the error; with `ir` also PTX and Triton's IRs of its kernels."""
     import triton
 
+    from ..operators.cases import Maker
     from .offline import compile_only
-    from .operators.cases import Maker
 
     inspected: dict[bytes, dict] = {}
     with compile_only(arch) as log:
@@ -224,7 +224,7 @@ def machine_code(compiled) -> dict:
 
 
 def worker(options: argparse.Namespace) -> None:
-    from .operators.cases import CASES
+    from ..operators.cases import CASES
 
     index, shares = map(int, options.share.split("/"))
     cases = [case for case in CASES if case.op in options.ops and (case.default or not options.default)]
@@ -237,7 +237,7 @@ def in_process(python: str, arch: int, arguments: list[str], seen: Callable[[dic
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")])
     environment.setdefault("OMP_NUM_THREADS", "1")
-    command = [python, "-m", "benchmarks.compile_table", "--worker", str(arch), *arguments]
+    command = [python, "-m", "benchmarks.compiler.table", "--worker", str(arch), *arguments]
     # Where the compiler fails it writes whole modules there: kept out of the way, shown when the process dies.
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
