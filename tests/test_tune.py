@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 
-from benchmarks import precompile, tune
 from benchmarks.operators.cases import BF16, Case, Size
-from benchmarks.search import FINAL_ROUNDS, SCREENING_ROUNDS, SPACES, Outcome, candidates, search
 from benchmarks.shared.budget import results
-from benchmarks.tune import Checker, Task, read_record, write_entry
+from benchmarks.tuning import precompile
+from benchmarks.tuning import run as tune
+from benchmarks.tuning.run import Checker, Task, read_record, write_entry
+from benchmarks.tuning.search import FINAL_ROUNDS, SCREENING_ROUNDS, SPACES, Outcome, candidates, search
 from cli_errors import refused
 from qwen_fast_kernels.tuning import chosen, dims_of, read_entries
 

@@ -11,9 +11,9 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from .compiler.offline import compile_only
-from .compiler.table import SHARED_LIMIT, faults, machine_code
-from .operators.cases import Case, Maker
+from ..compiler.offline import compile_only
+from ..compiler.table import SHARED_LIMIT, faults, machine_code
+from ..operators.cases import Case, Maker
 
 _WORKER = "from qwen_fast.pipelines.opening import benchmarks; benchmarks('precompile').worker()"
 
@@ -33,7 +33,7 @@ def compile_one(case: Case, config: dict, log: list, shared_limit: int) -> str |
 
 def worker() -> None:
     """Compile the share that stdin names; a line of JSON each."""
-    from .tune import CASES
+    from .cases import CASES
 
     share = json.load(sys.stdin)
     cases = {str(case): case for case in CASES}
