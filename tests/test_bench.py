@@ -13,8 +13,12 @@ import pytest
 import torch
 
 import qwen_fast
-from benchmarks import bench, ladder, models
-from benchmarks.ladder import COMPARED, COMPILED, ENABLED, GRAPH, OURS, PACKED, STEPS, STOCK, NotMeasured, Rung
+from benchmarks.ladder import models
+from benchmarks.ladder import run as bench
+from benchmarks.ladder import rungs as ladder
+from benchmarks.ladder.rung import NotMeasured, Rung
+from benchmarks.ladder.rungs import ENABLED, GRAPH, OURS, PACKED, STEPS
+from benchmarks.ladder.stock import COMPARED, COMPILED, STOCK
 from benchmarks.shared.rows import read
 from benchmarks.shared.shapes import SHAPES, Case
 from benchmarks.shared.watchdog import GO_ON
@@ -208,14 +212,14 @@ def test_without_exact_latents_rows_are_judged_by_their_distance_from_stock(sess
     def refuse(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("benchmarks.session.exact_latents", refuse)
+    monkeypatch.setattr("benchmarks.ladder.session.exact_latents", refuse)
     rows, said, _ = session([STOCK, ENABLED, disturbed(0.5)], dtype=torch.bfloat16)
     assert [row["status"] for row in rows] == ["ok", "ok", "wrong result"]
     assert "not compared with fp32: OutOfMemoryError" in rows[1]["detail"] and "no exact latents" in said
 
 
 def test_a_failing_stage_table_costs_nothing(session, monkeypatch):
-    monkeypatch.setattr("benchmarks.session.stage_table", lambda *_: 1 / 0)
+    monkeypatch.setattr("benchmarks.ladder.session.stage_table", lambda *_: 1 / 0)
     rows, said, _ = session([STOCK, ENABLED])
     assert [row["status"] for row in rows] == ["ok", "ok"] and "no stages: ZeroDivisionError" in said
 

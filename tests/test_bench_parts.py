@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import qwen_fast
-from benchmarks import models
+from benchmarks.ladder import models
 from benchmarks.shared import machine
 from benchmarks.shared.ceilings import Ceilings, measure_ceilings, sustained
 from benchmarks.shared.measure import Difference, Spread, clocked, exact_latents, interleaved, ratio
@@ -370,7 +370,8 @@ def test_medians_and_pairs():
 
 
 def test_a_backend_that_takes_no_mask_is_not_measured_where_stock_needs_one(pipe):
-    from benchmarks.ladder import COMPARED, NotMeasured
+    from benchmarks.ladder.rung import NotMeasured
+    from benchmarks.ladder.stock import COMPARED
 
     (flash,) = (rung for rung in COMPARED if "flash" in rung.name)
     with flash.enter(pipe, Case(32, 32, 2, True, 1, 6, TINY)) as detail:

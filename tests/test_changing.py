@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import changing, models
-from benchmarks.changing import Changing, varied
-from benchmarks.ladder import ENABLED, STEPS, STOCK, NotMeasured, Rung
+from benchmarks.ladder import changing, models
+from benchmarks.ladder.changing import Changing, varied
+from benchmarks.ladder.rung import NotMeasured, Rung
+from benchmarks.ladder.rungs import ENABLED, STEPS
+from benchmarks.ladder.stock import STOCK
 from benchmarks.shared.rows import Rows, read
 from benchmarks.shared.shapes import SHAPES, Case
 from qwen_fast.cli import main

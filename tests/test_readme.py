@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import readme
-from benchmarks.session import FIELDS
+from benchmarks.ladder.session import FIELDS
 from benchmarks.shared.rows import Rows
 from qwen_fast import Schedule
 from qwen_fast.schedule.comparison import historical_errors

@@ -5,88 +5,17 @@ A rung changes a stock pipeline in place while it is entered and leaves it as it
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 from unittest import mock
-
-from diffusers.models.attention_dispatch import attention_backend
 
 import qwen_fast
 from qwen_fast.common.state import logger
 
-from .shared.shapes import Case
-
-
-class NotMeasured(Exception):
-    """A rung that does not apply here; its message says why."""
-
-
-@dataclass(frozen=True)
-class Rung:
-    """One row of the ladder.
-
-    Attributes:
-        name: as the table shows it.
-        enter: (pipe, case) to a context in which calls of the stock pipeline `pipe` run this way; it yields a detail for the
-            row. Raises NotMeasured where it does not apply.
-        lossy: another picture is no fault; its distance from stock's stands beside the time.
-        steady: ms per step is the same from the second step on, so that a few steps are enough.
-    """
-
-    name: str
-    enter: Callable[[Any, Case], AbstractContextManager[str]]
-    lossy: bool = False
-    steady: bool = True
-
-
-@contextlib.contextmanager
-def _stock(pipe: Any, case: Case) -> Iterator[str]:
-    yield ""
-
-
-@contextlib.contextmanager
-def compiled_blocks(pipe: Any, case: Case) -> Iterator[str]:
-    """diffusers' regional compilation; entered again, the blocks take up what was compiled before."""
-    blocks = list(pipe.transformer.transformer_blocks)
-    kept = pipe.__dict__.setdefault("_benchmark_compiled", {})
-    if not kept:
-        pipe.transformer.compile_repeated_blocks(fullgraph=True)
-        kept.update({id(block): block._compiled_call_impl for block in blocks})
-    try:
-        for block in blocks:
-            block._compiled_call_impl = kept[id(block)]
-        yield ""
-    finally:
-        for block in blocks:
-            block._compiled_call_impl = None
-
-
-def _stock_attention(name: str):
-    """Stock with one of diffusers' attention backends, by its name there."""
-
-    @contextlib.contextmanager
-    def enter(pipe: Any, case: Case) -> Iterator[str]:
-        with _backend(name, pipe, case):
-            yield name
-
-    return enter
-
-
-@contextlib.contextmanager
-def _backend(name: str, pipe: Any, case: Case) -> Iterator[None]:
-    """That backend of diffusers for all attention inside.
-
-    Raises:
-        NotMeasured: torch has it for GPUs only, or it takes no mask, which prompts of different lengths need in stock.
-    """
-    if name == "_native_cudnn" and pipe.device.type != "cuda":
-        raise NotMeasured("needs a CUDA device")
-    if name == "_native_flash" and len(set(case.text_lengths)) > 1:
-        raise NotMeasured(f"{name} takes no mask, which prompts of different lengths need in stock")
-    with attention_backend(name):
-        yield
+from ..shared.shapes import Case
+from .rung import NotMeasured, Rung
+from .stock import COMPARED, COMPILED, STOCK
 
 
 def ours(
@@ -143,7 +72,6 @@ def weights_stay():
     return mock.patch("qwen_fast.transformer.model.keep_on_host", lambda transformer: {})
 
 
-STOCK = Rung("stock diffusers", _stock)
 _PACKED = {"cuda_graph": False, "vae": "diffusers", "guided_only": True}
 ENABLED = Rung("qwen_fast as enabled", ours())
 # Packing with each attention: what packing gains can be told from what the attention does.
@@ -164,12 +92,6 @@ STEPS = (
 )
 OURS = (*STEPS, GRAPH, *PACKED, ENABLED)
 LOSSY: tuple[Rung, ...] = ()  # no lossy mode exists yet
-COMPILED = Rung("stock + regional compile", compiled_blocks)
-COMPARED = (
-    Rung("stock + cuDNN attention", _stock_attention("_native_cudnn")),
-    Rung("stock + flash attention", _stock_attention("_native_flash")),
-    COMPILED,
-)
 
 
 def all_rungs() -> list[Rung]:

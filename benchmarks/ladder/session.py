@@ -12,14 +12,16 @@ import torch
 
 from qwen_fast.common.stages import record, stage_table, staged
 
-from .ladder import ENABLED, OURS, STOCK, NotMeasured, Rung, weights_stay
+from ..shared.ceilings import Ceilings
+from ..shared.machine import PROVENANCE, Sampler, machine_name, provenance
+from ..shared.measure import Difference, Spread, Stopwatch, clocked, exact_latents, ratio
+from ..shared.rows import Rows
+from ..shared.shapes import COMPARED_STEPS, STEPS_MEASURED, Case
+from ..shared.watchdog import watched
 from .models import call_arguments, prompts_of
-from .shared.ceilings import Ceilings
-from .shared.machine import PROVENANCE, Sampler, machine_name, provenance
-from .shared.measure import Difference, Spread, Stopwatch, clocked, exact_latents, ratio
-from .shared.rows import Rows
-from .shared.shapes import COMPARED_STEPS, STEPS_MEASURED, Case
-from .shared.watchdog import watched
+from .rung import NotMeasured, Rung
+from .rungs import ENABLED, OURS, weights_stay
+from .stock import STOCK
 
 # fp32 against stock: the numerical contract. Below fp32, the error against fp32 as a part of stock's own.
 FP32_LIMIT, ERROR_LIMIT = 2e-6, 1.25

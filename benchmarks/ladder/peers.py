@@ -10,8 +10,9 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from .ladder import NotMeasured, Rung, compiled_blocks
-from .shared.shapes import Case
+from ..shared.shapes import Case
+from .rung import NotMeasured, Rung
+from .stock import compiled_blocks
 
 # diffusers' recipe for Qwen-Image with torchao leaves these as they are.
 _UNQUANTISED = (

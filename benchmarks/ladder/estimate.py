@@ -2,8 +2,10 @@
 
 import importlib.util
 
-from .ladder import ENABLED, GRAPH, OURS, STEPS, STOCK, Rung
-from .shared.shapes import COMPARED_STEPS, STEPS_MEASURED, Case
+from ..shared.shapes import COMPARED_STEPS, STEPS_MEASURED, Case
+from .rung import Rung
+from .rungs import ENABLED, GRAPH, OURS, STEPS
+from .stock import STOCK
 
 _PRODUCTS, _ATTENTION, _FP32 = 790e12, 500e12, 45e12  # FLOP/s in bf16, and of everything in fp32
 _BANDWIDTH = 4.3e12  # bytes/s, read and written

@@ -12,7 +12,7 @@ from qwen_fast.loading import check_folder
 from qwen_fast.schedule.configs import QWEN_IMAGE_SCHEDULER_CONFIG
 from qwen_fast.testing import initialize
 
-from .shared.shapes import NEGATIVE_TOKENS, Case, Shape
+from ..shared.shapes import NEGATIVE_TOKENS, Case, Shape
 
 _VAE_MAPS = 15  # feature maps of full resolution and base_dim channels that stock's decoder holds at once, with its copies
 _TOKEN_ROWS = 40  # rows of the transformer's width that an eager forward holds at once, the fourfold ones of the MLP included

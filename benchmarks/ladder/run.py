@@ -13,15 +13,17 @@ import torch
 from qwen_fast.common.hardware import check_device
 from qwen_fast.common.options import writable_folder
 
+from ..shared.ceilings import kept_ceilings
+from ..shared.machine import PROVENANCE, Sampler, provenance
+from ..shared.measure import silence
+from ..shared.rows import Rows, of_this_state
+from ..shared.shapes import QWEN_IMAGE, Case, Shape, default_cases, full_cases, small_cases
+from ..shared.source import RESULTS
 from . import changing, estimate, models
-from .ladder import COMPILED, ENABLED, LOSSY, STOCK, Rung, all_rungs, chosen_rungs
+from .rung import Rung
+from .rungs import ENABLED, LOSSY, all_rungs, chosen_rungs
 from .session import FIELDS, Session
-from .shared.ceilings import kept_ceilings
-from .shared.machine import PROVENANCE, Sampler, provenance
-from .shared.measure import silence
-from .shared.rows import Rows, of_this_state
-from .shared.shapes import QWEN_IMAGE, Case, Shape, default_cases, full_cases, small_cases
-from .shared.source import RESULTS
+from .stock import COMPILED, STOCK
 
 CEILING_FIELDS = [*PROVENANCE, *Sampler("cpu").summary(), "model", "what", "detail", "rate", "unit", "seconds", "clock"]
 

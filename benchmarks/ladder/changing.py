@@ -14,14 +14,16 @@ from typing import Any
 
 import torch
 
-from .ladder import ENABLED, STEPS, STOCK, NotMeasured, Rung, weights_stay
+from ..shared.machine import PROVENANCE, Sampler, machine_name, provenance
+from ..shared.measure import Difference, Spread, Stopwatch, clocked, ratio
+from ..shared.rows import Rows
+from ..shared.shapes import STEPS_MEASURED, Case
+from ..shared.watchdog import watched
 from .models import call_arguments
+from .rung import NotMeasured, Rung
+from .rungs import ENABLED, STEPS, weights_stay
 from .session import FP32_LIMIT, UNJUDGED_PSNR, shortened
-from .shared.machine import PROVENANCE, Sampler, machine_name, provenance
-from .shared.measure import Difference, Spread, Stopwatch, clocked, ratio
-from .shared.rows import Rows
-from .shared.shapes import STEPS_MEASURED, Case
-from .shared.watchdog import watched
+from .stock import STOCK
 
 FIELDS = [
     *PROVENANCE,
