@@ -23,7 +23,7 @@ import torch
 
 from qwen_fast_kernels._triton import capability
 
-from . import attention_check
+from .attention import check as attention_check
 from .operators.cases import CASES, Maker
 from .shared.budget import results
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .attention_speed import fields_of, milliseconds, reason_of
+from .attention.speed import fields_of, milliseconds, reason_of
 from .shared.machine import PROVENANCE, Sampler, provenance
 from .shared.rows import Rows
 

@@ -113,8 +113,8 @@ STAGES = (
     Stage(
         "stress",
         60,
-        ("-m", "benchmarks.attention_stress", "--out", "{out}"),
-        ("-m", "benchmarks.attention_stress", "--out", "{out}", "--device", "cpu", "--processes", "1", "--seconds", "0.1"),
+        ("-m", "benchmarks.attention.stress", "--out", "{out}"),
+        ("-m", "benchmarks.attention.stress", "--out", "{out}", "--device", "cpu", "--processes", "1", "--seconds", "0.1"),
         shown=30,
         estimate=44,  # its limits; not run yet
         rows=(
@@ -125,8 +125,8 @@ STAGES = (
     Stage(
         "attention",
         60,
-        ("-m", "benchmarks.attention_speed", "--out", "{out}", "--cases", "all", "--seconds", "0.05"),
-        ("-m", "benchmarks.attention_speed", "--out", "{out}", "--device", "cpu"),
+        ("-m", "benchmarks.attention.speed", "--out", "{out}", "--cases", "all", "--seconds", "0.05"),
+        ("-m", "benchmarks.attention.speed", "--out", "{out}", "--device", "cpu"),
         estimate=24,
         rows=(("attention.csv", {}),),
     ),

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import attention_check
+from benchmarks.attention import check as attention_check
 
 
 def forms(*entries: dict) -> str:

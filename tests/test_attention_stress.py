@@ -8,10 +8,10 @@ import time
 import pytest
 import torch
 
-from benchmarks import attention_stress
-from benchmarks.attention_stress import PICTURE_WAYS, PICTURES, SUSPECTS, USED, Batch, stressed
+from benchmarks.attention import stress as attention_stress
+from benchmarks.attention.counts import Found
+from benchmarks.attention.stress import PICTURE_WAYS, PICTURES, SUSPECTS, USED, Batch, stressed
 from benchmarks.shared.rows import read
-from benchmarks.stress_counts import Found
 from support.emulated_cuda import notes
 
 CPU = torch.device("cpu")
@@ -151,7 +151,7 @@ def test_every_variant_is_launched_and_right_on_an_emulated_gpu(emulated_cuda, m
 
 @pytest.mark.triton
 def test_pictures_are_drawn_with_a_graph_and_without_on_an_emulated_gpu(emulated_cuda, monkeypatch):
-    from benchmarks import stress_pictures
+    from benchmarks.attention import pictures as stress_pictures
     from qwen_fast.common import proofs
 
     monkeypatch.setattr(proofs, "DEVICES", proofs.DEVICES)  # given back behind the test

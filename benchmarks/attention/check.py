@@ -1,6 +1,6 @@
 """Whether the attention kernel computes rightly here: each way of launching it in a process of its own, with a time limit.
 
-    python -m benchmarks.attention_check --way pointers [--device cuda]      what a process does
+    python -m benchmarks.attention.check --way pointers [--device cuda]      what a process does
 
 A hang, a crash or a wrong assembler costs the way in which it came up, and no other. A way is right when every form agrees
 with float64 and comes out the same to the bit in many launches: a race moves from launch to launch.
@@ -18,10 +18,10 @@ import torch
 
 from qwen_fast_kernels._triton import capability
 
-from .operators.arguments import DIMENSIONS
-from .operators.cases import BF16, FP16, Case, Maker, Size
-from .shared.budget import LAUNCHES, LIMIT
-from .shared.processes import start, stop
+from ..operators.arguments import DIMENSIONS
+from ..operators.cases import BF16, FP16, Case, Maker, Size
+from ..shared.budget import LAUNCHES, LIMIT
+from ..shared.processes import start, stop
 
 # The order of preference: as the operator chooses, descriptors without specialised warps, no descriptors.
 WAYS = ("operator", "descriptors", "pointers")
@@ -114,7 +114,7 @@ def check_all(device: str, assemblers: dict[str, str], folder: Path, seconds: fl
         environment |= {"TRITON_PTXAS_PATH": path} if path else {}
         for way in WAYS:
             log = folder / f"attention-{assembler.replace(' ', '-')}-{way}.log"
-            command = [sys.executable, "-m", "benchmarks.attention_check", "--way", way, "--device", device]
+            command = [sys.executable, "-m", "benchmarks.attention.check", "--way", way, "--device", device]
             running[assembler, way] = start(command, log, environment), log
     found: dict[str, dict[str, dict]] = {assembler: {} for assembler in assemblers}
     waiting = dict(running)

@@ -16,7 +16,7 @@ from qwen_fast import demo
 from qwen_fast.common import proofs
 from qwen_fast.demo.accuracy import held_out_requests
 
-from .stress_counts import Found
+from .counts import Found
 
 CALL = {"cuda": (32, 20), "cpu": (1, 2)}  # pictures and steps
 

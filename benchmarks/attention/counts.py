@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from .attention_stress import Batch
+    from .stress import Batch
 
 LIMIT = 0.05  # of an element; bf16 rounds outputs of up to 4 by 0.016, and what is spoilt is NaN or another row
 _EXAMINED = 8  # wrong launches of a round whose sequences are looked at

@@ -1,6 +1,6 @@
 """Every implementation of attention at the model's shapes: relative RMS error against float64, time, TFLOP/s.
 
-    python -m benchmarks.attention_speed --out DIR [--device cuda] [--cases "1024x1024;512x512"] [--seconds 0.1]
+    python -m benchmarks.attention.speed --out DIR [--device cuda] [--cases "1024x1024;512x512"] [--seconds 0.1]
 
 Ours in several configurations, torch's by name, torch's for sequences of different lengths in one call. A row each goes to
 attention.csv as soon as it is measured, and what fails is a row with its reason. The kernel with specialised warps comes last:
@@ -18,10 +18,10 @@ import torch
 from qwen_fast.transformer.attention import SDPA, _scaled_dot_product
 from qwen_fast_kernels.joint_attention import joint_attention, launch_joint_attention
 
-from .shared.budget import LAUNCHES, LIMIT
-from .shared.machine import PROVENANCE, Sampler, provenance
-from .shared.measure import Spread
-from .shared.rows import Rows
+from ..shared.budget import LAUNCHES, LIMIT
+from ..shared.machine import PROVENANCE, Sampler, provenance
+from ..shared.measure import Spread
+from ..shared.rows import Rows
 
 FIELDS = [*PROVENANCE, *("case", "lengths", "way", "status", "reason", "rms_error", "equal_launches", "rounds")]
 FIELDS += ["ms_p20", "ms_p50", "ms_p80", "tflop_per_s"]

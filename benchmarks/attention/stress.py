@@ -1,6 +1,6 @@
 """Whether attention is ever wrong: several processes at once on one card, many launches, all memory around them full of NaN.
 
-    python -m benchmarks.attention_stress --out DIR [--device cuda] [--processes 3]
+    python -m benchmarks.attention.stress --out DIR [--device cuda] [--processes 3]
 
 Spans change between launches, the rows between them hold NaN, and so do the outputs and whatever memory was freed before. Each
 variant of the kernel runs in processes of its own, which have a limit, so that a hang costs only itself: first what the driver
@@ -26,10 +26,10 @@ import torch
 from qwen_fast_kernels._triton import capability
 from qwen_fast_kernels.joint_attention import default_config, joint_attention, joint_attention_reference, launch_joint_attention
 
-from .shared.machine import PROVENANCE, provenance
-from .shared.processes import start, stop
-from .shared.rows import Rows
-from .stress_counts import Found
+from ..shared.machine import PROVENANCE, provenance
+from ..shared.processes import start, stop
+from ..shared.rows import Rows
+from .counts import Found
 
 FIELDS = [*PROVENANCE, *("variant", "way", "process", "status", "reason", "seconds")]
 FIELDS += ["launches", "bad", "whole", "partial", "gaps", "different", "sequences"]
@@ -172,7 +172,7 @@ def work(variant: str, device: torch.device, number: int, seconds: float, until:
         print(json.dumps(entry), flush=True)
 
     if variant == PICTURES:
-        from .stress_pictures import draw  # and diffusers
+        from .pictures import draw  # and diffusers
 
         return draw(device, PICTURE_WAYS, until, say)
     for way in ways_of(variant, device):
@@ -217,7 +217,7 @@ def run_all(device: torch.device, out: Path, processes: int, seconds: float, add
     for variant, number in itertools.product((PICTURES, *used, *suspects), range(processes)):
         log = out / "logs" / f"stress-{variant.replace(',', '').replace(' ', '-')}-{number}.log"
         after, limit = times_of(variant, device)
-        command = [sys.executable, "-m", "benchmarks.attention_stress", "--out", str(out), "--device", str(device)]
+        command = [sys.executable, "-m", "benchmarks.attention.stress", "--out", str(out), "--device", str(device)]
         command += ["--variant", variant, "--number", str(number), "--seconds", str(seconds)]
         command += ["--after", str(now + after), "--until", str(now + limit - _REPORT)]
         waiting[variant, number] = start(command, log, dict(os.environ)), log, limit
