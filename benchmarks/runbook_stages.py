@@ -220,8 +220,8 @@ LATER = (
     Stage(
         "products",
         40,
-        ("-m", "benchmarks.products", "--out", "{out}"),
-        ("-m", "benchmarks.products", "--out", "{out}", "--device", "cpu"),
+        ("-m", "benchmarks.parts.products", "--out", "{out}"),
+        ("-m", "benchmarks.parts.products", "--out", "{out}", "--device", "cpu"),
         estimate=20,
         rows=(("products.csv", {}),),
     ),

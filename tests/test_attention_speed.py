@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from benchmarks import products
 from benchmarks.attention import speed as attention_speed
 from benchmarks.attention.speed import LENGTHS, error_of, fields_of, joined
+from benchmarks.parts import products
 from benchmarks.shared.rows import read
 
 CPU = torch.device("cpu")

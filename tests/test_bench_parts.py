@@ -330,7 +330,7 @@ def test_exact_latents_are_stock_s_in_fp32_and_leave_the_weights(pipe, monkeypat
 
 
 def test_every_stage_of_ours_gives_what_stock_s_gives(checkpoint):
-    from benchmarks import bench_stages
+    from benchmarks.parts import stages as bench_stages
 
     stock = diffusers.QwenImagePipeline.from_pretrained(checkpoint)
     ours = qwen_fast.QwenImagePipeline.from_pipe(stock)

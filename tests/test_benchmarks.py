@@ -15,11 +15,11 @@ pytest.importorskip("pytest_benchmark", reason="the benchmarks need pytest-bench
 
 from pytest_benchmark.session import PerformanceRegression
 
-from benchmarks.bench_transformer import Case as Forwards
 from benchmarks.operators import bench_operators, suite
 from benchmarks.operators.arguments import TRAFFIC
 from benchmarks.operators.suite import DeviceClock, measure, sets
 from benchmarks.operators.work import Piece, count, floor_seconds
+from benchmarks.parts.transformer import Case as Forwards
 from benchmarks.shared.ceilings import Ceilings
 from benchmarks.shared.rows import read
 from benchmarks.shared.shapes import SHAPES

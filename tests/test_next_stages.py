@@ -82,11 +82,11 @@ def test_a_stage_that_ran_is_noted_and_read_again(results):
 
 def test_the_rows_that_stages_are_known_by_have_such_columns():
     """A misspelt column or file would call a stage missing for ever."""
-    from benchmarks import products
     from benchmarks.attention import speed as attention_speed
     from benchmarks.attention import stress as attention_stress
     from benchmarks.ladder import changing, session
     from benchmarks.operators import run as operators
+    from benchmarks.parts import products
 
     fields = {"ladder.csv": session.FIELDS, "changing.csv": changing.FIELDS, "attention.csv": attention_speed.FIELDS}
     fields |= {"attention_stress.csv": attention_stress.FIELDS, "products.csv": products.FIELDS}

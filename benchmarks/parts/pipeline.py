@@ -1,6 +1,6 @@
 """Stock diffusers against qwen_fast on this machine's CPU, interleaved, with the difference of the latents beside the times.
 
-    python -m benchmarks.bench_pipeline [--repeats N] [--append benchmarks/results/pipeline.csv]
+    python -m benchmarks.parts.pipeline [--repeats N] [--append benchmarks/results/pipeline.csv]
 
 CPU time of one thread, so that other work on the machine does not count. A difference above the numerical contract ends
 the run without a ratio.
@@ -18,9 +18,9 @@ from diffusers.utils import logging
 import qwen_fast
 from qwen_fast.testing import build_checkpoint
 
-from .shared.machine import provenance
-from .shared.measure import Difference, Spread, interleaved, ratio
-from .shared.rows import Rows
+from ..shared.machine import provenance
+from ..shared.measure import Difference, Spread, interleaved, ratio
+from ..shared.rows import Rows
 
 # Sizes of the checkpoint: tiny shows what the driver costs, middle what a user would notice.
 MODELS = {

@@ -1,6 +1,6 @@
 """One denoising step's forwards, stock against fused, on this machine's CPU, interleaved on the same weights.
 
-    python -m benchmarks.bench_transformer [--repeats N] [--append benchmarks/results/transformer.csv]
+    python -m benchmarks.parts.transformer [--repeats N] [--append benchmarks/results/transformer.csv]
 
 Three ways of ours: "layers" does the work that stock does; "table" takes its modulations from a table; "packed" is the
 default of the pipeline with guidance, one forward for both predictions, against stock's two. CPU time of one thread. A
@@ -19,9 +19,9 @@ from qwen_fast.transformer.attach import attach
 from qwen_fast.transformer.call import ATTACHED, Packed, accelerated
 from qwen_fast.transformer.conditions import TableConditions
 
-from .shared.machine import provenance
-from .shared.measure import Difference, Spread, interleaved, ratio
-from .shared.rows import Rows
+from ..shared.machine import provenance
+from ..shared.measure import Difference, Spread, interleaved, ratio
+from ..shared.rows import Rows
 
 MODELS = {
     "tiny": {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 32, "axes_dims_rope": (4, 14, 14)},

@@ -1,6 +1,6 @@
 """Loading a pipeline onto a device, stock against ours: seconds, and host memory at its peak and afterwards.
 
-    python -m benchmarks.bench_loading [--checkpoint DIR] [--device meta|cpu|cuda] [--repeats N]
+    python -m benchmarks.parts.loading [--checkpoint DIR] [--device meta|cpu|cuda] [--repeats N]
         [--append benchmarks/results/loading.csv]
 
 Each load is a process of its own, the two kinds in turns. Host memory is anonymous memory (RssAnon) above what the process
@@ -32,8 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import qwen_fast
 from qwen_fast.testing import build_checkpoint
 
-from .shared.rows import append
-from .shared.source import git
+from ..shared.rows import append
+from ..shared.source import git
 
 FIELDS = "date commit dirty machine torch diffusers transformers device dtype checkpoint_bytes how repeats seconds_p50".split()
 FIELDS += ["cpu_seconds_p50", "peak_host_bytes", "host_bytes_after"]
@@ -128,7 +128,7 @@ def compare(path: Path, size: int, dtype: str, source: tuple[str, bool], options
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
     for repeat in range(options.repeats):
         for how in KINDS[:: -1 if repeat % 2 else 1]:
-            command = [sys.executable, "-m", "benchmarks.bench_loading", "--one", how, "--checkpoint", str(path)]
+            command = [sys.executable, "-m", "benchmarks.parts.loading", "--one", how, "--checkpoint", str(path)]
             command += ["--device", options.device, "--dtypes", dtype]
             done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
             results[how].append(json.loads(done.stdout.splitlines()[-1]))

@@ -1,6 +1,6 @@
 """Matrix products of the model, shape by shape: what cuBLAS reaches in bf16, and what 8 bits would give.
 
-    python -m benchmarks.products --out DIR [--device cuda] [--seconds 0.06]
+    python -m benchmarks.parts.products --out DIR [--device cuda] [--seconds 0.06]
 
 Each with its bias, on random data, through three sets of buffers by turns, so that no operand waits in the L2 cache. A row each
 goes to products.csv; what torch refuses is a row with its reason. Of text products (few rows) GB/s is what counts, of image
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from .attention.speed import fields_of, milliseconds, reason_of
-from .shared.machine import PROVENANCE, Sampler, provenance
-from .shared.rows import Rows
+from ..attention.speed import fields_of, milliseconds, reason_of
+from ..shared.machine import PROVENANCE, Sampler, provenance
+from ..shared.rows import Rows
 
 FIELDS = [*PROVENANCE, *("m", "k", "n", "way", "status", "reason", "rounds", "ms_p50", "ms_p20", "tflop_per_s", "gb_per_s")]
 WIDTH, SMALL_WIDTH = 3072, 32

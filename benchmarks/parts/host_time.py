@@ -1,7 +1,7 @@
 """Python's share of an operator's launch, without a GPU: what lies between the dispatcher and the driver.
 
-    python -m benchmarks.host_time            microseconds of a call (thread's CPU time, minimum), and calls of Python functions
-    python -m benchmarks.host_time --calls    the latter alone, as JSON
+    python -m benchmarks.parts.host_time            microseconds of a call (thread's CPU time, minimum), and calls of Python functions
+    python -m benchmarks.parts.host_time --calls    the latter alone, as JSON
 
 Triton compiles for sm_90 and launches through a driver that does nothing, on CPU tensors of few rows: the dispatcher, the
 guard of the current device and the C side of a launch are left out. Needs a process without TRITON_INTERPRET.
@@ -20,8 +20,8 @@ from unittest import mock
 import torch
 from triton.backends.compiler import GPUTarget
 
-from .compiler.offline import active_driver
-from .operators.cases import CASES, Case, Maker
+from ..compiler.offline import active_driver
+from ..operators.cases import CASES, Case, Maker
 
 # Those that launch through one helper; the products by Triton are not chosen by default.
 OPS = ("ada_layer_norm", "gated_residual", "gated_residual_ada_layer_norm", "qk_norm_rope", "rms_norm_silu")

@@ -1,6 +1,6 @@
 """How many numbers a step would serve any schedule: the rank of silu(temb(t)), and what it costs the modulations.
 
-    python -m benchmarks.low_rank_modulation [--width 3072] [--layers 3] [--seed 0]    (90 s of one core)
+    python -m benchmarks.parts.low_rank_modulation [--width 3072] [--layers 3] [--seed 0]    (90 s of one core)
 
 All modulations are linear in silu(temb(t)), a curve of one parameter. With its first r directions and the products of the
 *_mod weights with them (2 * 60 * 6 * C * r numbers), any schedule needs r coefficients a step and no *_mod weight at all.

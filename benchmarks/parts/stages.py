@@ -1,6 +1,6 @@
 """The stages of a picture, stock against ours, on this machine's CPU, interleaved, on the same weights.
 
-    python -m benchmarks.bench_stages [--repeats N] [--append benchmarks/results/stages.csv]
+    python -m benchmarks.parts.stages [--repeats N] [--append benchmarks/results/stages.csv]
 
 Text encoding, schedule, the two forwards of a step, CFG with the Euler step, VAE; and whole pictures of both. CPU time of one
 thread. A result beyond the numerical contract ends the run without a ratio.
@@ -20,12 +20,12 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift, re
 import qwen_fast
 from qwen_fast.testing import build_checkpoint
 
-from .bench_pipeline import MODELS
-from .bench_transformer import Case as Forwards
-from .operators.bench_operators import stock_cfg_euler_step
-from .shared.machine import PROVENANCE, provenance
-from .shared.measure import Difference, Spread, interleaved, ratio, silence
-from .shared.rows import Rows
+from ..operators.bench_operators import stock_cfg_euler_step
+from ..shared.machine import PROVENANCE, provenance
+from ..shared.measure import Difference, Spread, interleaved, ratio, silence
+from ..shared.rows import Rows
+from .pipeline import MODELS
+from .transformer import Case as Forwards
 
 CASES = [  # model, pixels, steps, token counts of prompt and negative prompt in the forwards
     ("tiny", 64, 4, (14, 6)),

@@ -1,6 +1,6 @@
 """Memory of a VAE decode: the layers' estimate against tensor bytes counted on a CPU, and the estimate at the full width.
 
-    python -m benchmarks.vae_memory [--append benchmarks/results/vae_memory.csv]
+    python -m benchmarks.parts.vae_memory [--append benchmarks/results/vae_memory.csv]
 
 Counted rows run a narrow VAE (base_dim 8) in bf16; the full width's rows are arithmetic, which needs neither weights nor a
 GPU. What a convolution takes and frees inside itself is in neither.
@@ -18,9 +18,9 @@ from qwen_fast.testing import initialize
 from qwen_fast.vae.bands import choose
 from qwen_fast.vae.layers import decoder_layers
 
+from ..shared.rows import append
+from ..shared.source import git
 from .live_bytes import LiveBytes
-from .shared.rows import append
-from .shared.source import git
 
 FIELDS = "date commit dirty dtype base_dim pixels limit_mib bands overhead estimate_mib counted_mib".split()
 MIB = 2**20

@@ -1,7 +1,7 @@
 """Decoding and encoding one picture, stock against qwen_fast, on this machine's CPU, interleaved, on the same weights.
 
-    python -m benchmarks.bench_vae [--pixels 256 512] [--repeats N] [--append benchmarks/results/vae.csv]
-    python -m benchmarks.bench_vae --pixels 1024 --repeats 1 --what decode --dtypes float32   a pair that takes minutes
+    python -m benchmarks.parts.vae [--pixels 256 512] [--repeats N] [--append benchmarks/results/vae.csv]
+    python -m benchmarks.parts.vae --pixels 1024 --repeats 1 --what decode --dtypes float32   a pair that takes minutes
 
 The full-width VAE of Qwen-Image (base_dim 96) with random weights; CPU time of one thread. A difference beyond 1e-5 in fp32
 ends the run without a ratio.
@@ -20,8 +20,8 @@ import torch
 import qwen_fast
 from qwen_fast.testing import initialize
 
-from .shared.rows import append
-from .shared.source import git
+from ..shared.rows import append
+from ..shared.source import git
 
 FIELDS = "date commit dirty machine torch diffusers dtype pixels what repeats stock_p50 fast_p50 ratio_p50".split()
 FIELDS += ["max_difference"]

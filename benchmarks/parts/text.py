@@ -1,6 +1,6 @@
 """Encoding a prompt and a negative prompt, stock against ours, on this machine, interleaved, on the same weights.
 
-    python -m benchmarks.bench_text [--layers 4 28] [--width 1024] [--repeats N] [--append benchmarks/results/text.csv]
+    python -m benchmarks.parts.text [--layers 4 28] [--width 1024] [--repeats N] [--append benchmarks/results/text.csv]
 
 A text encoder with the vocabulary of Qwen2.5-VL (152,064 words) and random weights; how many layers it has decides what the
 logits weigh, so a row says it (Qwen-Image: 28, 3584 wide). Tokens are those between the template's 34 and its last 5.
@@ -28,8 +28,8 @@ import qwen_fast
 from qwen_fast.testing import build_checkpoint, initialize
 from qwen_fast.text.encoding import of_call
 
-from .shared.rows import append
-from .shared.source import git
+from ..shared.rows import append
+from ..shared.source import git
 
 VOCABULARY = 152_064
 FIELDS = "date commit dirty machine torch transformers dtype layers width tokens negative_tokens what repeats".split()

@@ -1,6 +1,6 @@
 """The driver's parts against stock diffusers: schedule, sampler, one step's forwards of the transformer, whole pipeline.
 
-    pytest benchmarks/bench_driver.py --benchmark-only [-k "sampler and not compiled"]
+    pytest benchmarks/parts/bench_driver.py --benchmark-only [-k "sampler and not compiled"]
 
 On a GPU the clock is the wall's and waits for the device at both ends, since the host's work is part of these. The models
 are small on a CPU (4 layers 512 wide) and of the real width, with few layers, on a GPU; `qwen-fast bench` takes the whole one.
@@ -28,13 +28,13 @@ from qwen_fast.transformer.attach import detach
 from qwen_fast_kernels.cfg_euler_step import cfg_euler_step_reference
 from qwen_fast_kernels.flow_match_schedule import flow_match_schedule_reference
 
-from .bench_transformer import Case as Forwards
-from .operators.arguments import TRAFFIC
-from .operators.bench_operators import checked, compiled, guided_step, scheduler_at
-from .operators.suite import Run, clock, sets
-from .operators.work import Piece, count
-from .shared.budget import assert_bit_equal
-from .shared.stock import assert_same_latents, draw, in_float64, in_fp32, stock
+from ..operators.arguments import TRAFFIC
+from ..operators.bench_operators import checked, compiled, guided_step, scheduler_at
+from ..operators.suite import Run, clock, sets
+from ..operators.work import Piece, count
+from ..shared.budget import assert_bit_equal
+from ..shared.stock import assert_same_latents, draw, in_float64, in_fp32, stock
+from .transformer import Case as Forwards
 
 pytestmark = clock(host=True)
 STEPS, SCALE = 20, 4.0
