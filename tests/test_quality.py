@@ -19,11 +19,12 @@ from PIL import Image
 
 pytest.importorskip("skimage", reason="the quality harness needs scikit-image")
 
-from benchmarks import quality, quality_pictures
-from benchmarks.quality_metrics import latent_differences
-from benchmarks.quality_modes import MODES, Mode, Setting, enabled, stock, wrong_schedule
-from benchmarks.quality_pictures import Model, Pictures, Store, cases, draw, initial_noise
-from benchmarks.quality_sheet import FRAME, GAP, LABEL
+from benchmarks.quality import pictures as quality_pictures
+from benchmarks.quality import run as quality
+from benchmarks.quality.metrics import latent_differences
+from benchmarks.quality.modes import MODES, Mode, Setting, enabled, stock, wrong_schedule
+from benchmarks.quality.pictures import Model, Pictures, Store, cases, draw, initial_noise
+from benchmarks.quality.sheet import FRAME, GAP, LABEL
 from benchmarks.shared.stock import stock as stock_pipeline
 from qwen_fast.demo import LIGHTNING
 from qwen_fast.demo.judge import Verdict

@@ -11,8 +11,8 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageResa
 
 pytest.importorskip("skimage", reason="the quality harness needs scikit-image")
 
-from benchmarks.quality_metrics import FIELDS, Perceptual, accuracy, latent_differences, psnr, ssim, summarise
-from benchmarks.quality_sheet import FRAME, GAP, HEADER, LABEL, RIGHT, WRONG, Line, contact_sheet, mark
+from benchmarks.quality.metrics import FIELDS, Perceptual, accuracy, latent_differences, psnr, ssim, summarise
+from benchmarks.quality.sheet import FRAME, GAP, HEADER, LABEL, RIGHT, WRONG, Line, contact_sheet, mark
 from qwen_fast.demo.judge import Verdict
 
 GOOD = Verdict(count=True, background=True, colour=True, shape=True, both=True, size=None, place=True)

@@ -25,7 +25,7 @@ from qwen_fast.demo.scenes import Request
 from qwen_fast.loading import check_folder
 from qwen_fast.pipelines.opening import library_output, load_pipeline
 
-from .quality_modes import Mode, Setting
+from .modes import Mode, Setting
 
 BLOCK = 64  # seeds of a block: what an interruption can cost
 CALL = {"negative_prompt": " ", "true_cfg_scale": 4.0}

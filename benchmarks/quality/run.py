@@ -1,6 +1,6 @@
 """What a mode does to the pictures: do they follow their prompts, and how far are they from the lossless ones?
 
-    python -m benchmarks.quality [--modes ours steps-8 ...] [--seeds N] [--sizes WxH ...] [--steps N ...] [--out DIR]
+    python -m benchmarks.quality.run [--modes ours steps-8 ...] [--seeds N] [--sizes WxH ...] [--steps N ...] [--out DIR]
                                  [--append benchmarks/results/quality.csv] [--sheet FILE.png] [--check]
 
 Every mode draws the same noise for the same held-out prompts. Finished blocks stay in --out: the same
@@ -26,13 +26,13 @@ from qwen_fast.common.hardware import check_device
 from qwen_fast.demo import checkpoint
 from qwen_fast.demo.judge import Verdict, judge
 
-from .quality_metrics import FIELDS as METRICS
-from .quality_metrics import Perceptual, latent_differences, psnr, ssim, summarise
-from .quality_modes import MODES, Mode, Setting
-from .quality_pictures import Case, Model, Pictures, Store, cases, draw, identity
-from .quality_sheet import Line, contact_sheet
-from .shared.machine import PROVENANCE, provenance
-from .shared.rows import Rows
+from ..shared.machine import PROVENANCE, provenance
+from ..shared.rows import Rows
+from .metrics import FIELDS as METRICS
+from .metrics import Perceptual, latent_differences, psnr, ssim, summarise
+from .modes import MODES, Mode, Setting
+from .pictures import Case, Model, Pictures, Store, cases, draw, identity
+from .sheet import Line, contact_sheet
 
 LATENT_LIMIT = 2e-6  # fp32 on the CPU: largest difference in units of the picture's largest latent
 VERDICT_LIMIT = 0.99  # elsewhere: share of pictures with the reference's verdict
@@ -196,7 +196,7 @@ def sheet(results: Sequence[Result], todo: Sequence[Case], columns: int) -> Any:
 def parser() -> argparse.ArgumentParser:
     """Of the command line."""
     found = argparse.ArgumentParser(
-        prog="python -m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.quality.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     found.add_argument("--modes", nargs="+", metavar="MODE", help=f"default: all that the checkpoint has of {', '.join(MODES)}")
     found.add_argument("--seeds", type=positive_int, default=200, metavar="N", help="pictures a mode (default: 200)")
