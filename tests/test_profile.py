@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
-from benchmarks import profiling, trace
-from benchmarks.trace import busy, idle_gaps, kernel_table, memory_timeline, read, synchronisations, work_of
+from benchmarks.profiling import run as profiling
+from benchmarks.profiling import trace
+from benchmarks.profiling.trace import busy, idle_gaps, kernel_table, memory_timeline, read, synchronisations, work_of
 from cli_errors import refused
 from qwen_fast.cli import main
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from .shared.ceilings import Ceilings
+from ..shared.ceilings import Ceilings
 from .trace import Row, Trace, busy, idle_gaps, kernel_table, load, memory_timeline, read, synchronisations
 
 _ROWS, _GAPS = 25, 10  # of a printed table; the files hold all

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .operators.arguments import TRAFFIC
+from ..operators.arguments import TRAFFIC
 
 RANGE = "qwen_fast::"  # of the stages, and of the operators' own names
 LOOP = "qwen_fast::denoise"
