@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import archives, wheels
+from benchmarks.runbook import archives, wheels
 from benchmarks.shared import source as sources
 
 ROOT = Path(__file__).parents[1]

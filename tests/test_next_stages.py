@@ -4,8 +4,9 @@ import csv
 
 import pytest
 
-from benchmarks import next_stages, runbook
-from benchmarks.runbook_stages import LATER, STAGES, TUNING, Stage
+from benchmarks.runbook import next_stages
+from benchmarks.runbook import run as runbook
+from benchmarks.runbook.stages import LATER, STAGES, TUNING, Stage
 
 HERE, OTHER = "a card", "another card"
 KEY = "abc 123"

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import archives, environment, runbook
-from benchmarks.runbook import State
-from benchmarks.runbook_stages import HOGS, LATER, STAGES, TUNING, Stage
+from benchmarks.runbook import archives, environment
+from benchmarks.runbook import run as runbook
+from benchmarks.runbook.run import State
+from benchmarks.runbook.stages import HOGS, LATER, STAGES, TUNING, Stage
 from benchmarks.shared import processes
 from benchmarks.shared.watchdog import GO_ON
 
@@ -256,7 +257,10 @@ def test_the_time_limit_of_a_test_needs_its_plugin(monkeypatch, tmp_path):
 
 def test_a_dry_run_killed_after_each_stage_goes_on(tmp_path):
     """Every stage does its work on the CPU, once, though the run-book is killed behind each of them."""
-    out, command = tmp_path / "book", [sys.executable, "-m", "benchmarks.runbook", "--dry-run", "--out", str(tmp_path / "book")]
+    out, command = (
+        tmp_path / "book",
+        [sys.executable, "-m", "benchmarks.runbook.run", "--dry-run", "--out", str(tmp_path / "book")],
+    )
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     # Under xdist's name for a worker pytest-benchmark would refuse to measure.
     kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER")}

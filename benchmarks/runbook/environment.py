@@ -1,7 +1,7 @@
 """What this machine has, and whether the attention kernel computes rightly on it: the run-book goes on with what is right.
 
-    python -m benchmarks.environment --out environment.json [--ptxas PATH] [--device cpu]
-    python -m benchmarks.environment --launch-all         every kernel once, small: for compute-sanitizer
+    python -m benchmarks.runbook.environment --out environment.json [--ptxas PATH] [--device cpu]
+    python -m benchmarks.runbook.environment --launch-all         every kernel once, small: for compute-sanitizer
 
 Triton 3.6 assembles sm_90 code with ptxas 12.8, which is reported to miscompile matrix products with operands in registers,
 and every flash attention has them. So attention is checked with Triton's own ptxas and with `--ptxas`; see
@@ -23,9 +23,9 @@ import torch
 
 from qwen_fast_kernels._triton import capability
 
-from .attention import check as attention_check
-from .operators.cases import CASES, Maker
-from .shared.budget import results
+from ..attention import check as attention_check
+from ..operators.cases import CASES, Maker
+from ..shared.budget import results
 
 PACKAGES = (
     *("torch", "triton", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "huggingface_hub", "numpy"),

@@ -1,6 +1,6 @@
 """Whether everything that the run-book needs can be imported here, in a few seconds: its first stage.
 
-    python -m benchmarks.smoke [--device cuda]
+    python -m benchmarks.runbook.smoke [--device cuda]
 
 Exit code: 0 all is there, 1 something is missing that every measurement needs; what only tests need is said.
 """

@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from .shared import source as sources
+from ..shared import source as sources
 
 # diffusers and the peers that install from wheels. Python has what diffusers needs of importlib_metadata.
 PINNED = ("diffusers==0.42.1", "cache-dit==1.5.3", "torchao==0.18.0", "sageattention==1.0.6")
@@ -50,7 +50,7 @@ def install(folder: Path, target: Path) -> None:
     """
     wheels = sorted(map(str, folder.glob("*.whl")))
     if not wheels:
-        raise ValueError(f"{folder}: no wheels there; `python -m benchmarks.runbook --prepare {folder}` downloads them.")
+        raise ValueError(f"{folder}: no wheels there; `python -m benchmarks.runbook.run --prepare {folder}` downloads them.")
     done = target / ".installed"
     if done.exists() and done.read_text() == "\n".join(wheels):
         return

@@ -18,8 +18,8 @@ from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 
-from .runbook_stages import Stage
-from .shared.source import RESULTS
+from ..shared.source import RESULTS
+from .stages import Stage
 
 BOOK = "runbook.csv"
 FIELDS = ("date", "commit", "dirty", "machine", "stage", "status", "code", "seconds")
