@@ -11,8 +11,8 @@ pytest.importorskip("matplotlib", reason="needs matplotlib")
 
 from matplotlib.colors import to_hex
 
-from benchmarks.figures import color_of, ladder_figure, point_of, roofline_figure, scaling_figure
-from benchmarks.plots import draw_all, draw_ladder, draw_roofline, draw_scaling, latest, main
+from benchmarks.pages.figures import color_of, ladder_figure, point_of, roofline_figure, scaling_figure
+from benchmarks.pages.plots import draw_all, draw_ladder, draw_roofline, draw_scaling, latest, main
 from benchmarks.shared.rows import append
 from benchmarks.shared.shapes import QWEN_IMAGE, Case
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import readme
 from benchmarks.ladder.session import FIELDS
+from benchmarks.pages import tables as readme
 from benchmarks.shared.rows import Rows
 from qwen_fast import Schedule
 from qwen_fast.schedule.comparison import historical_errors
@@ -27,7 +27,7 @@ def test_the_errors_of_the_story():
 
 
 def test_the_tables_are_what_the_rows_say():
-    assert not readme.outdated(README), "run python -m benchmarks.readme"
+    assert not readme.outdated(README), "run python -m benchmarks.pages.tables"
     assert set(readme.TABLES) == {match[2] for match in readme._MARKED.finditer(README)}
 
 

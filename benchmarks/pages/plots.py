@@ -1,6 +1,6 @@
 """Pictures of committed rows: the ladder, the roofline, and seconds against tokens, steps and batch.
 
-    python -m benchmarks.plots [--rows benchmarks/results] [--out FOLDER] [--machine H200] [--svg]
+    python -m benchmarks.pages.plots [--rows benchmarks/results] [--out FOLDER] [--machine H200] [--svg]
 
 Reads ladder.csv and ceilings.csv (`qwen-fast bench`) and operators.csv (`pytest benchmarks --benchmark-only --rows
 benchmarks/results/operators.csv`), takes what was last measured on one machine, and draws what there are rows for.
@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..shared.rows import read
+from ..shared.source import RESULTS
 from .figures import CASE, Row, ladder_figure, roofline_figure, scaling_figure
-from .shared.rows import read
-from .shared.source import RESULTS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,6 +1,6 @@
 """The tables of the README, from the committed rows: each stands between `<!-- table: NAME -->` and `<!-- /table -->`.
 
-    python -m benchmarks.readme [--check]
+    python -m benchmarks.pages.tables [--check]
 
 `--check` changes nothing and fails where a table is not what the rows say. A file of results more is a function more in
 `MEASURED`, which gives lines of the first table.
@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 
-from .shared.source import RESULTS, ROOT
+from ..shared.source import RESULTS, ROOT
 
 README = ROOT / "README.md"
 _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
@@ -245,7 +245,8 @@ def main() -> int:
         return 0
     if names:
         print(
-            f"{README}: {', '.join(names)}: not what benchmarks/results says; run python -m benchmarks.readme", file=sys.stderr
+            f"{README}: {', '.join(names)}: not what benchmarks/results says; run python -m benchmarks.pages.tables",
+            file=sys.stderr,
         )
     return 1 if names else 0
 

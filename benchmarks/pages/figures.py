@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qwen_fast.cli.plot import new_figure
 
-from .shared.shapes import Case, Shape
+from ..shared.shapes import Case, Shape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
