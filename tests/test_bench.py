@@ -228,7 +228,8 @@ def test_a_rung_that_hangs_has_its_row_and_the_next_run_goes_on_behind_it(tmp_pa
     """In a process of its own, since it ends."""
     code = """
 import contextlib, sys, time, torch
-from benchmarks import bench, ladder
+from benchmarks.ladder import run as bench
+from benchmarks.ladder.rungs import STEPS, STOCK, Rung
 from benchmarks.shared.shapes import SHAPES, Case
 
 @contextlib.contextmanager
@@ -237,7 +238,7 @@ def hang(pipe, case):
     yield ""
 
 case = Case(32, 48, 2, False, 1, 8, SHAPES["tiny"])
-bench.plan = lambda _: [(case, [ladder.STOCK, ladder.Rung("hanging", hang), ladder.STEPS[0]])]
+bench.plan = lambda _: [(case, [STOCK, Rung("hanging", hang), STEPS[0]])]
 options = bench.Options(torch.device("cpu"), torch.float32, shape=SHAPES["tiny"], repeats=1, ceiling_seconds=1e-3)
 options.out, options.limit, options.resume = sys.argv[1], 12.0, True
 bench.run(options)
@@ -251,9 +252,8 @@ bench.run(options)
 
 
 def test_the_process_ends_with_its_output_and_without_taking_the_interpreter_apart():
-    code = (
-        "import atexit; from benchmarks import bench; atexit.register(print, 'taken apart'); print('all of it'); bench.leave(3)"
-    )
+    code = "import atexit; from benchmarks.ladder.run import leave; atexit.register(print, 'taken apart')"
+    code += "; print('all of it'); leave(3)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (3, "all of it\n"), done.stderr
 

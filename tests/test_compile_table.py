@@ -24,8 +24,7 @@ from benchmarks.compiler.table import (
     stale,
     write_table,
 )
-from benchmarks.operators.cases import CASES, MODEL
-from benchmarks.operators.vae_cases import WIDTHS
+from benchmarks.operators.cases import CASES, MODEL, WIDTHS
 
 ROWS = read_table()
 OPS = sorted(set(qwen_fast_kernels.__all__) - {"HAS_TRITON"})

@@ -144,7 +144,7 @@ def test_ours_draws_the_same_in_four_steps(size, dtype, fused):
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", SIZES)
 def test_on_a_gpu_ours_has_the_verdicts_of_stock_in_bf16(size):
-    """On held-out prompts: what `benchmarks.quality.run --check` asks on a CPU."""
+    """On held-out prompts: what `benchmarks.quality --check` asks on a CPU."""
     requests = held_out_requests(200)
     pipe = stock(demo.CHECKPOINT, torch.bfloat16).to("cuda")
     expected = draw_and_judge(pipe, requests, width=size[0], height=size[1])[1]

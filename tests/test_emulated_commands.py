@@ -19,7 +19,7 @@ pytestmark = pytest.mark.triton
 @pytest.fixture(autouse=True)
 def small_ceilings(monkeypatch):
     """What a machine can do at best is measured at a GPU's sizes, which take minutes here."""
-    ceilings, shapes = benchmarks("ceilings"), benchmarks("grid").SHAPES
+    ceilings, shapes = benchmarks("shared.ceilings"), benchmarks("shared.shapes").SHAPES
     own, small = ceilings.measure_ceilings, {"seconds": 0.01, "shape": shapes["tiny"], "tokens": 32, "copy_bytes": 2**16}
     monkeypatch.setattr(ceilings, "measure_ceilings", lambda device, dtype, **others: own(device, dtype, **others | small))
 
@@ -47,7 +47,7 @@ def test_generate(checkpoint, emulated_cuda, tmp_path, capsys):
 
 def small(stage: str, out: Path) -> list[str]:
     """The command of a stage of the run-book as its dry run has it, but on the device."""
-    (found,) = [one for one in benchmarks("runbook_stages").STAGES if one.name == stage]
+    (found,) = [one for one in benchmarks("runbook.stages").STAGES if one.name == stage]
     words = [word.replace("{out}", str(out)) for word in found.small]
     assert words[:2] == ["-m", "qwen_fast.cli"] and words.count("cpu") == 1
     return ["cuda" if word == "cpu" else word for word in words[2:]]
@@ -85,14 +85,14 @@ def test_the_profile_of_the_run_book(emulated_cuda, tmp_path, capsys):
 
 def test_the_smoke_test_of_the_run_book(emulated_cuda, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["smoke"])
-    assert benchmarks("smoke").main() == 0
+    assert benchmarks("runbook.smoke").main() == 0
     assert "an emulated GPU, sm_90" in capsys.readouterr().out
 
 
 def test_the_profiler_hears_of_host_waits(checkpoint, emulated_cuda):
     """torch.cuda.set_sync_debug_mode, by which the profile lists where the host waits."""
     values = torch.ones(3, device="cuda")
-    waits = benchmarks("profiling").host_waits(lambda: (values.sum().item(), values * 2))
+    waits = benchmarks("profiling.run").host_waits(lambda: (values.sum().item(), values * 2))
     ((place, count),) = waits.items()
     assert place.startswith(__file__) and count == 1
     torch.cuda.set_sync_debug_mode("error")

@@ -63,7 +63,7 @@ def test_the_driver_imports_no_test_and_no_benchmark(path):
     """Commands that measure load their benchmark when they run, by one function, which finds it in every installation."""
     assert not {module.split(".")[0] for module in imported(path)} & {"tests", "benchmarks", "qwen_fast_benchmarks"}
     by_name = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Constant) and node.value == "qwen_fast_benchmarks"]
-    assert not by_name or path == ROOT / "qwen_fast" / "cli" / "loading.py"
+    assert not by_name or path == ROOT / "qwen_fast" / "cli" / "benchmarks.py"
     outside = [node for part in tree(path).body if not isinstance(part, ast.FunctionDef) for node in ast.walk(part)]
     called = [node for node in outside if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "benchmarks"]
     assert not called, "a benchmark is loaded where a module is imported"

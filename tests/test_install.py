@@ -48,12 +48,12 @@ def test_the_wheel_holds_our_packages_and_no_kernels(wheel):
     }
     for module in ("qwen_fast/pipelines/text_to_image.py", "qwen_fast/cli/generate.py", "qwen_fast_kernels/cfg_euler_step.py"):
         assert module in names
-    assert "qwen_fast_benchmarks/rows.py" in names
+    assert "qwen_fast_benchmarks/shared/rows.py" in names
     listed = (ROOT / "qwen_fast" / "demo" / "checkpoint" / "SHA256SUMS").read_text().splitlines()
     assert {f"qwen_fast/demo/checkpoint/{line.split('  ')[1]}" for line in listed} <= set(names)
 
 
-BENCHMARKS = "from qwen_fast.pipelines.opening import benchmarks; print(benchmarks('rows').__file__)"
+BENCHMARKS = "from qwen_fast.cli.benchmarks import benchmarks; print(benchmarks('shared.rows').__file__)"
 
 
 def test_the_benchmarks_are_found_in_a_wheel_and_in_the_repository(wheel, tmp_path):
@@ -63,9 +63,9 @@ def test_the_benchmarks_are_found_in_a_wheel_and_in_the_repository(wheel, tmp_pa
     (tmp_path / "site" / "benchmarks" / "__init__.py").write_text("raise AssertionError('not ours')")
     (tmp_path / "cwd").mkdir()
     found = python(BENCHMARKS, tmp_path / "cwd", tmp_path / "site")
-    assert found == str(tmp_path / "site" / "qwen_fast_benchmarks" / "rows.py")
+    assert found == str(tmp_path / "site" / "qwen_fast_benchmarks" / "shared" / "rows.py")
     for cwd in (ROOT, tmp_path / "cwd"):
-        assert python(BENCHMARKS, cwd, ROOT, ROOT / "kernels") == str(ROOT / "benchmarks" / "rows.py")
+        assert python(BENCHMARKS, cwd, ROOT, ROOT / "kernels") == str(ROOT / "benchmarks" / "shared" / "rows.py")
 
 
 def test_the_wheel_imports_from_elsewhere(wheel, tmp_path):
@@ -109,7 +109,7 @@ assert "triton" not in sys.modules and not qwen_fast_kernels.HAS_TRITON
 pipe = qwen_fast.QwenImagePipeline.from_pretrained({str(checkpoint)!r})
 image = pipe("a cat", height=32, width=32, num_inference_steps=2).images[0]
 assert image.size == (32, 32) and not qwen_fast.report(pipe).fallbacks
-from qwen_fast.hardware import unsupported_reason
+from qwen_fast.common.hardware import unsupported_reason
 assert "Triton is not installed" in unsupported_reason(torch.device("cuda"))
 print("drawn")
 """

@@ -259,7 +259,7 @@ def test_a_dry_run_killed_after_each_stage_goes_on(tmp_path):
     """Every stage does its work on the CPU, once, though the run-book is killed behind each of them."""
     out, command = (
         tmp_path / "book",
-        [sys.executable, "-m", "benchmarks.runbook.run", "--dry-run", "--out", str(tmp_path / "book")],
+        [sys.executable, "-m", "benchmarks.runbook", "--dry-run", "--out", str(tmp_path / "book")],
     )
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     # Under xdist's name for a worker pytest-benchmark would refuse to measure.

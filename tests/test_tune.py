@@ -11,6 +11,7 @@ from benchmarks.operators.cases import BF16, Case, Size
 from benchmarks.shared.budget import results
 from benchmarks.tuning import precompile
 from benchmarks.tuning import run as tune
+from benchmarks.tuning.cases import CASES
 from benchmarks.tuning.run import Checker, Task, read_record, write_entry
 from benchmarks.tuning.search import FINAL_ROUNDS, SCREENING_ROUNDS, SPACES, Outcome, candidates, search
 from cli_errors import refused
@@ -104,7 +105,7 @@ def test_with_nothing_else_the_default_stays():
 
 
 @pytest.mark.parametrize("capability", [80, 86, 90, 100, 120])
-@pytest.mark.parametrize("case", tune.CASES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_candidates_are_variations_of_the_default(case, capability):
     task = Task.of(case, capability)
     assert len(task.candidates) >= 10 and task.default not in task.candidates
@@ -122,7 +123,7 @@ def test_every_tunable_operator_is_tuned():
         for path in tune.CONFIGS.parent.glob("[!_]*.py")
         if hasattr(importlib.import_module(f"qwen_fast_kernels.{path.stem}"), "default_config")
     }
-    assert found == set(SPACES) == {case.op for case in tune.CASES}
+    assert found == set(SPACES) == {case.op for case in CASES}
 
 
 def test_fp32_attention_has_its_own_tiles():
@@ -297,7 +298,7 @@ def test_an_unwritten_row_is_seen(device, monkeypatch):
 @pytest.mark.triton
 def test_the_compiler_prunes_in_a_process_of_its_own(capfd):
     """One right configuration, one of other keys, one with a tile that does not fit."""
-    case = next(case for case in tune.CASES if case.op == "gated_residual")
+    case = next(case for case in CASES if case.op == "gated_residual")
     right = Task.of(case, 90).default
     found = precompile.precompile([(case, right), (case, right | {"BLOCK_ROWS": 3}), (case, right)], 90, jobs=1)
     assert found[0] is None is found[2] and "power of 2" in found[1]

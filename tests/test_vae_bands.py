@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import qwen_fast
-from benchmarks.parts.live_bytes import LiveBytes
+from benchmarks.parts.vae_memory import LiveBytes
 from qwen_fast.common.state import STATE
 from qwen_fast.testing import initialize
 from qwen_fast.vae import bands as vae_bands

@@ -4,7 +4,7 @@
 
 Spans change between launches, the rows between them hold NaN, and so do the outputs and whatever memory was freed before. Each
 variant of the kernel runs in processes of its own, which have a limit, so that a hang costs only itself: first what the driver
-uses, and beside it the demo checkpoint with and without a CUDA graph ("pictures", see stress_pictures.py). The kernels with
+uses, and beside it the demo checkpoint with and without a CUDA graph ("pictures", see pictures.py). The kernels with
 specialised warps, the known suspects, come last, when nothing else runs. A row of each variant, way and process goes to
 attention_stress.csv. Exit code: 1 if something that the driver uses, or a picture, was wrong or gave no answer. At most 45
 seconds on an H100.

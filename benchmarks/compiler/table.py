@@ -1,10 +1,10 @@
 """What the compiler makes of every operator for every architecture, without a GPU: benchmarks/results/compile_table.csv.
 
-    python -m benchmarks.compiler.table                            every case, six architectures, this interpreter's Triton
-    python -m benchmarks.compiler.table --python /path/to/python   the same with another interpreter's Triton afterwards
+    python -m benchmarks.compiler.table                           every case, six architectures, this interpreter's Triton
+    python -m benchmarks.compiler.table --python /path/to/python  the same with another interpreter's Triton afterwards
     python -m benchmarks.compiler.table --archs 80,90 --ops qk_norm_rope
-    python -m benchmarks.compiler.table --changed                  only operators whose sources or cases have changed
-    python -m benchmarks.compiler.table --check                    compiles nothing: are the committed rows those of the sources?
+    python -m benchmarks.compiler.table --changed                 only operators whose sources or cases have changed
+    python -m benchmarks.compiler.table --check                   compiles nothing: are the committed rows those of the sources?
 
 One row per Triton version, case, kernel and architecture. A run replaces the rows of its own version, architectures and
 operators only. Needs torch and Triton, neither diffusers nor the installed package. `tiles_kept` is what

@@ -1,7 +1,7 @@
 """Pictures each of another size and another prompt: what is made anew for a shape, in seconds of a picture.
 
 A repeated call finds everything there: layouts, rotary and modulation tables, graphs, compiled kernels, chosen algorithms. Who
-draws another size each time pays for them each time. So a way (a rung of ladder.py) draws one picture that does not count, then
+draws another size each time pays for them each time. So a way (a rung) draws one picture that does not count, then
 pictures of sizes and prompt lengths that it has not seen, and the last of them once more. Stock gets the same, and the latents
 are compared with stock's. Without the VAE, and without encoding prompts.
 """
@@ -78,7 +78,7 @@ class Changing:
         rungs: stock first.
         rows: where results go, one at a time.
         before: rows that are not measured again.
-        limit: seconds of a row; one that takes longer hangs (see watchdog.py).
+        limit: seconds of a row; one that takes longer hangs (see shared/watchdog.py).
         say: prints progress.
     """
 

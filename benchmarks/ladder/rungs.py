@@ -1,4 +1,4 @@
-"""The rungs: stock diffusers, ours as enabled, and what lies between them, each adding one thing to the one before.
+"""The ladder: stock diffusers, ours as enabled, and what lies between them, each adding one thing to the one before.
 
 A rung changes a stock pipeline in place while it is entered and leaves it as it was. A mode that is new is a `Rung` more in
 `STEPS` or `LOSSY`.
@@ -14,6 +14,7 @@ import qwen_fast
 from qwen_fast.common.state import logger
 
 from ..shared.shapes import Case
+from .peers import PEERS
 from .rung import NotMeasured, Rung
 from .stock import COMPARED, COMPILED, STOCK
 
@@ -96,8 +97,6 @@ LOSSY: tuple[Rung, ...] = ()  # no lossy mode exists yet
 
 def all_rungs() -> list[Rung]:
     """The whole ladder in the order of its worth: a run that is cut short has its most telling rows. What compiles is last."""
-    from .peers import PEERS
-
     return [STOCK, ENABLED, *PACKED, GRAPH, *STEPS, *COMPARED[:-1], *LOSSY, *PEERS, COMPILED]
 
 

@@ -65,7 +65,7 @@ class Session:
         say: prints progress.
         results: all rows so far; a rung of a case that has one is not measured again.
         stay: idle modulation weights are left where they are, and memory is not told of the rungs that would move them.
-        limit: seconds of a rung; one that takes longer hangs: its row says so, and the process ends (see watchdog.py).
+        limit: seconds of a rung; one that takes longer hangs: its row says so, and the process ends (see shared/watchdog.py).
     """
 
     pipe: Any

@@ -59,11 +59,7 @@ def _backend(name: str, pipe: Any, case: Case) -> Iterator[None]:
 
 
 STOCK = Rung("stock diffusers", _stock)
-
-
 COMPILED = Rung("stock + regional compile", compiled_blocks)
-
-
 COMPARED = (
     Rung("stock + cuDNN attention", _stock_attention("_native_cudnn")),
     Rung("stock + flash attention", _stock_attention("_native_flash")),

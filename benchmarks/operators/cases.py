@@ -1,4 +1,4 @@
-"""The cases of every operator: its arguments, its launch, its bytes and FLOPs; shared by the compile table and benchmarks.
+"""The cases of every operator, each with its arguments and its launch; shared by the compile table and the benchmarks.
 
 Imports neither diffusers nor Triton's compiler. Token rows are joint as in the operators: all text rows, then all image rows.
 """
@@ -11,7 +11,6 @@ import torch
 
 from qwen_fast_kernels._arguments import ARGUMENTS, Maker, Size
 
-from . import vae_cases
 from .arguments import DIMENSIONS, TRAFFIC
 
 MODEL = Size()  # Qwen-Image at 1024 x 1024 with a short prompt
@@ -66,16 +65,11 @@ class Case:
         return replace(self, size=SMALL_PACKED if len(self.size.txt) > 1 else SMALL)
 
 
-# Dimensions ------------------------------------------------------------------------------------------------------------
-
-
-# Bytes and FLOPs ------------------------------------------------------------------------------------------------------
-
-
-# Cases ----------------------------------------------------------------------------------------------------------------
-
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 _LATENTS = Size((), (4096, 4096))
+PIXELS = 1024 * 1024  # that the VAE's operator gets
+# Channels of AutoencoderKLQwenImage, then of the encoder and the decoder of AutoencoderKLQwenImage21.
+WIDTHS = (96, 192, 384, 768, 144, 288, 576, 1152)
 
 
 def _cases_of_the_sampler(op: str) -> list[Case]:
@@ -153,6 +147,30 @@ def _cases_of_heads(op: str) -> list[Case]:
     ]
 
 
+def _cases_of_the_vae(op: str) -> list[Case]:
+    block = {"bias": True, "residual": True}  # between two residual blocks
+
+    def case(name: str, dtype=BF16, pixels=PIXELS, channels=96, *, measured=False, default=False, **variant) -> Case:
+        return Case(op, name, dtype, Size((), (pixels,), 1, channels), variant, measured, default)
+
+    return [
+        case("bf16", measured=True, default=True),
+        case("fp32", FP32, measured=True),
+        case("fp16", FP16),
+        case("bias", bias=True),
+        case("bias and residual", **block, measured=True, default=True),
+        case("residual, fp16", FP16, residual=True),
+        case("norm alone", pixels=PIXELS // 64, channels=384, silu=False, default=True),
+        case("offset", offset=3),
+        case("odd channels", pixels=77, channels=7, **block),
+        *(
+            case(f"{width} channels, {name}", dtype, PIXELS // 16, width, **block)
+            for width in (8, 32, *WIDTHS)
+            for name, dtype in (("bf16", BF16), ("fp32", FP32))
+        ),
+    ]
+
+
 CASES: list[Case] = [
     *_cases_of_the_schedule(),
     *_cases_of_the_sampler("euler_step"),
@@ -177,8 +195,5 @@ CASES: list[Case] = [
     *_cases_of_token_rows("linear_gated_residual"),
     Case("linear_gated_residual", "attention", BF16, variant={"expansion": 1}, measured=True),
     Case("linear_gated_residual", "no bias", BF16, variant={"bias": False}),
-    *(
-        Case("rms_norm_silu", name, dtype, Size((), (rows,), 1, channels), variant, **more)
-        for name, dtype, rows, channels, variant, more in vae_cases.CASES
-    ),
+    *_cases_of_the_vae("rms_norm_silu"),
 ]

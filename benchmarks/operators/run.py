@@ -27,9 +27,8 @@ from ..shared.machine import PROVENANCE, Sampler, provenance
 from ..shared.rows import Rows, of_this_state
 from ..shared.shapes import NEGATIVE_TOKENS, SHAPES
 from ..shared.watchdog import watched
-from .cases import BF16, FP32, Case, Maker, Size
+from .cases import BF16, FP32, PIXELS, Case, Maker, Size
 from .suite import DEVICE_CLOCK, sets
-from .vae_cases import PIXELS
 from .work import Piece, floor_seconds
 
 ROUNDS = 30

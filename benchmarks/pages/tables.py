@@ -175,7 +175,7 @@ def quality() -> list[str]:
     """What each mode does to the demo checkpoint's pictures."""
     rows = [row for row in quality_rows() if not row["mode"].startswith(("error-", "stock-alone"))]
     if not rows:
-        return ["No row is committed yet; `python -m benchmarks.quality.run` makes them."]
+        return ["No row is committed yet; `python -m benchmarks.quality` makes them."]
     lines = [cells("mode", "setting", "pictures", "as the prompt says", "same verdict", "PSNR", "largest latent difference")]
     lines += ["|---|---|---|---|---|---|---|"]
     for row in rows:
@@ -194,7 +194,7 @@ def schedule_errors() -> list[str]:
     rows = [row for row in quality_rows() if row["mode"].startswith("error-")]
     settings = list(dict.fromkeys(_setting(row) for row in sorted(rows, key=lambda row: [int(row[name]) for name in QUALITY])))
     if not rows:
-        return ["No row is committed yet; `python -m benchmarks.quality.run` makes them."]
+        return ["No row is committed yet; `python -m benchmarks.quality` makes them."]
     lines = [cells("PSNR to the right schedule's picture, same verdict", *settings), "|---" * (len(settings) + 1) + "|"]
     for mode in dict.fromkeys(row["about"] for row in rows):
         found = {_setting(row): row for row in rows if row["about"] == mode}

@@ -1,7 +1,7 @@
 """Python's share of an operator's launch, without a GPU: what lies between the dispatcher and the driver.
 
-    python -m benchmarks.parts.host_time            microseconds of a call (thread's CPU time, minimum), and calls of Python functions
-    python -m benchmarks.parts.host_time --calls    the latter alone, as JSON
+    python -m benchmarks.parts.host_time          microseconds of a call (thread's CPU time, minimum) and calls of functions
+    python -m benchmarks.parts.host_time --calls  the latter alone, as JSON
 
 Triton compiles for sm_90 and launches through a driver that does nothing, on CPU tensors of few rows: the dispatcher, the
 guard of the current device and the C side of a launch are left out. Needs a process without TRITON_INTERPRET.

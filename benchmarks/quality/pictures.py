@@ -155,7 +155,7 @@ def identity(model: Model, batch: int) -> dict[str, str]:
     """What pictures depend on: the checkpoint, the code that draws, the versions and the machine's kind, the batch."""
     packages = (Path(module.__file__).parent for module in (qwen_fast, qwen_fast_kernels))
     code = "".join(digest(package, "*.py") for package in packages)
-    code += "".join(digest(Path(__file__).parent, f"quality_{name}.py") for name in ("modes", "pictures"))
+    code += "".join(digest(Path(__file__).parent, f"{name}.py") for name in ("modes", "pictures"))
     versions = (f"{name} {importlib.metadata.version(name)}" for name in ("torch", "diffusers", "transformers"))
     kind = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU"
     return {

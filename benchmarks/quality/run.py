@@ -1,6 +1,6 @@
 """What a mode does to the pictures: do they follow their prompts, and how far are they from the lossless ones?
 
-    python -m benchmarks.quality.run [--modes ours steps-8 ...] [--seeds N] [--sizes WxH ...] [--steps N ...] [--out DIR]
+    python -m benchmarks.quality [--modes ours steps-8 ...] [--seeds N] [--sizes WxH ...] [--steps N ...] [--out DIR]
                                  [--append benchmarks/results/quality.csv] [--sheet FILE.png] [--check]
 
 Every mode draws the same noise for the same held-out prompts. Finished blocks stay in --out: the same
@@ -196,7 +196,7 @@ def sheet(results: Sequence[Result], todo: Sequence[Case], columns: int) -> Any:
 def parser() -> argparse.ArgumentParser:
     """Of the command line."""
     found = argparse.ArgumentParser(
-        prog="python -m benchmarks.quality.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     found.add_argument("--modes", nargs="+", metavar="MODE", help=f"default: all that the checkpoint has of {', '.join(MODES)}")
     found.add_argument("--seeds", type=positive_int, default=200, metavar="N", help="pictures a mode (default: 200)")

@@ -5,7 +5,7 @@
 
 Triton 3.6 assembles sm_90 code with ptxas 12.8, which is reported to miscompile matrix products with operands in registers,
 and every flash attention has them. So attention is checked with Triton's own ptxas and with `--ptxas`; see
-attention_check.py. Where only a way is right that the operator would not choose, a file of launch configurations makes it
+attention/check.py. Where only a way is right that the operator would not choose, a file of launch configurations makes it
 choose that one. Needs torch and Triton, not diffusers.
 """
 

@@ -3,17 +3,17 @@
 On a machine with a network, once, in the repository's root (the folder is ignored by git; 26 MiB), and before every run the
 second line, which takes a moment and notes the commit of the sources that go along:
 
-    python -m benchmarks.runbook.run --prepare wheels
-    python -m benchmarks.runbook.run --stamp wheels
+    python -m benchmarks.runbook --prepare wheels
+    python -m benchmarks.runbook --stamp wheels
 
 On the GPU machine, which may have no network and no git, in a copy of the repository with that folder:
 
-    python3 -m benchmarks.runbook.run --wheels wheels --out /tmp/book --archives $OUT              at most 8 minutes
-    python3 -m benchmarks.runbook.run --wheels wheels --out /tmp/book --archives $OUT --next       then: what the repository lacks
-    python3 -m benchmarks.runbook.run --wheels wheels --out /tmp/book --archives $OUT --tune       tunes, and the ladder again
-    python3 -m benchmarks.runbook.run ... --only environment,operators,memory                      some stages, also of later ones
+    python3 -m benchmarks.runbook --wheels wheels --out /tmp/book --archives $OUT              at most 8 minutes
+    python3 -m benchmarks.runbook --wheels wheels --out /tmp/book --archives $OUT --next       then: what the repository lacks
+    python3 -m benchmarks.runbook --wheels wheels --out /tmp/book --archives $OUT --tune       tunes, and the ladder again
+    python3 -m benchmarks.runbook ... --only environment,operators,memory                      some stages, also of later ones
 
-The stages (runbook_stages.py) come in the order of their worth, each in a process of its own with its own log and limit:
+The stages (stages.py) come in the order of their worth, each in a process of its own with its own log and limit:
 what hangs or crashes costs its own stage. What is done is kept when the run is cut short: the same command goes on behind
 it, on another machine after `tar -xzf rows.tar.gz -C DIR`. While a stage runs, and after it, `--archives` gets rows.tar.gz
 (rows, logs, reports) and traces.tar.gz, of at most 16 MiB each.
@@ -21,9 +21,9 @@ it, on another machine after `tar -xzf rows.tar.gz -C DIR`. While a stage runs, 
 `--next` goes on where earlier borrowed machines stopped: what benchmarks/results lacks for this machine, then what is of other
 sources (next_stages.py has the rule), as much as fits by the estimates. `--plan` prints that and runs nothing:
 
-    python -m benchmarks.runbook.run --next --plan --machine "NVIDIA H100 80GB HBM3" --minutes 3
+    python -m benchmarks.runbook --next --plan --machine "NVIDIA H100 80GB HBM3" --minutes 3
 
-    python -m benchmarks.runbook.run --dry-run --out DIR      every stage at a small size on a CPU
+    python -m benchmarks.runbook --dry-run --out DIR      every stage at a small size on a CPU
 
 Exit codes: 0 all stages done, 1 a stage failed or is not done, 2 bad input, or a machine that lacks what every stage needs.
 """
@@ -38,7 +38,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..shared import source as sources
+from ..shared import source
 from ..shared.processes import execute
 from ..shared.source import ROOT
 from ..shared.watchdog import GO_ON
@@ -231,7 +231,7 @@ def selected(options: argparse.Namespace, machine: str = "", key: str = "", seco
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.runbook.run", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.runbook", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
     def names(text: str) -> list[str]:
@@ -257,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n".join(wheels.prepare(options.prepare)))
             return 0
         if options.stamp:
-            print(sources.stamp(options.stamp))
+            print(source.stamp(options.stamp))
             return 0
         return _run(options, parser)
     except KeyboardInterrupt:
@@ -269,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    begin, (key, dirty) = time.monotonic(), sources.source_key()
+    begin, (key, dirty) = time.monotonic(), source.source_key()
     machine = options.machine or next_stages.machine_at_hand(options.dry_run)
     minutes = options.minutes or (60.0 if options.dry_run else 8.0)
     stages = selected(options, machine, key, 60 * minutes)

@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from ..shared import source as sources
+from ..shared import source
 
 # diffusers and the peers that install from wheels. Python has what diffusers needs of importlib_metadata.
 PINNED = ("diffusers==0.42.1", "cache-dit==1.5.3", "torchao==0.18.0", "sageattention==1.0.6")
@@ -35,9 +35,9 @@ def prepare(folder: Path) -> list[str]:
     with tempfile.TemporaryDirectory() as aside:
         _pip("download", "--dest", aside, *_TARGET, PTXAS_WHEEL)
         (wheel,) = Path(aside).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive, archive.open(PTXAS) as source, gzip.open(folder / "ptxas.gz", "wb") as target:
-            shutil.copyfileobj(source, target)
-    sources.stamp(folder)
+        with zipfile.ZipFile(wheel) as archive, archive.open(PTXAS) as packed, gzip.open(folder / "ptxas.gz", "wb") as target:
+            shutil.copyfileobj(packed, target)
+    source.stamp(folder)
     files = sorted(folder.iterdir(), key=lambda path: -path.stat().st_size)
     return [f"{path.name} ({path.stat().st_size / 2**20:.1f} MiB)" for path in files]
 
@@ -50,7 +50,7 @@ def install(folder: Path, target: Path) -> None:
     """
     wheels = sorted(map(str, folder.glob("*.whl")))
     if not wheels:
-        raise ValueError(f"{folder}: no wheels there; `python -m benchmarks.runbook.run --prepare {folder}` downloads them.")
+        raise ValueError(f"{folder}: no wheels there; `python -m benchmarks.runbook --prepare {folder}` downloads them.")
     done = target / ".installed"
     if done.exists() and done.read_text() == "\n".join(wheels):
         return
@@ -58,8 +58,8 @@ def install(folder: Path, target: Path) -> None:
     target.mkdir(parents=True)
     _pip("install", "--no-index", "--no-deps", "--no-compile", "--target", str(target), *wheels)
     if (folder / "ptxas.gz").exists():
-        with gzip.open(folder / "ptxas.gz") as source, (target / "ptxas").open("wb") as unpacked:
-            shutil.copyfileobj(source, unpacked)
+        with gzip.open(folder / "ptxas.gz") as packed, (target / "ptxas").open("wb") as unpacked:
+            shutil.copyfileobj(packed, unpacked)
         os.chmod(target / "ptxas", 0o755)
     done.write_text("\n".join(wheels))
 

@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from ..compiler.offline import compile_only
 from ..compiler.table import SHARED_LIMIT, faults, machine_code
 from ..operators.cases import Case, Maker
+from .cases import CASES
 
-_WORKER = "from qwen_fast.pipelines.opening import benchmarks; benchmarks('precompile').worker()"
+_WORKER = "from qwen_fast.cli.benchmarks import benchmarks; benchmarks('tuning.precompile').worker()"
 
 
 def compile_one(case: Case, config: dict, log: list, shared_limit: int) -> str | None:
@@ -33,8 +34,6 @@ def compile_one(case: Case, config: dict, log: list, shared_limit: int) -> str |
 
 def worker() -> None:
     """Compile the share that stdin names; a line of JSON each."""
-    from .cases import CASES
-
     share = json.load(sys.stdin)
     cases = {str(case): case for case in CASES}
     with compile_only(share["capability"]) as log:

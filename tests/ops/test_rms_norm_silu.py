@@ -8,7 +8,7 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageRMS_
 from elementwise_cases import DTYPES, both, in_layout, last_element
 
 from benchmarks.compiler.table import read_table
-from benchmarks.operators.vae_cases import WIDTHS
+from benchmarks.operators.cases import WIDTHS
 from benchmarks.shared.budget import assert_bit_equal, assert_within_budget
 from canaries import Canaries, between_canaries
 from qwen_fast_kernels import rms_norm_silu as op
