@@ -70,7 +70,7 @@ def weights_stay():
     Moving 13.6 GB to the host and back between two measurements takes longer than the measurements. Times of steps do not
     change; memory and the first image are measured without it.
     """
-    return mock.patch("qwen_fast.transformer.model.keep_on_host", lambda transformer: {})
+    return mock.patch("qwen_fast.transformer.attach.keep_on_host", lambda transformer: {})
 
 
 _PACKED = {"cuda_graph": False, "vae": "diffusers", "guided_only": True}
