@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStream
 
 import qwen_fast
 from benchmarks.shared.stock import assert_same_latents, draw, in_fp32, stock
-from pipelines import GUIDED, SMALL, assert_same_picture
+from support.pipelines import GUIDED, SMALL, assert_same_picture
 
 ARGUMENTS = GUIDED | {"prompt": "a red circle", "num_inference_steps": 6}
 BATCH = ARGUMENTS | {"prompt": ["a red circle", "two green squares on a hill"]}
@@ -201,7 +201,7 @@ def test_a_transformer_of_another_class_runs_on_stock_and_is_named(pair):
 
 @pytest.mark.parametrize("cls", ["QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"])
 def test_the_table_follows_the_scheduler_of_stocks_loop(checkpoint, cls):
-    from test_switch import EDITING
+    from support.snapshots import EDITING
 
     cls = getattr(diffusers, cls)
     pipe = stock(checkpoint, cls=cls)

@@ -6,9 +6,9 @@ import torch
 
 import qwen_fast
 from benchmarks.shared.stock import assert_same_latents, draw, stock
-from pipelines import GUIDED, SMALL
 from qwen_fast.pipelines.family import ACCELERATED
-from test_switch import EDITING, snapshot
+from support.pipelines import GUIDED, SMALL
+from support.snapshots import EDITING, snapshot
 
 EMBEDS = torch.zeros(1, 9, 32)
 

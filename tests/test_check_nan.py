@@ -6,8 +6,8 @@ import torch
 
 import qwen_fast
 from benchmarks.shared.stock import draw, stock
-from pipelines import GUIDED
 from qwen_fast.denoise.loop import FiniteCheck
+from support.pipelines import GUIDED
 
 PROMPT = {"prompt": ["a red circle", "a cat"]}
 

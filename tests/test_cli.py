@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cli_errors import refused
 from qwen_fast.cli import build_parser, doctor, main
+from support.cli import refused
 
 # The mission's golden values: 20 steps, 1024 image tokens.
 GOLDEN = "1000.00 968.17 934.95 900.26 863.99 826.03 786.27 744.57 700.79 654.76 606.31 555.24 501.34 444.36 384.03"

@@ -10,11 +10,11 @@ import safetensors.torch
 import torch
 from PIL import Image, ImageChops
 
-from cli_errors import refused
 from qwen_fast import demo
 from qwen_fast.cli import generate, main, pngs
 from qwen_fast.demo.judge import judge
 from qwen_fast.pipelines import generate as drawing
+from support.cli import refused
 
 
 @pytest.fixture

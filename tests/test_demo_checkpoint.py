@@ -10,7 +10,6 @@ from safetensors import safe_open
 
 import qwen_fast
 from benchmarks.shared.stock import draw, stock
-from pipelines import assert_ran_fast
 from qwen_fast import demo
 from qwen_fast.demo import __main__ as main
 from qwen_fast.demo.accuracy import draw as draw_and_judge
@@ -20,6 +19,7 @@ from qwen_fast.demo.scenes import Request
 from qwen_fast.demo.train.plan import SCHEDULER_CONFIG
 from qwen_fast.loading import check_folder
 from qwen_fast.schedule.configs import LIGHTNING_SCHEDULER_CONFIG
+from support.pipelines import assert_ran_fast
 
 CALL = {"negative_prompt": " ", "true_cfg_scale": 4.0, "num_inference_steps": 20}
 FOUR_STEPS = {"num_inference_steps": 4, "true_cfg_scale": 1.0}

@@ -12,9 +12,9 @@ import torch
 import qwen_fast
 import qwen_fast_kernels as kernels
 from benchmarks.shared.stock import draw, stock
-from pipelines import GUIDED, SMALL
 from support import emulated_cuda as emulation
 from support.emulated_cuda import notes
+from support.pipelines import GUIDED, SMALL
 
 ROOT = Path(__file__).resolve().parents[1]
 ARGUMENTS = GUIDED | {"prompt": "a red circle", "num_inference_steps": 2, "output_type": "pt"}

@@ -12,13 +12,13 @@ import torch
 
 import qwen_fast
 from benchmarks.shared.stock import assert_same_latents, draw, in_fp32, stock
-from pipelines import GUIDED, assert_ran_fast
 from qwen_fast.denoise import denoiser as forwards
 from qwen_fast.denoise import graph
 from qwen_fast.denoise import loop as denoise
 from qwen_fast.vae.bands import choose
 from qwen_fast.vae.layers import decoder_layers
 from support.emulated_cuda import IllegalInCapture, StepsBar, notes
+from support.pipelines import GUIDED, assert_ran_fast
 
 PROMPT = {"prompt": "a red circle"}
 PICTURE = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8))

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qwen_fast
 from benchmarks.shared.stock import assert_same_latents, draw, stock
-from pipelines import GUIDED, SMALL
 from qwen_fast.denoise import graph
 from qwen_fast.transformer.call import ATTACHED
+from support.pipelines import GUIDED, SMALL
 
 PROMPT = {"prompt": "a red circle"}
 LONGER = {"prompt": "a red circle on a"}

@@ -22,7 +22,7 @@ from qwen_fast.common.hardware import free_bytes
 from qwen_fast.transformer import host_weights
 from qwen_fast.transformer.host_weights import HostSequential, host_bytes, keep_on_host, modulation_modules, return_to_device
 from qwen_fast.transformer.modulation import TableCache, compute_table, weights_signature
-from small_transformer import LAYERS, build, needs_group_offload, pretend_elsewhere
+from support.small_transformer import LAYERS, build, needs_group_offload, pretend_elsewhere
 
 MODS = [f"transformer_blocks.{layer}.{mod}" for layer in range(LAYERS) for mod in ("img_mod", "txt_mod")]
 BYTES = LAYERS * 2 * (384 * 64 + 384) * 4

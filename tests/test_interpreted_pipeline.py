@@ -14,8 +14,8 @@ import torch
 import qwen_fast
 import qwen_fast_kernels
 from benchmarks.shared.stock import assert_same_latents, draw, in_fp32, stock
-from pipelines import DTYPES, GUIDED, SMALL
 from qwen_fast_kernels import tuning
+from support.pipelines import DTYPES, GUIDED, SMALL
 
 OPS = sorted(name for name in qwen_fast_kernels.__all__ if name != "HAS_TRITON")
 OF_THE_VAE = {"rms_norm_silu"}  # tests/test_vae_bands.py decodes through its launcher

@@ -15,7 +15,7 @@ from qwen_fast_kernels import _kept
 from qwen_fast_kernels._child import Child
 from qwen_fast_kernels._kept import Kept
 from qwen_fast_kernels.proof import Verdict, prove
-from stand_in import problem
+from support.stand_in import problem
 
 pytestmark = [
     pytest.mark.triton,
@@ -26,7 +26,7 @@ pytestmark = [
 def test_a_mark_that_was_left_counts_as_failed(interpreted, child, tmp_path):
     """A whole process is killed in the middle of a kernel, and its child with it."""
     code = (
-        "import sys, torch, stand_in\nfrom pathlib import Path\nfrom qwen_fast_kernels import proof\n"
+        "import sys, torch\nfrom pathlib import Path\nfrom qwen_fast_kernels import proof\nfrom support import stand_in\n"
         "proof.command = lambda module: stand_in.child({'euler_step': 'hang'})\n"
         "cpu = torch.device('cpu')\n"
         "proof.prove([stand_in.problem('euler_step')], cpu, proof.Kept(cpu, Path(sys.argv[1])))\n"

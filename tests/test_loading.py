@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 
 import qwen_fast
 from benchmarks.shared.stock import draw
-from pipelines import GUIDED
 from qwen_fast.common.stages import record
 from qwen_fast.loading import check_folder
 from qwen_fast.loading import checkpoint as checkpoints
 from qwen_fast.loading import weights as loading
 from qwen_fast.testing import build_checkpoint
+from support.pipelines import GUIDED
 
 MODELS = ("transformer", "vae", "text_encoder")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -6,8 +6,8 @@ import torch
 
 import qwen_fast
 from benchmarks.shared.stock import assert_same_latents, draw, stock
-from pipelines import GUIDED, assert_same_picture
 from qwen_fast.schedule.configs import LIGHTNING_SCHEDULER_CONFIG as LIGHTNING
+from support.pipelines import GUIDED, assert_same_picture
 
 pytest.importorskip("peft", reason="LoRA needs peft")
 
@@ -117,7 +117,7 @@ def test_scale_changed_by_a_callback(pair):
 
 
 def test_scale_changed_by_a_callback_of_stocks_loop(checkpoint):
-    from test_switch import EDITING
+    from support.snapshots import EDITING
 
     cls = diffusers.QwenImageImg2ImgPipeline
     pair = stock(checkpoint, cls=cls), qwen_fast.enable(stock(checkpoint, cls=cls))
@@ -147,7 +147,7 @@ def test_lightning(pair, steps):
 
 @pytest.mark.parametrize("cls", [diffusers.QwenImageImg2ImgPipeline], ids=["img2img"])
 def test_in_a_pipeline_with_stocks_loop(checkpoint, cls):
-    from test_switch import EDITING
+    from support.snapshots import EDITING
 
     pair = stock(checkpoint, cls=cls), qwen_fast.enable(stock(checkpoint, cls=cls))
     for scale in (1.0, 0.4):

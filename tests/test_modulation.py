@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
-from pipelines import DTYPES
 from qwen_fast.common import fingerprint, placement
 from qwen_fast.transformer import host_weights, modulation
 from qwen_fast.transformer.modulation import compute_table, weights_signature
 from qwen_fast_kernels._modulation import check_modulation
-from small_transformer import (
+from support.pipelines import DTYPES
+from support.small_transformer import (
     LAYERS,
     WIDTH,
     assert_equals_stock,

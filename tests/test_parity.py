@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks.shared.stock import in_float64
-from oracle import fused, inputs, transformer
-from pipelines import DTYPES
+from support.pipelines import DTYPES
+from support.small_transformer import fused, inputs, transformer
 
 # Samples with a seed each; the largest error of the small models would be a matter of luck with 8.
 FEW, MANY = 8, 64

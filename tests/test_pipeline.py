@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qwen_fast
 from benchmarks.shared.stock import assert_same_latents, draw, stock
-from pipelines import DTYPES, GUIDED, SMALL, assert_ran_fast, assert_same_picture
 from qwen_fast.denoise import denoiser as forwards
 from qwen_fast.denoise import loop as denoise
 from qwen_fast.schedule.configs import LIGHTNING_SCHEDULER_CONFIG as LIGHTNING
 from qwen_fast.transformer import blocks
 from qwen_fast.transformer.call import ATTACHED
 from qwen_fast_kernels import qk_norm_rope
+from support.pipelines import DTYPES, GUIDED, SMALL, assert_ran_fast, assert_same_picture
 
 
 @pytest.fixture

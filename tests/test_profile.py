@@ -10,8 +10,8 @@ import torch
 from benchmarks.profiling import run as profiling
 from benchmarks.profiling import trace
 from benchmarks.profiling.trace import busy, idle_gaps, kernel_table, memory_timeline, read, synchronisations, work_of
-from cli_errors import refused
 from qwen_fast.cli import main
+from support.cli import refused
 
 BF16 = "c10::BFloat16"
 

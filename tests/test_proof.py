@@ -1,6 +1,6 @@
 """Kernels prove themselves: right ones pass, seven faults do not, and neither a hang, a crash nor a broken folder stops it.
 
-There is no GPU here: the kernels are interpreted, in this process or in tests/stand_in.py, which is the child then.
+There is no GPU here: the kernels are interpreted, in this process or in tests/support/stand_in.py, which is the child then.
 """
 
 import logging
@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import stand_in
 from qwen_fast_kernels import proof
 from qwen_fast_kernels._child import NoChild
 from qwen_fast_kernels._kept import Kept
 from qwen_fast_kernels.proof import Problem, examine, prove
-from stand_in import RIGHT, problem
+from support import stand_in
+from support.stand_in import RIGHT, problem
 
 BF16, FP32 = torch.bfloat16, torch.float32
 pytestmark = [

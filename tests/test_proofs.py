@@ -13,15 +13,15 @@ import torch
 
 import qwen_fast
 import qwen_fast_kernels
-import stand_in
 from benchmarks.shared.stock import assert_same_latents, draw, in_fp32, stock
-from pipelines import GUIDED, SMALL
 from qwen_fast.cli import doctor, main
 from qwen_fast.common import proofs
 from qwen_fast.denoise import graph
 from qwen_fast.vae import layers as vae_layers
 from qwen_fast_kernels._library import restore_kernels
 from qwen_fast_kernels.proof import Problem, Verdict
+from support import stand_in
+from support.pipelines import GUIDED, SMALL
 
 BF16, FP32 = torch.bfloat16, torch.float32
 OPS = sorted(name for name in qwen_fast_kernels.__all__ if name != "HAS_TRITON")

@@ -7,7 +7,7 @@ import torch
 
 from qwen_fast_kernels._library import is_replaced, replace_kernel, restore_kernels
 from qwen_fast_kernels.proof import examine
-from stand_in import RIGHT, problem
+from support.stand_in import RIGHT, problem
 
 CPU = torch.device("cpu")
 BF16, FP32 = torch.bfloat16, torch.float32

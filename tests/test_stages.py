@@ -11,8 +11,8 @@ from PIL import Image
 
 import qwen_fast
 from benchmarks.shared.stock import draw, stock
-from pipelines import SMALL
 from qwen_fast.common.stages import STAGES, Recorder, Span, record, stage, stage_table, staged, steps
+from support.pipelines import SMALL
 
 CALL = {"prompt": "a cat", "negative_prompt": "blurry", "true_cfg_scale": 3.7, **SMALL, "output_type": "pil"}
 PICTURE = Image.new("RGB", (96, 64), (200, 30, 90))

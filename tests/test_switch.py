@@ -6,47 +6,22 @@ import itertools
 import accelerate.hooks
 import diffusers
 import diffusers.hooks
-import PIL.Image
 import pytest
 import torch
 
 import qwen_fast
 from benchmarks.shared.stock import assert_same_latents, draw, stock
-from pipelines import DTYPES, GUIDED, SMALL, assert_same_picture
-from qwen_fast.common.state import STATE
 from qwen_fast.pipelines.family import ACCELERATED
 from qwen_fast.schedule.configs import LIGHTNING_SCHEDULER_CONFIG as LIGHTNING
+from support.pipelines import DTYPES, GUIDED, SMALL, assert_same_picture
+from support.snapshots import EDITING, snapshot
 
 PROMPT = {"prompt": "a red circle"}
-IMAGE = PIL.Image.effect_noise((96, 64), 90).convert("RGB")
-MASK = PIL.Image.new("L", (96, 64)).point(lambda _: 255)
-MASK.paste(0, (0, 0, 48, 64))
-EDITING = {
-    diffusers.QwenImageImg2ImgPipeline: {"image": IMAGE, "strength": 0.6},
-    diffusers.QwenImageInpaintPipeline: {"image": IMAGE, "mask_image": MASK, "strength": 0.8},
-}
 
 
 @pytest.fixture
 def pipe(checkpoint):
     return stock(checkpoint)
-
-
-def snapshot(pipe) -> dict:
-    """All that makes a pipeline what it is, down to each module's own attributes and each parameter's storage."""
-    modules = {name: m for name, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
-    return {
-        "class": type(pipe),
-        "attributes": {key for key in vars(pipe) if not key.startswith("_") or key == STATE},
-        "components": {name: id(component) for name, component in pipe.components.items()},
-        "config": dict(pipe.config),
-        "classes": {(n, k): type(m) for n, c in modules.items() for k, m in c.named_modules()},
-        "dicts": {(n, k): set(vars(m)) for n, c in modules.items() for k, m in c.named_modules()},
-        "hooks": {
-            (n, k): len(m._forward_pre_hooks) + len(m._forward_hooks) for n, c in modules.items() for k, m in c.named_modules()
-        },
-        "weights": {(n, k): (p.data_ptr(), p.dtype) for n, c in modules.items() for k, p in c.named_parameters()},
-    }
 
 
 @pytest.mark.parametrize("cls", ACCELERATED)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from qwen_fast.transformer import modulation
 from qwen_fast.transformer.modulation import TableCache, compute_table, table_reason, weights_signature
-from small_transformer import (
+from support.small_transformer import (
     assert_equals_stock,
     build,
     needs_group_offload,

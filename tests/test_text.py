@@ -13,7 +13,7 @@ import torch
 import qwen_fast
 from benchmarks.shared import stock as reference
 from benchmarks.shared.stock import draw
-from pipelines import GUIDED, SMALL
+from support.pipelines import GUIDED, SMALL
 
 LONG, SHORT = "a red fox that jumps over a small brook in the evening", "a cat"
 PROMPTS = {

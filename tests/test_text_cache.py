@@ -15,11 +15,11 @@ import torch
 import qwen_fast
 from benchmarks.shared import stock as reference
 from benchmarks.shared.stock import draw
-from pipelines import GUIDED
 from qwen_fast.common import placement
 from qwen_fast.text import encoding as text
 from qwen_fast.text.cache import Encoded, PromptCache
-from small_transformer import pretend_elsewhere
+from support.pipelines import GUIDED
+from support.small_transformer import pretend_elsewhere
 
 CPU = torch.device("cpu")
 loaded = functools.cache(reference.stock)

@@ -9,12 +9,12 @@ import torch
 
 import qwen_fast
 from benchmarks.shared.stock import in_float64
-from oracle import fused, inputs, transformer
 from qwen_fast.common.state import State
 from qwen_fast.transformer import model as fused_transformer
 from qwen_fast.transformer.attach import attach, detach
 from qwen_fast.transformer.call import ATTACHED, accelerated
 from qwen_fast.transformer.model import STOCK, STOCK_BLOCK
+from support.small_transformer import fused, inputs, transformer
 
 HOLES = torch.tensor([[1, 1, 0, 1, 1, 0, 1], [1, 1, 1, 1, 0, 0, 0]])
 REFERENCES = [[(1, 4, 6), (1, 2, 4), (1, 3, 3)]]

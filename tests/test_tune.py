@@ -14,8 +14,8 @@ from benchmarks.tuning import run as tune
 from benchmarks.tuning.cases import CASES
 from benchmarks.tuning.run import Checker, Task, read_record, write_entry
 from benchmarks.tuning.search import FINAL_ROUNDS, SCREENING_ROUNDS, SPACES, Outcome, candidates, search
-from cli_errors import refused
 from qwen_fast_kernels.tuning import chosen, dims_of, read_entries
+from support.cli import refused
 
 DEFAULT = {"BLOCK": 0, "num_warps": 4}
 MEASURED = {"machine": "NVIDIA H200", "torch": "2.11.0", "triton": "3.6.0", "date": "2026-11-24", "commit": "abc"}

@@ -8,10 +8,10 @@ import torch
 
 import qwen_fast
 from benchmarks.shared.stock import draw, stock
-from pipelines import DTYPES, GUIDED, assert_ran_fast
 from qwen_fast.common.state import State
 from qwen_fast.testing import initialize
 from qwen_fast.vae import pictures as fast_vae
+from support.pipelines import DTYPES, GUIDED, assert_ran_fast
 
 PROMPT = {"prompt": "a red circle"}
 
@@ -241,7 +241,7 @@ def test_in_a_pipeline(checkpoint, dtype, option):
 
 
 def test_image_to_image_encodes_and_decodes(checkpoint):
-    from test_switch import EDITING
+    from support.snapshots import EDITING
 
     cls = diffusers.QwenImageImg2ImgPipeline
     pipe = stock(checkpoint, cls=cls)

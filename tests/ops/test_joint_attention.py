@@ -16,7 +16,6 @@ from attention_cases import BAD, HALF, LAYOUTS, ONE_SEQUENCE, PACKED, Problem, b
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from benchmarks.shared.budget import assert_bit_equal, assert_within_budget
-from canaries import Canaries, between_canaries
 from conftest import HAS_CUDA
 from qwen_fast_kernels.joint_attention import (
     HEAD_DIMS,
@@ -26,6 +25,7 @@ from qwen_fast_kernels.joint_attention import (
     joint_attention,
     launch_joint_attention,
 )
+from support.canaries import Canaries, between_canaries
 
 ROOT = Path(__file__).resolve().parents[2]
 attention = sys.modules["qwen_fast_kernels.joint_attention"]  # the package's attribute of this name is the operator

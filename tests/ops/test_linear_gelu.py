@@ -23,7 +23,6 @@ from linear_cases import (
 )
 
 from benchmarks.shared.budget import assert_bit_equal, assert_within_budget
-from canaries import Canaries
 from qwen_fast_kernels._matmul import dimensions
 from qwen_fast_kernels.linear_gelu import (
     _linear_gelu_kernel,
@@ -32,6 +31,7 @@ from qwen_fast_kernels.linear_gelu import (
     linear_gelu,
     linear_gelu_reference,
 )
+from support.canaries import Canaries
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empties")
 

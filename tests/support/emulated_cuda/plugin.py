@@ -10,10 +10,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 
-import interp_shim
+from support import interpreter
 from support.emulated_cuda.device import emulated_cuda
 
-interp_shim.install()
+interpreter.install()
 _device = emulated_cuda()
 _device.__enter__()  # before tests/conftest.py asks whether there is a CUDA device
 

@@ -3,18 +3,19 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 # Before the first `import triton`, as in conftest.py.
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/, where `support` lies
 
 import torch
 
-import interp_shim
-import stand_in
 from qwen_fast_kernels import proof
+from support import interpreter, stand_in
 
-interp_shim.install()
+interpreter.install()
 torch.set_num_threads(1)
 stand_in.interpret(setattr, json.loads(sys.argv.pop(1)))
 proof.serve()
