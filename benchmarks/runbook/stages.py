@@ -43,8 +43,8 @@ def _each(option: str, values: tuple[str, ...]) -> tuple[str, ...]:
 
 # They take all memory that is free: nothing may run beside them.
 HOGS = (
-    "tests/test_host_weights.py::test_on_cuda_too_little_memory_is_noticed_before_anything_moves",
-    "tests/test_loading.py::test_on_a_gpu_every_tensor_is_the_one_that_stock_loads",
+    "tests/transformer/test_host_weights.py::test_on_cuda_too_little_memory_is_noticed_before_anything_moves",
+    "tests/loading/test_loading.py::test_on_a_gpu_every_tensor_is_the_one_that_stock_loads",
 )
 # Pytest writes the tracebacks of what failed when it is asked to stop, which takes as long as a test does.
 _GRACE = 18.0
@@ -77,9 +77,10 @@ _PROFILE += ("--weights-stay", *_CEILINGS)
 _SMALL_PROFILE = (*_CLI, "profile", "--shape", "tiny", "--size", "64x64", "--steps", "1", "--device", "cpu", *_CEILINGS)
 # What compiles within a rung, and what is another library's, comes when all the rest is there.
 _LATE = ("compile", "torchao", "cache-dit", "SageAttention")
-_GPU_TESTS = (
-    *("test_drawing", "test_graph", "test_host_weights", "test_loading", "test_modulation", "test_profile", "test_runbook"),
-    *("test_schedule", "test_text_cache", "test_tune", "test_vae_bands", "test_demo_checkpoint", "ops"),
+_GPU_TESTS = (  # where tests are marked gpu
+    *("bench/test_profile", "bench/test_runbook", "bench/test_tune", "demo/test_demo_checkpoint", "denoise/test_graph"),
+    *("loading/test_loading", "ops", "pipelines/test_generate", "schedule/test_schedule", "text/test_text_cache"),
+    *("transformer/test_host_weights", "transformer/test_modulation", "vae/test_vae_bands"),
 )
 
 

@@ -1,6 +1,6 @@
 """A pytest plugin: the whole run has an emulated CUDA device, and so the tests marked gpu run.
 
-PYTHONPATH=kernels:.:tests python -m pytest -p support.emulated_cuda.plugin -m gpu tests/test_graph.py
+PYTHONPATH=kernels:.:tests python -m pytest -p support.emulated_cuda.plugin -m gpu tests/denoise/test_graph.py
 """
 
 import os

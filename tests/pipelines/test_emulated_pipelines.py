@@ -331,7 +331,7 @@ def test_a_wait_in_the_loop_is_seen(checkpoint, emulated_cuda, monkeypatch, faul
     pipe.progress_bar = StepsBar(emulated_cuda.notes)
     fault(monkeypatch)
     draw(pipe, **GUIDED, **PROMPT)
-    with pytest.raises(AssertionError, match="qwen_fast/denoise/loop.py|tests/test_emulated"):
+    with pytest.raises(AssertionError, match="qwen_fast/denoise/loop.py|tests/pipelines/test_emulated"):
         assert_steps_go_on(emulated_cuda.notes)
 
 

@@ -26,7 +26,7 @@ from benchmarks.shared.shapes import SHAPES
 from benchmarks.shared.shapes import Case as GridCase
 from qwen_fast_kernels import ada_layer_norm, euler_step
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ROUND = 2.0**-11  # seconds between two readings of `tick`, exact in binary
 CASE = "euler_step-fp32-op and not cfg"  # of these there is one
 BYTES, FLOPS = 3 * 256 * 64 * 4, 2 * 256 * 64  # of it on a CPU: latents and velocity read, latents written

@@ -16,7 +16,7 @@ from support import emulated_cuda as emulation
 from support.emulated_cuda import notes
 from support.pipelines import GUIDED, SMALL
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ARGUMENTS = GUIDED | {"prompt": "a red circle", "num_inference_steps": 2, "output_type": "pt"}
 # Of a guided picture with our attention: qk_norm_rope once per block and forward, and so on.
 KERNELS = {

@@ -123,7 +123,7 @@ WAITS = {
 def test_a_wait_of_the_host_is_noted_with_its_place(emulated_cuda, x, name):
     WAITS[name](x)
     (note, *_) = emulated_cuda.notes.waits()
-    assert note.where.startswith("tests/test_emulated_device.py:") and note.phase == "before" and not note.capturing
+    assert note.where.startswith("tests/house/test_emulated_device.py:") and note.phase == "before" and not note.capturing
 
 
 QUIET = {
@@ -196,7 +196,7 @@ def test_a_stream_that_does_not_wait_is_a_race(emulated_cuda, x):
     assert not emulated_cuda.notes.of(notes.RACE)
     doubled + 1
     (race,) = emulated_cuda.notes.of(notes.RACE)
-    assert "add" in race.what and race.where.startswith("tests/test_emulated_device.py:")
+    assert "add" in race.what and race.where.startswith("tests/house/test_emulated_device.py:")
     emulated_cuda.notes.clear()
     torch.cuda.current_stream().wait_event(done)
     doubled + 1
@@ -307,7 +307,7 @@ def test_what_waits_is_illegal_in_a_capture(emulated_cuda, x, name):
     with pytest.raises(IllegalInCapture, match="not permitted when stream is capturing"):
         captured(lambda: ILLEGAL[name](x))
     (note, *_) = emulated_cuda.notes.of(notes.ILLEGAL)
-    assert note.where.startswith("tests/test_emulated_device.py:")
+    assert note.where.startswith("tests/house/test_emulated_device.py:")
     assert not torch.cuda.is_current_stream_capturing() and x.sum().item() != 0
 
 

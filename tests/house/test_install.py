@@ -10,7 +10,7 @@ import pytest
 
 from qwen_fast import versions
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 IMPORT = "import qwen_fast, qwen_fast_kernels; qwen_fast.enable; print(qwen_fast.__file__)"
 
 

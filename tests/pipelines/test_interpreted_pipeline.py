@@ -18,7 +18,7 @@ from qwen_fast_kernels import tuning
 from support.pipelines import DTYPES, GUIDED, SMALL
 
 OPS = sorted(name for name in qwen_fast_kernels.__all__ if name != "HAS_TRITON")
-OF_THE_VAE = {"rms_norm_silu"}  # tests/test_vae_bands.py decodes through its launcher
+OF_THE_VAE = {"rms_norm_silu"}  # tests/vae/test_vae_bands.py decodes through its launcher
 # Per forward of two blocks; the last one has no text half, and its last norm is the output's.
 FORWARD = {"ada_layer_norm": 1, "qk_norm_rope": 2, "joint_attention": 2, "gated_residual_ada_layer_norm": 4, "linear_gelu": 3}
 

@@ -13,7 +13,7 @@ import torch
 from benchmarks.compiler.table import compiled_for_tests
 from benchmarks.compiler.warp_specialised import early_releases, stale_barriers
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ARRIVE = re.compile(r"\n[^\n]*= ttg\.memdesc_index [^\n]*\n[^\n]*ttng\.arrive_barrier[^\n]*")
 pytestmark = pytest.mark.triton
 

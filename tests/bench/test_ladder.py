@@ -24,7 +24,7 @@ from benchmarks.shared.shapes import SHAPES, Case
 from benchmarks.shared.watchdog import GO_ON
 from qwen_fast.cli import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])}
 TINY = SHAPES["tiny"]
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.runbook import archives, wheels
 from benchmarks.shared import source as sources
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # Which sources ---------------------------------------------------------------------------------------------------------
 

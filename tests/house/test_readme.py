@@ -12,7 +12,7 @@ from qwen_fast import Schedule
 from qwen_fast.schedule.comparison import historical_errors
 from qwen_fast.schedule.configs import QWEN_IMAGE_SCHEDULER_CONFIG
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "kernels" / "qwen_fast_kernels"
 NOT_OPS = {"proof", "tuning"}
 OPS = sorted(path.stem for path in KERNELS.glob("[!_]*.py") if path.stem not in NOT_OPS)
