@@ -1,4 +1,4 @@
-"""A small transformer of unit gain, and what stock diffusers computes inside it: the values a modulation table must hold."""
+"""Small transformers of unit gain, inputs for them, and what stock computes inside: what a modulation table must hold."""
 
 import inspect
 
@@ -22,16 +22,23 @@ needs_group_offload = pytest.mark.skipif(
     reason="group offload of this diffusers needs an accelerator",
 )
 
+SIZES = {"in_channels": 16, "out_channels": 4, "num_layers": 3, "num_attention_heads": 2, "joint_attention_dim": 24}
+SIZES |= {"attention_head_dim": 32, "axes_dims_rope": (4, 14, 14)}
 LAYERS, WIDTH = 2, 64
 _LORA = {"r": 4, "lora_alpha": 4, "target_modules": ["img_mod.1", "txt_mod.1"], "init_lora_weights": False}
 
 
+def transformer(dtype: torch.dtype = torch.float32, seed: int = 0, **config) -> QwenImageTransformer2DModel:
+    """A small stock transformer with weights that make every part of it count."""
+    model = QwenImageTransformer2DModel(**(SIZES | config))
+    with torch.no_grad():
+        initialize(model, "transformer", seed)
+    return torch.nn.Module.to(model.eval(), dtype)
+
+
 def build(dtype=torch.float32, **config) -> QwenImageTransformer2DModel:
-    """A small transformer whose every layer matters."""
-    sizes = {"num_layers": LAYERS, "num_attention_heads": 2, "attention_head_dim": 32, "axes_dims_rope": (4, 14, 14)}
-    transformer = QwenImageTransformer2DModel(in_channels=16, out_channels=4, joint_attention_dim=32, **sizes, **config)
-    initialize(transformer, "transformer", 0)
-    return torch.nn.Module.to(transformer.eval(), dtype)
+    """The one whose modulations are compared, of `LAYERS` layers."""
+    return transformer(dtype, **({"num_layers": LAYERS, "joint_attention_dim": 32} | config))
 
 
 def timesteps(dtype=torch.float32, steps: int = 3, image_seq_len: int = 24) -> torch.Tensor:
@@ -103,20 +110,6 @@ def pretend_elsewhere(monkeypatch) -> list[torch.nn.Module]:
     monkeypatch.setattr(placement, "_tensors", lambda module: {n: t.clone() for n, t in tensors(module).items()})
     monkeypatch.setattr(placement, "functional_call", lambda *a: calls.append(a[0]) or functional_call(*a))
     return calls
-
-
-SIZES = {"in_channels": 16, "out_channels": 4, "num_layers": 3, "num_attention_heads": 2, "joint_attention_dim": 24}
-
-
-HEAD_SIZES = {"attention_head_dim": 32, "axes_dims_rope": (4, 14, 14)}
-
-
-def transformer(dtype: torch.dtype = torch.float32, seed: int = 0, **config) -> QwenImageTransformer2DModel:
-    """A small stock transformer with weights that make every part of it count."""
-    model = QwenImageTransformer2DModel(**(SIZES | HEAD_SIZES | config))
-    with torch.no_grad():
-        initialize(model, "transformer", seed)
-    return model.to(dtype).eval()
 
 
 def inputs(
