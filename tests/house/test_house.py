@@ -14,6 +14,43 @@ KERNEL_FILES = sorted(KERNELS.rglob("*.py"))
 SOURCES = sorted(path for folder in ("kernels", "qwen_fast", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py"))
 FIELDS = ("Args:", "Returns:", "Raises:", "Error:", "Traffic:", "Source:")
 MAX_LINES = 400
+# Who may import whom, also inside a function. On top stand demo, cli and the face, which is qwen_fast/__init__.py.
+COMMON = {"common"}
+PARTS = {"schedule", "text", "vae", "transformer", "loading"}
+ROOMS = {
+    "qwen_fast": {
+        "common": set(),
+        **dict.fromkeys(PARTS, COMMON),
+        "denoise": COMMON | PARTS,
+        "pipelines": COMMON | PARTS | {"denoise"},
+        "testing": {"schedule"},
+        "versions": set(),
+        "qwen_fast": PARTS | {"pipelines", "versions"},
+        "demo": COMMON | PARTS | {"pipelines", "testing", "qwen_fast"},
+        "cli": COMMON | PARTS | {"pipelines", "testing", "qwen_fast", "demo", "versions"},
+    },
+    "benchmarks": {
+        "shared": set(),
+        "operators": {"shared"},
+        "attention": {"shared", "operators"},
+        "compiler": {"shared", "operators"},
+        "tuning": {"shared", "operators", "compiler"},
+        "parts": {"shared", "operators", "attention", "compiler"},
+        "ladder": {"shared"},
+        "quality": {"shared"},
+        "profiling": {"shared", "operators"},
+        "runbook": {"shared", "operators", "attention"},
+        "pages": {"shared"},
+        "conftest": {"shared", "operators"},
+        "benchmarks": set(),
+    },
+}
+# What breaks the table still; one that is mended has to leave this list.
+BREAKS = {
+    ("qwen_fast", "transformer", "text"): "call.py names a type of the prompt cache",
+    ("qwen_fast", "pipelines", "qwen_fast"): "opening.py takes QwenImagePipeline from the face, which checks the versions",
+}
+WITH_NAMES = {"loading", "schedule", "testing", "demo", "cli"}  # rooms whose __init__ is not empty
 # No version, date, GPU or author in a name.
 VERSIONED = re.compile(r"(?:_v\d+|_(?:a100|h100|h200|b200)|20\d\d[_-]?\d\d)$", re.IGNORECASE)
 
@@ -38,6 +75,31 @@ def imported(path: Path) -> set[str]:
             if not node.module:  # from . import name
                 modules.update(prefix + alias.name for alias in node.names)
     return modules
+
+
+def rooms_of(path: Path) -> tuple[str, str]:
+    """(package, room) of a file; the package's own __init__ is a room of the package's name."""
+    package, *rest = path.relative_to(ROOT).with_suffix("").parts
+    return package, package if rest == ["__init__"] else rest[0]
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms of its package that a file imports anywhere in it, its own left out."""
+    (package, own), found = rooms_of(path), set()
+    inside = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = inside[: len(inside) - node.level + 1] if node.level else ()
+            names = [".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names]
+        else:
+            continue
+        for name in names:
+            first, *rest = name.split(".")
+            if first == package:  # what is no room is a name of the face
+                found.add(rest[0] if rest and rest[0] in ROOMS[package] else package)
+    return found - {own}
 
 
 def definitions(op: str) -> dict[str, ast.FunctionDef]:
@@ -67,6 +129,40 @@ def test_the_driver_imports_no_test_and_no_benchmark(path):
     outside = [node for part in tree(path).body if not isinstance(part, ast.FunctionDef) for node in ast.walk(part)]
     called = [node for node in outside if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "benchmarks"]
     assert not called, "a benchmark is loaded where a module is imported"
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_rooms_import_only_what_stands_below(package):
+    found: dict[str, set[str]] = {}
+    for path in SOURCES:
+        if path.is_relative_to(ROOT / package):
+            found.setdefault(rooms_of(path)[1], set()).update(imported_rooms(path))
+    assert found.keys() == ROOMS[package].keys(), "a room that the table does not know, or that is gone"
+    breaks = {(package, room, other) for room, others in found.items() for other in others - ROOMS[package][room]}
+    assert breaks == {one for one in BREAKS if one[0] == package}
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_the_table_of_rooms_has_no_circle(package):
+    left = dict(ROOMS[package])
+    while left:
+        lowest = {room for room, below in left.items() if not below & left.keys()}
+        assert lowest, f"a circle of {', '.join(left)}"
+        left = {room: below for room, below in left.items() if room not in lowest}
+
+
+def test_what_opens_a_room_is_empty():
+    """The command line answers without torch, and the run-book's first stage runs before diffusers is installed."""
+    openers = [path for package in ROOMS for path in (ROOT / package).glob("*/**/__init__.py")]
+    filled = {rooms_of(path)[1] for path in openers if path.read_text(encoding="utf-8").strip()}
+    assert filled == WITH_NAMES
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.is_relative_to(ROOT / "benchmarks")], ids=name_of)
+def test_benchmarks_import_no_test(path):
+    """Nor by bare name, as pytest's path allows it."""
+    tests = {"tests"} | {part.stem for part in (ROOT / "tests").rglob("*") if part.suffix == ".py" or part.is_dir()}
+    assert not {module.split(".")[0] for module in imported(path) if not module.startswith(".")} & tests
 
 
 @pytest.mark.parametrize("path", KERNEL_FILES, ids=name_of)

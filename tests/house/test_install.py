@@ -14,12 +14,12 @@ ROOT = Path(__file__).parents[2]
 IMPORT = "import qwen_fast, qwen_fast_kernels; qwen_fast.enable; print(qwen_fast.__file__)"
 
 
-def python(code: str, cwd: Path, *paths: Path) -> str:
+def python(code: str, cwd: Path, *paths: Path, arguments: tuple[str, ...] = ()) -> str:
     """stdout of `code` in a fresh interpreter; `paths` come first on its path, and nothing of this process's is inherited."""
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TRITON_INTERPRET")}
     if paths:
         environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -72,6 +72,26 @@ def test_the_wheel_imports_from_elsewhere(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     (tmp_path / "cwd").mkdir()
     assert python(IMPORT, tmp_path / "cwd", tmp_path / "site").startswith(str(tmp_path / "site"))
+
+
+EVERY_MODULE = """
+import importlib, sys, zipfile
+site, wheel = sys.argv[1:]
+files = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")]
+for name in (file[:-3].replace("/", ".").removesuffix(".__init__") for file in files):
+    if not name.endswith(".__main__"):  # that would run it
+        assert importlib.import_module(name).__file__.startswith(site), name
+print(len(files))
+"""
+
+
+def test_every_module_of_the_wheel_imports(wheel, tmp_path):
+    """Also those of the benchmarks, under the name that they are installed as: nothing is left out of the wheel."""
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    (tmp_path / "cwd").mkdir()
+    sources = [path for folder in ("qwen_fast", "kernels", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    arguments = str(tmp_path / "site"), str(wheel)
+    assert python(EVERY_MODULE, tmp_path / "cwd", tmp_path / "site", arguments=arguments) == str(len(sources))
 
 
 def test_the_repository_imports_from_its_root_and_from_elsewhere(tmp_path):
