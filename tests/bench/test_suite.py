@@ -85,7 +85,9 @@ def session(monkeypatch, tmp_path):
         own = ["--benchmark-only", f"--benchmark-json={path}"]
         if timer is not None:
             own.append(f"--benchmark-timer={__name__}.{timer}")
-        code = pytest.main([*common, *own, "-k", CASE, *arguments, str(ROOT / "benchmarks" / "bench_operators.py")])
+        code = pytest.main(
+            [*common, *own, "-k", CASE, *arguments, str(ROOT / "benchmarks" / "operators" / "bench_operators.py")]
+        )
         # Nothing is written when there is nothing to write.
         return code, json.loads(path.read_text())["benchmarks"] if path.exists() and path.stat().st_size else []
 
