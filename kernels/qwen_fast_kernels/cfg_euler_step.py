@@ -22,22 +22,25 @@ def cfg_euler_step_reference(
     uncond: torch.Tensor,
     sigmas: torch.Tensor,
     step_index: torch.Tensor,
-    true_cfg_scale: float,
+    true_cfg_scale: torch.Tensor,
 ) -> torch.Tensor:
+    compute_dtype = torch.promote_types(latents.dtype, torch.float32)
     cond, uncond = cond.to(latents.dtype), uncond.to(latents.dtype)
-    combined = uncond + true_cfg_scale * (cond - uncond)
+    # Stock multiplies by a Python float, which torch holds in the compute dtype and which promotes nothing; a 1-D tensor
+    # would, hence the explicit rounding.
+    guided = (true_cfg_scale.to(compute_dtype) * (cond - uncond).to(compute_dtype)).to(latents.dtype)
+    combined = uncond + guided
     cond_norm = torch.norm(cond, dim=-1, keepdim=True)
     combined_norm = torch.norm(combined, dim=-1, keepdim=True)
     velocity = combined * (cond_norm / combined_norm)
 
-    compute_dtype = torch.promote_types(latents.dtype, torch.float32)
     sigmas = sigmas.to(compute_dtype)
     # As in euler_step_reference: stock rounds dt and the product before the fp32 addition.
     dt = (sigmas.index_select(0, step_index + 1) - sigmas.index_select(0, step_index)).to(latents.dtype)
     return (latents.to(compute_dtype) + dt * velocity).to(latents.dtype)
 
 
-@triton.jit(do_not_specialize=["step_index_ptr", "num_tokens", "num_steps"])
+@triton.jit(do_not_specialize=["step_index_ptr", "true_cfg_scale_ptr", "num_tokens", "num_steps"])
 def _cfg_euler_step_kernel(
     out_ptr,
     latents_ptr,
@@ -45,9 +48,9 @@ def _cfg_euler_step_kernel(
     uncond_ptr,
     sigmas_ptr,
     step_index_ptr,
+    true_cfg_scale_ptr,
     num_tokens,
     num_steps,
-    true_cfg_scale,
     num_channels,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -65,6 +68,7 @@ def _cfg_euler_step_kernel(
     dtype = out_ptr.dtype.element_ty
     cond = tl.load(cond_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     uncond = tl.load(uncond_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    true_cfg_scale = tl.load(true_cfg_scale_ptr)
     difference = (cond - uncond).to(dtype).to(tl.float32)
     guided = (true_cfg_scale * difference).to(dtype).to(tl.float32)
     combined = (uncond + guided).to(dtype).to(tl.float32)
@@ -86,7 +90,7 @@ def launch_cfg_euler_step(
     uncond: torch.Tensor,
     sigmas: torch.Tensor,
     step_index: torch.Tensor,
-    true_cfg_scale: float,
+    true_cfg_scale: torch.Tensor,
     *,
     config: dict,
 ) -> torch.Tensor:
@@ -99,8 +103,8 @@ def launch_cfg_euler_step(
     launch(
         _cfg_euler_step_kernel,
         grid,
-        (out, latents, cond, uncond, sigmas, step_index),
-        (num_tokens, sigmas.numel() - 1, float(true_cfg_scale)),
+        (out, latents, cond, uncond, sigmas, step_index, true_cfg_scale),
+        (num_tokens, sigmas.numel() - 1),
         (num_channels,),
         BLOCK_CHANNELS=1 << (num_channels - 1).bit_length(),
         **config,
@@ -115,12 +119,12 @@ def cfg_euler_step(
     uncond: torch.Tensor,
     sigmas: torch.Tensor,
     step_index: torch.Tensor,
-    true_cfg_scale: float,
+    true_cfg_scale: float | torch.Tensor,
 ) -> torch.Tensor:
     """True CFG with norm rescale, then `latents + (sigmas[i + 1] - sigmas[i]) * velocity`.
 
     Every intermediate is rounded to the dtype of `latents`, as diffusers rounds it when latents and predictions share the
-    model's dtype; `true_cfg_scale` itself is fp32. fp32 latents with bf16 or fp16 predictions keep everything in fp32
+    model's dtype; `true_cfg_scale` itself keeps its fp32. fp32 latents with bf16 or fp16 predictions keep everything in fp32
     (the precise sampler). A token whose combined prediction is all zero gives 0 / 0 = NaN, as in diffusers.
 
     Args:
@@ -129,19 +133,27 @@ def cfg_euler_step(
         uncond (Tensor): shape of `latents`; prediction for the negative prompt, dtype of `cond`.
         sigmas (Tensor): `[T + 1]` fp32, contiguous, noise fraction in [0, 1], ends with the terminal sigma.
         step_index (Tensor): `[1]` int32|int64 in [0, T), read on the device.
-        true_cfg_scale (float): guidance scale; finite.
+        true_cfg_scale (float | Tensor): guidance scale. A tensor is `[1]` fp32, or fp64 beside fp64 latents, and is read on
+            the device: each replay of a CUDA graph takes the value that it then holds. Whether that is finite is not
+            checked, since the host would have to wait for the device. A float has to be finite; it is put into such a
+            tensor, without a wait, and a CUDA graph keeps its value.
     Returns:
         Tensor: shape and dtype of `latents`, contiguous, never an alias. On CUDA an index outside [0, T) gives NaN.
     Raises:
-        ValueError: shapes, dtypes, devices or a scale that do not fit, with the offending value; on the CPU also a step
-            index outside [0, T).
+        ValueError: shapes, dtypes, devices or a float scale that do not fit, with the offending value; on the CPU also a
+            step index outside [0, T).
         RuntimeError: CUDA tensors without Triton.
     Error: the CPU reference is bit-equal to stock diffusers. The kernel differs from it only through the order in which a
         token's squares are added: up to that order in fp32; in bf16 and fp16 it shows only where that order moves a norm
         across a rounding boundary.
-    Traffic: 4 * numel * itemsize bytes; 12 * numel FLOPs.
+    Traffic: 4 * numel * itemsize bytes, without the two sigmas, the step index and the scale; 12 * numel FLOPs.
     Source: diffusers 0.42.1, pipelines/qwenimage/pipeline_qwenimage.py, QwenImagePipeline.__call__ (denoising loop).
     """
+    if not isinstance(true_cfg_scale, torch.Tensor):
+        dtype = torch.float64 if latents.dtype == torch.float64 else torch.float32
+        if not abs(true_cfg_scale) <= torch.finfo(dtype).max:  # NaN is not either
+            raise ValueError(f"true_cfg_scale: {true_cfg_scale} is not finite in {dtype}.")
+        true_cfg_scale = torch.full((1,), true_cfg_scale, dtype=dtype, device=latents.device)
     return torch.ops.qwen_fast.cfg_euler_step(latents, cond, uncond, sigmas, step_index, true_cfg_scale)
 
 
@@ -166,10 +178,13 @@ def _check(latents, cond, uncond, sigmas, step_index, true_cfg_scale) -> None:
         )
     if step_index.shape != (1,) or step_index.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"step_index: got {tuple(step_index.shape)} {step_index.dtype}; int32 or int64 [1] is needed.")
-    if not float("-inf") < true_cfg_scale < float("inf"):
-        raise ValueError(f"true_cfg_scale: {true_cfg_scale} is not finite.")
-    tensors = (("cond", cond), ("uncond", uncond), ("sigmas", sigmas), ("step_index", step_index))
-    for name, tensor in tensors:
+    scales = (torch.float32, torch.float64) if latents.dtype == torch.float64 else (torch.float32,)
+    if true_cfg_scale.shape != (1,) or true_cfg_scale.dtype not in scales:
+        raise ValueError(
+            f"true_cfg_scale: got {tuple(true_cfg_scale.shape)} {true_cfg_scale.dtype}; one of {scales} [1] is needed."
+        )
+    tensors = {"cond": cond, "uncond": uncond, "sigmas": sigmas, "step_index": step_index, "true_cfg_scale": true_cfg_scale}
+    for name, tensor in tensors.items():
         if tensor.device != latents.device:
             raise ValueError(f"{name}: on {tensor.device}, but latents are on {latents.device}; move it there first.")
 
@@ -194,7 +209,7 @@ def _cfg_euler_step_fake(latents, cond, uncond, sigmas, step_index, true_cfg_sca
 
 register(
     "cfg_euler_step(Tensor latents, Tensor cond, Tensor uncond, Tensor sigmas, "
-    "Tensor step_index, float true_cfg_scale) -> Tensor",
+    "Tensor step_index, Tensor true_cfg_scale) -> Tensor",
     cuda=_cfg_euler_step_cuda,
     cpu=_cfg_euler_step_cpu,
     fake=_cfg_euler_step_fake,
