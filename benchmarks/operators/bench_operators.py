@@ -131,7 +131,7 @@ def guided_step(scheduler: FlowMatchEulerDiscreteScheduler) -> Callable:
 
 
 def stock_cfg_euler_step(latents, cond, uncond, sigmas, _step_index, scale) -> tuple[Run, Callable]:
-    scheduler = scheduler_at(sigmas)
+    scheduler, scale = scheduler_at(sigmas), scale.item()
     step = guided_step(scheduler)
 
     def run():

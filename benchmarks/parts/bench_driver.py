@@ -110,8 +110,10 @@ class Predictions(NamedTuple):
 def sampled(step: Callable[..., torch.Tensor], given: Predictions) -> torch.Tensor:
     """The latents after all steps of a sampler whose step reads its index from the device."""
     latents, step_index = given.latents, torch.zeros(1, dtype=torch.int32, device=given.latents.device)
+    dtype = torch.promote_types(latents.dtype, torch.float32)
+    scale = torch.full((1,), SCALE, dtype=dtype, device=latents.device)
     for cond, uncond in zip(given.cond, given.uncond, strict=True):
-        latents = step(latents, cond, uncond, given.sigmas, step_index, SCALE)
+        latents = step(latents, cond, uncond, given.sigmas, step_index, scale)
         step_index.add_(1)
     return latents
 

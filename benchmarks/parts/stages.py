@@ -60,8 +60,8 @@ def stages(
     def our_schedule() -> torch.Tensor:
         return qwen_fast.Schedule.from_scheduler(ours.scheduler, steps, image_seq_len=image_tokens).sigmas
 
-    sigmas, index = stock_schedule().clone(), torch.zeros(1, dtype=torch.int32)
-    stock_step, _ = stock_cfg_euler_step(latents, cond, uncond, sigmas, index, 4.0)
+    sigmas, index, scale = stock_schedule().clone(), torch.zeros(1, dtype=torch.int32), torch.tensor([4.0])
+    stock_step, _ = stock_cfg_euler_step(latents, cond, uncond, sigmas, index, scale)
     forwards = Forwards(model, pixels, tokens, torch.float32)
     frame = torch.randn(1, 16, 1, pixels // 8, pixels // 8, generator=generator)
 
@@ -88,7 +88,7 @@ def stages(
         "forwards, stock's work": (lambda: torch.cat(forwards.stock()), lambda: torch.cat(forwards.layers()), 0),
         "CFG and Euler step": (
             stock_step,
-            lambda: torch.ops.qwen_fast.cfg_euler_step(latents, cond, uncond, sigmas, index, 4.0),
+            lambda: torch.ops.qwen_fast.cfg_euler_step(latents, cond, uncond, sigmas, index, scale),
             steps,
         ),
         "VAE": (decode(stock, contextlib.nullcontext), decode(ours, ours._images), 1),

@@ -80,7 +80,7 @@ def _sampler(make, dtype, size, predictions, prediction_dtype=None, steps=20, sh
 
 
 def _cfg_euler_step(make, dtype, size, **variant):
-    return *_sampler(make, dtype, size, 2, **variant), 3.7
+    return *_sampler(make, dtype, size, 2, **variant), make.values([3.7], torch.float32)
 
 
 def _tokens(make, dtype, size, layout="rows", channels=None):

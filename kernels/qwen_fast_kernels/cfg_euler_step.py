@@ -124,7 +124,7 @@ def cfg_euler_step(
     """True CFG with norm rescale, then `latents + (sigmas[i + 1] - sigmas[i]) * velocity`.
 
     Every intermediate is rounded to the dtype of `latents`, as diffusers rounds it when latents and predictions share the
-    model's dtype; `true_cfg_scale` itself is not rounded to it. fp32 latents with bf16 or fp16 predictions keep everything in fp32
+    model's dtype; `true_cfg_scale` itself keeps its fp32. fp32 latents with bf16 or fp16 predictions keep everything in fp32
     (the precise sampler). A token whose combined prediction is all zero gives 0 / 0 = NaN, as in diffusers.
 
     Args:
@@ -133,10 +133,10 @@ def cfg_euler_step(
         uncond (Tensor): shape of `latents`; prediction for the negative prompt, dtype of `cond`.
         sigmas (Tensor): `[T + 1]` fp32, contiguous, noise fraction in [0, 1], ends with the terminal sigma.
         step_index (Tensor): `[1]` int32|int64 in [0, T), read on the device.
-        true_cfg_scale (float | Tensor): guidance scale. A tensor is `[1]` fp32 (with fp64 latents fp64 too) and is read on the
-            device, so that a CUDA graph takes whatever value it holds at a replay; NaN or infinity in it is not looked for,
-            since that would wait for the device. A float has to be finite; it is put into such a tensor without waiting for
-            the device, and a CUDA graph keeps its value.
+        true_cfg_scale (float | Tensor): guidance scale. A tensor is `[1]` fp32, or fp64 beside fp64 latents, and is read on
+            the device: each replay of a CUDA graph takes the value that it then holds. Whether that is finite is not
+            checked, since the host would have to wait for the device. A float has to be finite; it is put into such a
+            tensor, without a wait, and a CUDA graph keeps its value.
     Returns:
         Tensor: shape and dtype of `latents`, contiguous, never an alias. On CUDA an index outside [0, T) gives NaN.
     Raises:
@@ -150,7 +150,7 @@ def cfg_euler_step(
     Source: diffusers 0.42.1, pipelines/qwenimage/pipeline_qwenimage.py, QwenImagePipeline.__call__ (denoising loop).
     """
     if not isinstance(true_cfg_scale, torch.Tensor):
-        dtype = torch.promote_types(latents.dtype, torch.float32)
+        dtype = torch.float64 if latents.dtype == torch.float64 else torch.float32
         if not abs(true_cfg_scale) <= torch.finfo(dtype).max:  # NaN is not either
             raise ValueError(f"true_cfg_scale: {true_cfg_scale} is not finite in {dtype}.")
         true_cfg_scale = torch.full((1,), true_cfg_scale, dtype=dtype, device=latents.device)

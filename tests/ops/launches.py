@@ -112,6 +112,11 @@ def main() -> None:
 
         launch()
         seen["a known launch: Triton is not asked"] = launches.of(launch)[1] == 0
+        guided = next(case for case in small_cases() if str(case) == "cfg_euler_step: bf16")
+        *front, _ = guided.arguments(Maker("cpu"))
+        for value in (1.0, 2.5, 7.0):
+            other_scale = partial(guided.module()._cfg_euler_step_cuda, *front, torch.tensor([value]))
+            seen[f"guidance scale {value}: Triton is not asked"] = launches.of(other_scale)[1] == 0
         runtime = triton.knobs.runtime
         for hook in ("launch_enter_hook", "launch_exit_hook"):
             with mock.patch.object(runtime, hook, lambda *_: None):

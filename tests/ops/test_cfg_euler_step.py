@@ -1,6 +1,7 @@
 """cfg_euler_step against the denoising loop of stock diffusers (bit for bit in bf16 and fp16) and against float64."""
 
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -26,14 +27,33 @@ from qwen_fast_kernels.cfg_euler_step import (
     launch_cfg_euler_step,
 )
 from support.canaries import Canaries, between_canaries
+from support.emulated_cuda import notes
 from support.recorded_sampler import Run, play, random_run
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empties")
 
-launch = between_canaries(launch_cfg_euler_step, config=DEFAULT_CONFIG)
+
+def scale_of(latents: torch.Tensor, value: float) -> torch.Tensor:
+    """A guidance scale on the device of the latents, fp64 where they are."""
+    dtype = torch.promote_types(latents.dtype, torch.float32)
+    return torch.tensor([value], dtype=dtype, device=latents.device)
+
+
+def with_a_float(function: Callable) -> Callable:
+    """`function`, which reads the guidance scale from a tensor, called with a float."""
+
+    def call(latents, cond, uncond, sigmas, step_index, true_cfg_scale):
+        return function(latents, cond, uncond, sigmas, step_index, scale_of(latents, true_cfg_scale))
+
+    return call
+
+
+launch_tensor = between_canaries(launch_cfg_euler_step, config=DEFAULT_CONFIG)
+launch, reference = with_a_float(launch_tensor), with_a_float(cfg_euler_step_reference)
 IMPLEMENTATIONS = [
     pytest.param(launch, id="launcher", marks=pytest.mark.triton),
     pytest.param(cfg_euler_step, id="op"),
+    pytest.param(with_a_float(cfg_euler_step), id="op of a tensor"),
 ]
 # How far an fp32 sum of squares in another order may move a norm: a few roundings of 2^-24 each, with room to spare.
 NORM_TOLERANCE = 64 * torch.finfo(torch.float32).eps
@@ -49,7 +69,7 @@ def arguments(run: Run, step: int) -> tuple:
 
 
 def oracle(latents, cond, uncond, sigmas, step_index, true_cfg_scale) -> torch.Tensor:
-    return cfg_euler_step_reference(latents.double(), cond.double(), uncond.double(), sigmas, step_index, true_cfg_scale)
+    return reference(latents.double(), cond.double(), uncond.double(), sigmas, step_index, true_cfg_scale)
 
 
 def norm_is_on_a_rounding_boundary(cond, uncond, true_cfg_scale) -> torch.Tensor:
@@ -79,12 +99,14 @@ def test_every_step_is_stocks(run, shape, dtype, scale, device):
         assert_stocks_but_for_the_order_of_a_sum(run(*arguments(stock, step)), stock, step)
 
 
+@pytest.mark.parametrize("run", [cfg_euler_step, with_a_float(cfg_euler_step)], ids=["float", "tensor"])
+@pytest.mark.parametrize("scale", [3.7, 1 + 2**-12], ids=str)  # neither is a number of bf16 or fp16
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_op_on_the_cpu_is_stocks_to_the_bit(shape, dtype):
-    stock = stock_run(shape, dtype, torch.device("cpu"), 3.7)
+def test_the_op_on_the_cpu_is_stocks_to_the_bit(run, shape, dtype, scale):
+    stock = stock_run(shape, dtype, torch.device("cpu"), scale)
     for step in range(len(stock)):
-        assert_bit_equal(cfg_euler_step(*arguments(stock, step)), stock.latents[step + 1])
+        assert_bit_equal(run(*arguments(stock, step)), stock.latents[step + 1])
 
 
 @pytest.mark.parametrize("run", IMPLEMENTATIONS)
@@ -140,7 +162,7 @@ def test_error_against_float64_is_within_budget(run, dtype, device):
     stock = stock_run((2, 77, 64), dtype, device, 3.7)
     for step in range(len(stock)):
         inputs = arguments(stock, step)
-        assert_within_budget(run(*inputs), cfg_euler_step_reference(*inputs), oracle(*inputs))
+        assert_within_budget(run(*inputs), reference(*inputs), oracle(*inputs))
 
 
 @pytest.mark.parametrize("run", IMPLEMENTATIONS)
@@ -151,7 +173,7 @@ def test_precise_sampler_keeps_everything_in_fp32(run, dtype, device):
     inputs = (latents.float() + 1e-4, *rest)  # not representable in `dtype`
     actual = run(*inputs)
     assert actual.dtype == torch.float32
-    assert_within_budget(actual, cfg_euler_step_reference(*inputs), oracle(*inputs))
+    assert_within_budget(actual, reference(*inputs), oracle(*inputs))
 
 
 @pytest.mark.parametrize("run", IMPLEMENTATIONS)
@@ -188,9 +210,32 @@ def test_inputs_stay_and_the_output_is_new(run, device):
     *tensors, scale = arguments(stock, 1)
     before = [tensor.clone() for tensor in tensors]
     out = run(*tensors, scale)
+    assert out.dtype == tensors[0].dtype
     assert all(torch.equal(now, then) for now, then in zip(tensors, before, strict=True))
     assert out.untyped_storage().data_ptr() not in [tensor.untyped_storage().data_ptr() for tensor in tensors]
     assert_bit_equal(run(*tensors, scale), out)
+
+
+@pytest.mark.parametrize("run", [pytest.param(launch_tensor, id="launcher", marks=pytest.mark.triton), cfg_euler_step])
+def test_the_scale_is_read_from_where_it_lies_and_stays(run, device):
+    """Anywhere in a table, and whatever stands there at the time of the call, NaN included."""
+    stock = stock_run((2, 77, 64), torch.bfloat16, device)
+    *front, _ = arguments(stock, 1)
+    table = torch.tensor([2.5, 3.7, 7.0, 1.5, 4.0], device=device)
+    for place, scale in enumerate(table.tolist()):
+        assert_bit_equal(run(*front, table[place : place + 1]), cfg_euler_step(*front, scale))
+    assert table.tolist() == torch.tensor([2.5, 3.7, 7.0, 1.5, 4.0]).tolist()
+    assert run(*front, table[:1].fill_(float("nan"))).isnan().all()
+
+
+def test_fp64_latents_take_the_scale_in_fp64():
+    stock = stock_run((1, 77, 64), torch.float32, torch.device("cpu"))
+    latents, cond, uncond, *rest, _ = arguments(stock, 1)
+    front = (latents.double(), cond.double(), uncond.double(), *rest)
+    exact, rounded = torch.tensor([3.7], dtype=torch.float64), torch.tensor([3.7])
+    assert_bit_equal(cfg_euler_step(*front, 3.7), cfg_euler_step(*front, exact))
+    assert_bit_equal(cfg_euler_step(*front, rounded), cfg_euler_step(*front, rounded.item()))
+    assert differing(cfg_euler_step(*front, exact), cfg_euler_step(*front, rounded)).any()
 
 
 @pytest.mark.triton
@@ -216,7 +261,8 @@ def test_nothing_outside_the_buffers_is_touched(shape, device):
     stock = stock_run(shape, torch.bfloat16, device)
     latents, cond, uncond, sigmas, step_index, scale = arguments(stock, 0)
     canaries = Canaries()
-    out = launch(*(canaries.copy(tensor) for tensor in (latents, cond, uncond, sigmas)), step_index, scale)
+    inputs = [canaries.copy(tensor) for tensor in (latents, cond, uncond, sigmas)]
+    out = launch_tensor(*inputs, step_index, canaries.copy(torch.tensor([scale], device=device)))
     canaries.check()
     assert_stocks_but_for_the_order_of_a_sum(out, stock, 0)
 
@@ -235,9 +281,9 @@ def test_offsets_beyond_32_bits(one_far_program, device):
         *far,
         sigmas,
         step_index,
+        torch.tensor([scale], device=device),
         numel // 64,
         sigmas.numel() - 1,
-        scale,
         64,
         BLOCK_CHANNELS=64,
         **DEFAULT_CONFIG,
@@ -266,6 +312,13 @@ BAD = (
         "two prediction dtypes": ("uncond", torch.ones(1, 4, 64).bfloat16(), r"uncond: dtype torch.bfloat16"),
         "scale not a number": ("true_cfg_scale", float("nan"), "true_cfg_scale: nan"),
         "infinite scale": ("true_cfg_scale", float("inf"), "true_cfg_scale: inf"),
+        "scale beyond fp32": ("true_cfg_scale", -1e39, r"true_cfg_scale: -1e\+39 is not finite in torch.float32"),
+        "scalar scale": ("true_cfg_scale", torch.tensor(4.0), r"true_cfg_scale: got \(\) torch.float32"),
+        "two scales": ("true_cfg_scale", torch.ones(2), r"true_cfg_scale: got \(2,\)"),
+        "bf16 scale": ("true_cfg_scale", torch.ones(1).bfloat16(), r"true_cfg_scale: .*torch.bfloat16"),
+        "fp64 scale": ("true_cfg_scale", torch.ones(1).double(), r"true_cfg_scale: got \(1,\) torch.float64"),
+        "integer scale": ("true_cfg_scale", torch.ones(1, dtype=torch.int64), r"true_cfg_scale: .*torch.int64"),
+        "scale elsewhere": ("true_cfg_scale", torch.ones(1, device="meta"), "true_cfg_scale: on meta"),
     }
 )
 
@@ -281,34 +334,79 @@ def test_bad_arguments_are_named(name):
 def test_opcheck(dtype, device):
     stock = stock_run((2, 13, 7), dtype, device)
     op = torch.ops.qwen_fast.cfg_euler_step.default
-    torch.library.opcheck(op, arguments(stock, 1))
-    latents, cond, uncond, *rest = arguments(stock, 1)
+    latents, cond, uncond, *rest, scale = arguments(stock, 1)
+    rest.append(scale_of(latents, scale))
+    torch.library.opcheck(op, (latents, cond, uncond, *rest))
     torch.library.opcheck(op, (latents.mT, cond.mT, uncond.mT, *rest))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-def test_compiled_equals_eager(backend, device):
+@pytest.mark.parametrize("form", ["float", "tensor"])
+def test_compiled_equals_eager(form, backend, device):
     stock = stock_run((2, 77, 64), torch.bfloat16, device, 3.7)
     torch.compiler.reset()
     compiled = torch.compile(cfg_euler_step, fullgraph=True, backend=backend)
-    for step in (0, 3):
-        assert_bit_equal(compiled(*arguments(stock, step)), cfg_euler_step(*arguments(stock, step)))
+    for step, scale in ((0, 3.7), (3, 3.7), (3, 2.5), (1, 4.0)):
+        *front, _ = arguments(stock, step)
+        given = scale if form == "float" else scale_of(front[0], scale)
+        assert_bit_equal(compiled(*front, given), cfg_euler_step(*front, scale))
+
+
+def test_compiled_code_serves_every_scale_of_a_tensor(device):
+    stock = stock_run((2, 77, 64), torch.bfloat16, device)
+    *front, _ = arguments(stock, 1)
+    torch.compiler.reset()
+    compiled = torch.compile(cfg_euler_step, fullgraph=True, backend="eager")
+    for recompiles, scale in zip((False, True, True), (3.7, 2.5, 4.0), strict=True):
+        with torch.compiler.set_stance("fail_on_recompile" if recompiles else "default"):
+            assert_bit_equal(compiled(*front, scale_of(front[0], scale)), cfg_euler_step(*front, scale))
+
+
+@pytest.mark.triton
+def test_a_captured_graph_takes_the_scale_of_its_replay(emulated_cuda):
+    """The same launch in the same graph: nothing is compiled, loaded or captured anew, and the host waits for nothing."""
+    stock = stock_run((2, 77, 64), torch.bfloat16, torch.device("cpu"))
+    *front, _ = arguments(stock, 1)
+    given = [tensor.to("cuda") for tensor in front]
+    scale = torch.tensor([4.0]).to("cuda")
+    cfg_euler_step(*given, scale)  # loads the code
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = cfg_euler_step(*given, scale)
+    for value in (4.0, 3.7, 2.5):
+        scale.fill_(value)
+        graph.replay()
+        assert_bit_equal(out.cpu(), cfg_euler_step(*front, value))
+    assert len(emulated_cuda.notes.of(notes.CAPTURE)) == 1 and not emulated_cuda.notes.of(notes.FIRST)
+
+
+@pytest.mark.triton
+def test_a_float_reaches_the_device_without_waiting_for_it(emulated_cuda):
+    stock = stock_run((2, 77, 64), torch.bfloat16, torch.device("cpu"))
+    *front, _ = arguments(stock, 1)
+    given = [tensor.to("cuda") for tensor in front]
+    with emulated_cuda.notes.during("step"):
+        out = cfg_euler_step(*given, 3.7)
+    seen = emulated_cuda.notes.of(phase="step")
+    assert [note.kind for note in seen] == [notes.LAUNCH], list(map(str, seen))
+    assert_bit_equal(out.cpu(), cfg_euler_step(*front, 3.7))
 
 
 @pytest.mark.gpu
 def test_a_captured_graph_replays_every_step(device):
     stock = stock_run((2, 77, 64), torch.bfloat16, device)
     latents, cond, uncond = (tensor.clone() for tensor in arguments(stock, 0)[:3])
-    step_index = stock.index(0)
+    step_index, scale = stock.index(0), scale_of(latents, 4.0)
     launch(latents, cond, uncond, stock.sigmas, step_index, 4.0)  # compiles outside the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        latents.copy_(cfg_euler_step(latents, cond, uncond, stock.sigmas, step_index, 4.0))
+        latents.copy_(cfg_euler_step(latents, cond, uncond, stock.sigmas, step_index, scale))
         step_index.add_(1)
     eager = stock.latents[0]
     for step in range(len(stock)):
         cond.copy_(stock.cond[step])
         uncond.copy_(stock.uncond[step])
+        scale.fill_(4.0 - 0.3 * step)
         graph.replay()
-        eager = cfg_euler_step(eager, *arguments(stock, step)[1:])
+        eager = cfg_euler_step(eager, *arguments(stock, step)[1:-1], 4.0 - 0.3 * step)
         assert_bit_equal(latents, eager)

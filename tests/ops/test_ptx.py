@@ -105,6 +105,14 @@ def test_offsets_are_64_bits_wide(compiled):
         assert not narrow_offsets(ttir), f"{name}: {narrow_offsets(ttir)}"
 
 
+def test_no_float_is_baked_into_a_launch(compiled):
+    """A CUDA graph keeps what a launch passes by value: the guidance scale lies in device memory."""
+    for name, result in compiled.items():
+        (ptx,) = result["ptx"]
+        if name.startswith("cfg_euler_step"):
+            assert ".param .u64" in ptx and not re.findall(r"\.param \.f\d+", ptx), name
+
+
 def test_nothing_is_spilled(compiled):
     for name, result in compiled.items():
         assert not faults(result["rows"][0]), f"{name}: {faults(result['rows'][0])}"

@@ -28,14 +28,14 @@ def random_size(draw: random.Random) -> Size:
 
 
 class Anywhere(Maker):
-    """Index tensors begin anywhere: the table rows of the image tokens begin behind those of a prompt."""
+    """Index tensors and scalars begin anywhere: the table rows of the image tokens begin behind those of a prompt."""
 
     def __init__(self, draw: random.Random) -> None:
         super().__init__("cuda", fake=True)
         self.draw = draw
 
     def values(self, values: list, dtype=torch.int32) -> torch.Tensor:
-        offset = self.draw.randrange(16) if dtype == torch.int32 else 0
+        offset = self.draw.randrange(16) if dtype == torch.int32 or len(values) == 1 else 0
         return super().values(values + [0] * offset, dtype).narrow(0, offset, len(values))
 
 
