@@ -135,10 +135,11 @@ def _read_origin(function: types.FunctionType) -> _Origin | None:
     while True:
         if isinstance(function, types.MethodType):
             function = function.__func__
-        if not isinstance(function, types.FunctionType) or hasattr(function, "_torchdynamo_orig_callable"):
+        if not isinstance(function, types.FunctionType):
             return None
         file, wrapped = function.__code__.co_filename, function.__dict__.get("__wrapped__")
-        neutral = wrapped is not None and (file == _CONTEXTLIB or file.endswith(_NEUTRAL))
+        uncompiled = "_torchdynamo_disable" in vars(function)  # torch.compiler.disable
+        neutral = wrapped is not None and (file == _CONTEXTLIB or file.endswith(_NEUTRAL) or uncompiled)
         package = _package(file)
         if not neutral and (package is None or (package == "torch" and wrapped is not None)):
             return None  # torch's other decorators change what is computed: autocast, compile
