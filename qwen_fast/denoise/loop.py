@@ -26,13 +26,15 @@ def denoise(pipe: Any, latents: torch.Tensor, task: Task, callback: Any, callbac
     """
     state, scheduler, schedule = pipe.fast_state, pipe.scheduler, task.schedule
     model_dtype = latents.dtype
-    if state.precise_sampler:
+    own_step = pipe.own_step()
+    if state.precise_sampler and own_step is None:
         latents = latents.float()
     step_index = torch.zeros(1, dtype=torch.int32, device=latents.device)
-    # Callbacks read the scheduler, so it shows what stock's would.
-    scheduler.sigmas, scheduler.timesteps = schedule.sigmas, schedule.timesteps
-    scheduler.num_inference_steps = schedule.num_inference_steps
-    scheduler._step_index, scheduler._begin_index = None, 0
+    if own_step is None:
+        # Callbacks read the scheduler, so it shows what stock's would.
+        scheduler.sigmas, scheduler.timesteps = schedule.sigmas, schedule.timesteps
+        scheduler.num_inference_steps = schedule.num_inference_steps
+        scheduler._step_index, scheduler._begin_index = None, 0
 
     pace, check = _Pace(latents.device), FiniteCheck(latents, schedule.timesteps) if state.check_nan else None
     with contextlib.ExitStack() as stack:
@@ -42,7 +44,9 @@ def denoise(pipe: Any, latents: torch.Tensor, task: Task, callback: Any, callbac
         progress_bar = stack.enter_context(pipe.progress_bar(total=schedule.num_inference_steps))
         forwards = Forwards(pipe, call, task, step_index, latents.shape[0], model_dtype)
         captured = None
-        reason = graph.reason_against(pipe, forwards, callback)
+        reason = "the scheduler takes the steps itself"
+        if own_step is None:
+            reason = graph.reason_against(pipe, forwards, callback)
         if reason is None:
             captured = graph.captured_step(pipe, call, forwards, latents)
         state.graph = reason
@@ -54,16 +58,34 @@ def denoise(pipe: Any, latents: torch.Tensor, task: Task, callback: Any, callbac
                 latents = captured.run(state)
             else:
                 predictions = forwards.predict(latents.to(model_dtype))
-                latents = sampler_step(state, latents, predictions, schedule.sigmas, step_index, task.true_cfg_scale)
+                predicted = {}
+                if own_step is not None or not {"latents", "prompt_embeds"}.issuperset(callback_inputs):
+                    predicted = guided(predictions, task.true_cfg_scale)
+                if own_step is not None:
+                    outside = CALL.set(None)
+                    try:
+                        latents = own_step(predicted["noise_pred"], t, latents)
+                    finally:
+                        CALL.reset(outside)
+                else:
+                    latents = sampler_step(state, latents, predictions, schedule.sigmas, step_index, task.true_cfg_scale)
                 step_index.add_(1)  # in stream order, so no program of this step can see the next index
-            scheduler._step_index = i + 1
+            if own_step is None:
+                scheduler._step_index = i + 1
             if callback is not None:
-                tensors = {"latents": latents, "prompt_embeds": task.prompts[0][0]}
+                tensors = predicted | {"latents": latents, "prompt_embeds": task.prompts[0][0]}
+                shown = None if own_step is not None else _shown(scheduler)
                 outside = CALL.set(None)  # a callback may run another pipeline on the same transformer
                 try:
                     outputs = callback(pipe, i, t, {name: tensors[name] for name in callback_inputs})
                 finally:
                     CALL.reset(outside)
+                if own_step is None:
+                    own_step = pipe.own_step()
+                    if pipe.scheduler is not scheduler or _shown(scheduler) != shown:
+                        own_step = pipe.step_of_scheduler
+                    if own_step is not None:
+                        state.fall_back("a callback changed the scheduler, which takes the steps from there on")
                 latents = outputs.pop("latents", latents)
                 embeds = outputs.pop("prompt_embeds", task.prompts[0][0])
                 task.prompts[0] = (embeds, task.prompts[0][1])
@@ -79,6 +101,27 @@ def denoise(pipe: Any, latents: torch.Tensor, task: Task, callback: Any, callbac
         if found is not None:
             logger.warning("check_nan: %s.", found)
     return latents if captured is None else latents.clone()  # the next call writes into the graph's buffers
+
+
+def guided(predictions: tuple[torch.Tensor, ...], true_cfg_scale: float | None) -> dict[str, torch.Tensor]:
+    """What stock's loop has of a step's predictions, by its names and with its roundings; "noise_pred" is the velocity."""
+    if true_cfg_scale is None:
+        return {"noise_pred": predictions[0]}
+    cond, uncond = predictions
+    combined = uncond + true_cfg_scale * (cond - uncond)
+    cond_norm, noise_norm = (torch.norm(one, dim=-1, keepdim=True) for one in (cond, combined))
+    return {
+        "noise_pred": combined * (cond_norm / noise_norm),
+        "neg_noise_pred": uncond,
+        "comb_pred": combined,
+        "cond_norm": cond_norm,
+        "noise_norm": noise_norm,
+    }
+
+
+def _shown(scheduler: Any) -> tuple[int, int]:
+    """Which sigmas `scheduler` holds, and how often they were written to."""
+    return id(scheduler.sigmas), 0 if scheduler.sigmas.is_inference() else scheduler.sigmas._version
 
 
 class FiniteCheck:

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..common.hooks import is_hooked
+from ..common.own import foreign_methods, foreign_on
 from ..common.placement import on_device, to_device, to_host, weights_reason
 from ..common.state import State, logger
 from .cache import Encoded, PromptCache
@@ -173,10 +174,16 @@ def stock_reason(pipe: Any) -> str | None:
     """Why stock's own code encodes, or None."""
     if torch.is_grad_enabled():
         return "gradients are asked for while encoding (use torch.no_grad or torch.inference_mode)"
+    names = ("_get_qwen_prompt_embeds", "_extract_masked_hidden")
+    found = foreign_methods(pipe.STANDS_FOR, names) + foreign_on(pipe, names[1:])
     encoder = pipe.text_encoder
     if type(encoder) is not STOCK and not (encoder is None and pipe.fast_state.texts.freed):
         return f"text_encoder is a {type(encoder).__name__}, not a {STOCK.__name__}"
-    return None
+    if encoder is not None:
+        found += foreign_methods(STOCK, ("forward",)) + foreign_methods(type(encoder.model), ("forward",))
+        if not {"_hf_hook", "_diffusers_hook"} & vars(encoder.model).keys():  # which place its weights, and replace its forward
+            found += foreign_on(encoder.model, ("forward",))
+    return f"{', '.join(found)}: not diffusers' or transformers' own" if found else None
 
 
 def prompt_embeds(

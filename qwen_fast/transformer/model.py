@@ -22,6 +22,7 @@ from qwen_fast_kernels import ada_layer_norm
 
 from ..common.fingerprint import modules_signature
 from ..common.hooks import OURS, is_hooked, rebind_forward
+from ..common.pickled import PickledAsStock
 from ..common.proofs import require_transformer
 from ..common.state import State
 from .blocks import Address, Rows, stock_reason
@@ -37,8 +38,10 @@ _SIGNATURE = inspect.signature(STOCK.forward)
 _KEPT_LAYOUTS = 16
 
 
-class QwenImageTransformerBlock(STOCK_BLOCK):
+class QwenImageTransformerBlock(PickledAsStock, STOCK_BLOCK):
     """diffusers' block. Called as a module (something is attached to it), it is fused within its own boundaries."""
+
+    STANDS_FOR = STOCK_BLOCK
 
     def forward(
         self,
@@ -77,12 +80,15 @@ class QwenImageTransformerBlock(STOCK_BLOCK):
         return _as_batches(rows.residual, layout)
 
 
-class QwenImageTransformer2DModel(STOCK):
+class QwenImageTransformer2DModel(PickledAsStock, STOCK):
     """diffusers.QwenImageTransformer2DModel with its hot paths in fused operators; parameters and names are diffusers'.
 
     Built or loaded as this class, every forward without gradients is fused, whoever calls it. `enable` attaches the class
     to a pipeline's own model instead, and then only that pipeline's calls are.
     """
+
+    STANDS_FOR = STOCK
+    NOT_PICKLED = (ATTACHED,)
 
     @functools.wraps(STOCK.__init__)  # the configuration is read from this signature
     def __init__(self, *args: Any, **kwargs: Any):

@@ -20,6 +20,7 @@ from torch import nn
 
 from ..common.hooks import OURS, rebind_forward
 from ..common.options import check_vae_memory
+from ..common.pickled import PickledAsStock
 from ..common.proofs import require_vae
 from ..common.state import STATE, State, logger
 from .bands import MOST_ON_CUDA, choose, memory_limit, run, whole_peak
@@ -38,8 +39,10 @@ class _Users(weakref.WeakSet):
         return _Users()
 
 
-class QwenImageCausalConv3d(STOCK_CONV):
+class QwenImageCausalConv3d(PickledAsStock, STOCK_CONV):
     """diffusers' convolution; inside `images`, one frame without a past goes through the last temporal tap alone."""
+
+    STANDS_FOR = STOCK_CONV
 
     def forward(self, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
         width, _, height, _, past, _ = self._padding
@@ -53,8 +56,10 @@ class QwenImageCausalConv3d(STOCK_CONV):
         return frame[:, :, None]
 
 
-class _Pictures:
+class _Pictures(PickledAsStock):
     """Before a VAE of diffusers; where it is active, one frame is coded without the caches that serve a video's next ones."""
+
+    NOT_PICKLED = (STATE, USERS)
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         state = self._state()
@@ -106,12 +111,16 @@ class _Pictures:
 class AutoencoderKLQwenImage(_Pictures, STOCK):
     """diffusers' VAE, for pictures."""
 
+    STANDS_FOR = STOCK
+
 
 _SWAPS = {STOCK: AutoencoderKLQwenImage, STOCK_CONV: QwenImageCausalConv3d}
 if STOCK_OF_21 is not None:
 
     class AutoencoderKLQwenImage21(_Pictures, STOCK_OF_21):
         """diffusers' VAE of Qwen-Image-2.1, for pictures."""
+
+        STANDS_FOR = STOCK_OF_21
 
     _SWAPS[STOCK_OF_21] = AutoencoderKLQwenImage21
 
