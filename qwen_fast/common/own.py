@@ -27,7 +27,7 @@ _NEUTRAL = tuple(
     os.path.join(*parts) for parts in (("torch", "utils", "_contextlib.py"), ("huggingface_hub", "utils", "_validators.py"))
 )
 _CONTEXTLIB = contextlib.contextmanager.__code__.co_filename
-_ALIASES = {("Module", "__call__"): "_wrapped_call_impl"}
+_ALIASES = {("Module", "__call__"): "Module._wrapped_call_impl", ("Module", "forward"): "_forward_unimplemented"}
 
 
 class _Origin(NamedTuple):
@@ -104,8 +104,7 @@ def _belongs(origin: _Origin, base: type, name: str) -> bool:
     package = base.__module__.partition(".")[0]
     if _OURS not in origin.packages and (package not in _PACKAGES or origin.packages != {package}):
         return False
-    name = _ALIASES.get((base.__name__, name), name)
-    return origin.qualname == f"{base.__qualname__}.{name}"
+    return origin.qualname == _ALIASES.get((base.__qualname__, name), f"{base.__qualname__}.{name}")
 
 
 def _function(attribute: Any) -> Any:

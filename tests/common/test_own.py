@@ -45,6 +45,7 @@ STOCK = {
     transformers.Qwen2_5_VLForConditionalGeneration: ("forward", "__call__"),
     nn.Linear: ("forward", "__call__", "_call_impl"),
     nn.LayerNorm: ("forward",),
+    nn.ModuleList: ("forward", "__call__"),
 }
 
 
