@@ -61,6 +61,13 @@ def foreign_on(instance: Any, names: Iterable[str]) -> list[str]:
     ]
 
 
+def foreign_forward(module: Any) -> list[str]:
+    """The forward that somebody put on a torch module itself; those of accelerate's and diffusers' hooks do not count."""
+    if "forward" not in vars(module) or {"_hf_hook", "_diffusers_hook"} & vars(module).keys():
+        return []
+    return foreign_on(module, ("forward",))
+
+
 def foreign_functions(module: types.ModuleType, names: Iterable[str]) -> list[str]:
     """Those of `names` that are not a function of the package of `module` by that name, as "module.function"."""
     found, package = [], module.__name__.partition(".")[0]

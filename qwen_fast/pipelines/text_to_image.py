@@ -31,7 +31,6 @@ from .callbacks import Callback
 from .foreign import note_foreign, scheduler_reason, scheduling_is_foreign
 from .inputs import check_attention, check_call, check_components, whole
 
-
 STOCK = diffusers.QwenImagePipeline
 _SIGNATURE = inspect.signature(STOCK.__call__)
 

@@ -22,7 +22,7 @@ from qwen_fast_kernels import ada_layer_norm
 
 from ..common.fingerprint import modules_signature
 from ..common.hooks import OURS, is_hooked, rebind_forward
-from ..common.pickled import PickledAsStock
+from ..common.pickled import EqualsStock, PickledAsStock
 from ..common.proofs import require_transformer
 from ..common.state import State
 from .blocks import Address, Rows, stock_reason
@@ -80,7 +80,7 @@ class QwenImageTransformerBlock(PickledAsStock, STOCK_BLOCK):
         return _as_batches(rows.residual, layout)
 
 
-class QwenImageTransformer2DModel(PickledAsStock, STOCK):
+class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
     """diffusers.QwenImageTransformer2DModel with its hot paths in fused operators; parameters and names are diffusers'.
 
     Built or loaded as this class, every forward without gradients is fused, whoever calls it. `enable` attaches the class
