@@ -27,7 +27,7 @@ _NEUTRAL = tuple(
     os.path.join(*parts) for parts in (("torch", "utils", "_contextlib.py"), ("huggingface_hub", "utils", "_validators.py"))
 )
 _CONTEXTLIB = contextlib.contextmanager.__code__.co_filename
-_ALIASES = {("Module", "__call__"): "_wrapped_call_impl"}
+_ALIASES = {("Module", "__call__"): "Module._wrapped_call_impl", ("Module", "forward"): "_forward_unimplemented"}
 
 
 class _Origin(NamedTuple):
@@ -59,6 +59,13 @@ def foreign_on(instance: Any, names: Iterable[str]) -> list[str]:
     return [
         f"{type(instance).__name__}.{name}" for name in names if name in held and not _is_own_bound(held[name], instance, name)
     ]
+
+
+def foreign_forward(module: Any) -> list[str]:
+    """The forward that somebody put on a torch module itself; those of accelerate's and diffusers' hooks do not count."""
+    if "forward" not in vars(module) or {"_hf_hook", "_diffusers_hook"} & vars(module).keys():
+        return []
+    return foreign_on(module, ("forward",))
 
 
 def foreign_functions(module: types.ModuleType, names: Iterable[str]) -> list[str]:
@@ -104,8 +111,7 @@ def _belongs(origin: _Origin, base: type, name: str) -> bool:
     package = base.__module__.partition(".")[0]
     if _OURS not in origin.packages and (package not in _PACKAGES or origin.packages != {package}):
         return False
-    name = _ALIASES.get((base.__name__, name), name)
-    return origin.qualname == f"{base.__qualname__}.{name}"
+    return origin.qualname == _ALIASES.get((base.__qualname__, name), f"{base.__qualname__}.{name}")
 
 
 def _function(attribute: Any) -> Any:
@@ -135,10 +141,11 @@ def _read_origin(function: types.FunctionType) -> _Origin | None:
     while True:
         if isinstance(function, types.MethodType):
             function = function.__func__
-        if not isinstance(function, types.FunctionType) or hasattr(function, "_torchdynamo_orig_callable"):
+        if not isinstance(function, types.FunctionType):
             return None
         file, wrapped = function.__code__.co_filename, function.__dict__.get("__wrapped__")
-        neutral = wrapped is not None and (file == _CONTEXTLIB or file.endswith(_NEUTRAL))
+        uncompiled = "_torchdynamo_disable" in vars(function)  # torch.compiler.disable
+        neutral = wrapped is not None and (file == _CONTEXTLIB or file.endswith(_NEUTRAL) or uncompiled)
         package = _package(file)
         if not neutral and (package is None or (package == "torch" and wrapped is not None)):
             return None  # torch's other decorators change what is computed: autocast, compile

@@ -70,6 +70,8 @@ class Denoiser:
         self.graph: graph.StepGraph | None = None
         self._context = contextlib.ExitStack()
         self._scale, self._steps = 1.0, 0
+        self.own_step: OwnStep | None = None
+        self.watched = False
         if ATTACHED in self.model.__dict__:
             self.call = Call(self.model, self.state)
             self.look()
@@ -120,7 +122,7 @@ class Denoiser:
             own_step: the user's own step in place of ours, from velocity, timestep and latents.
             watched: somebody wants to see the predictions.
         """
-        self._own_step = own_step
+        self.own_step, self.watched = own_step, watched
         with entered(self.call), self._context:
             self._apply_lora_scale()
             reason = (
@@ -133,6 +135,11 @@ class Denoiser:
                 yield
             finally:
                 self._leave_graph()
+
+    def leave_steps_to(self, step: OwnStep) -> None:
+        """From here on the user's own step is taken."""
+        self._leave_graph()
+        self.own_step = step
 
     def _leave_graph(self) -> None:
         if self.graph is not None:
@@ -155,8 +162,10 @@ class Denoiser:
         if self.graph is not None:
             return self.graph.run(index, latents)
         self.predictions = self.predict(latents.to(self.dtype))
-        if self._own_step is not None:
-            latents = self._own_step(guided(self.predictions, self.task.true_cfg_scale), t, latents)
+        if self.own_step is not None:
+            velocity = guided(self.predictions, self.task.true_cfg_scale)["noise_pred"]
+            with self.aside():
+                latents = self.own_step(velocity, t, latents)
         else:
             sigmas = self.task.schedule.sigmas
             latents = sampler_step(self.state, latents, self.predictions, sigmas, self.step_index, self.guidance)
@@ -246,16 +255,23 @@ class Denoiser:
         return torch.cat(rows), positions
 
 
-def guided(predictions: tuple[torch.Tensor, ...], true_cfg_scale: float | None) -> torch.Tensor:
-    """Classifier-free guidance with stock's rescaling of each token's norm, by stock's operations.
+def guided(predictions: tuple[torch.Tensor, ...], true_cfg_scale: float | None) -> dict[str, torch.Tensor]:
+    """What stock's loop has of a step's predictions, by its names and with its roundings; "noise_pred" is the velocity.
 
     Source: diffusers 0.42.1, pipelines/qwenimage/pipeline_qwenimage.py, QwenImagePipeline.__call__.
     """
     if true_cfg_scale is None:
-        return predictions[0]
-    positive, negative = predictions
-    combined = negative + true_cfg_scale * (positive - negative)
-    return combined * (torch.norm(positive, dim=-1, keepdim=True) / torch.norm(combined, dim=-1, keepdim=True))
+        return {"noise_pred": predictions[0]}
+    cond, uncond = predictions
+    combined = uncond + true_cfg_scale * (cond - uncond)
+    cond_norm, noise_norm = (torch.norm(one, dim=-1, keepdim=True) for one in (cond, combined))
+    return {
+        "noise_pred": combined * (cond_norm / noise_norm),
+        "neg_noise_pred": uncond,
+        "comb_pred": combined,
+        "cond_norm": cond_norm,
+        "noise_norm": noise_norm,
+    }
 
 
 def sampler_step(

@@ -22,24 +22,28 @@ def denoise(pipe: Any, latents: torch.Tensor, task: Task, callback: Any, callbac
         Tensor: `[B, S_img, C]`; fp32 with the precise sampler.
     """
     state, scheduler, schedule = pipe.fast_state, pipe.scheduler, task.schedule
+    own_step = pipe.own_step()
     denoiser = Denoiser(pipe, task, latents)
-    if state.precise_sampler:
-        latents = latents.float()
-    # Callbacks read the scheduler, so it shows what stock's would.
-    scheduler.sigmas, scheduler.timesteps = schedule.sigmas, schedule.timesteps
-    scheduler.num_inference_steps = schedule.num_inference_steps
-    scheduler._step_index, scheduler._begin_index = None, 0
+    if own_step is None:
+        if state.precise_sampler:
+            latents = latents.float()
+        # Callbacks read the scheduler, so it shows what stock's would.
+        scheduler.sigmas, scheduler.timesteps = schedule.sigmas, schedule.timesteps
+        scheduler.num_inference_steps = schedule.num_inference_steps
+        scheduler._step_index, scheduler._begin_index = None, 0
 
     pace, check = _Pace(latents.device), FiniteCheck(latents, schedule.timesteps) if state.check_nan else None
-    watched = callback is not None and "noise_pred" in callback_inputs
-    with denoiser.running(latents, None, watched), pipe.progress_bar(total=schedule.num_inference_steps) as progress_bar:
+    watched = callback is not None and not {"latents", "prompt_embeds"}.issuperset(callback_inputs)
+    running = denoiser.running(latents, own_step, watched)
+    with running, pipe.progress_bar(total=schedule.num_inference_steps) as progress_bar:
         graphed = denoiser.graph is not None
         for i, t in enumerate(steps(schedule.timesteps)):
             if pipe.interrupt:
                 continue
             pipe._current_timestep = t
             latents = denoiser.step(i, t, latents)
-            scheduler._step_index = i + 1
+            if denoiser.own_step is None:
+                scheduler._step_index = i + 1
             if callback is not None:
                 latents = _call_back(callback, callback_inputs, denoiser, i, t, latents)
             if check is not None:
@@ -59,17 +63,30 @@ def _call_back(
     callback: Any, names: list[str], denoiser: Denoiser, i: int, t: torch.Tensor, latents: torch.Tensor
 ) -> torch.Tensor:
     """Stock's `callback_on_step_end`; the latents that it leaves."""
+    pipe, scheduler = denoiser.pipe, denoiser.pipe.scheduler
     embeds, mask = denoiser.task.prompts[0]
     own = latents.clone() if denoiser.graph is not None and "latents" in names else latents
-    tensors = {"latents": own, "prompt_embeds": embeds}
-    if "noise_pred" in names:
-        tensors["noise_pred"] = guided(denoiser.predictions, denoiser.task.true_cfg_scale)
+    tensors = guided(denoiser.predictions, denoiser.task.true_cfg_scale) if denoiser.watched else {}
+    tensors |= {"latents": own, "prompt_embeds": embeds}
+    shown = None if denoiser.own_step is not None else _shown(scheduler)
     with denoiser.aside():
-        outputs = callback(denoiser.pipe, i, t, {name: tensors[name] for name in names})
+        outputs = callback(pipe, i, t, {name: tensors[name] for name in names})
+    if denoiser.own_step is None:
+        step = pipe.own_step()
+        if pipe.scheduler is not scheduler or _shown(scheduler) != shown:
+            step = pipe.step_of_scheduler
+        if step is not None:
+            denoiser.state.fall_back("a callback changed the scheduler, which takes the steps from there on")
+            denoiser.leave_steps_to(step)
     given = outputs.pop("prompt_embeds", embeds)
     denoiser.task.prompts[0] = (given, mask)
     denoiser.look(changed_prompt="prompt_embeds" in names or given is not embeds)  # it may have edited them in place
     return outputs.pop("latents", own)
+
+
+def _shown(scheduler: Any) -> tuple[int, int]:
+    """Which sigmas `scheduler` holds, and how often they were written to."""
+    return id(scheduler.sigmas), 0 if scheduler.sigmas.is_inference() else scheduler.sigmas._version
 
 
 class FiniteCheck:

@@ -1,20 +1,30 @@
 """What all accelerated pipelines share."""
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ..common import proofs
 from ..common.hardware import check_device
+from ..common.own import foreign_methods
+from ..common.pickled import PickledAsStock
 from ..common.state import STATE, State, logger
 from ..text import encoding as text
 from ..transformer.attach import attach, detach
 from ..vae import pictures as fast_vae
 
 
-class AcceleratedPipeline:
+def without_no_grad(call: Callable[..., Any]) -> Callable[..., Any]:
+    """`__call__` of a pipeline as it runs where gradients are on: reward tuning takes it from under its torch.no_grad."""
+    return getattr(call, "__wrapped__", call) if torch.is_grad_enabled() else call
+
+
+class AcceleratedPipeline(PickledAsStock):
     """What all accelerated pipelines share: state, checks before any work, and the repair of diffusers' mask pairing."""
+
+    NOT_PICKLED = (STATE,)
 
     supports_precise_sampler = False
     supports_check_nan = False
@@ -49,6 +59,15 @@ class AcceleratedPipeline:
         diffusers 0.42.1 repeats embeddings prompt by prompt but tiles the masks, so prompts of different lengths with
         num_images_per_prompt > 1 get each other's masks. Here both are repeated prompt by prompt.
         """
+        if foreign_methods(self.STANDS_FOR, ("encode_prompt",)):
+            return super().encode_prompt(
+                prompt=prompt,
+                device=device,
+                num_images_per_prompt=num_images_per_prompt,
+                prompt_embeds=prompt_embeds,
+                prompt_embeds_mask=prompt_embeds_mask,
+                max_sequence_length=max_sequence_length,
+            )
         names = ("encode_prompt", "_get_qwen_prompt_embeds")
         # What a method of the user's own may have done to the embeddings, even in place, is not what the cache holds.
         ours = all(getattr(getattr(self, name), "__func__", None) is vars(AcceleratedPipeline)[name] for name in names)
@@ -79,7 +98,10 @@ class AcceleratedPipeline:
         reason = text.stock_reason(self)
         if reason is not None:
             self.fast_state.fall_back(reason)
-            return super()._get_qwen_prompt_embeds(prompt, device, dtype)
+            text.bring_back(self, self.fast_state)
+            embeds = super()._get_qwen_prompt_embeds(prompt, device, *(() if dtype is None else (dtype,)))
+            text.rest(self)
+            return embeds
         prompts = [prompt] if isinstance(prompt, str) else prompt
         return text.prompt_embeds(self, prompts, device or self._execution_device, dtype)
 
@@ -97,7 +119,8 @@ class AcceleratedPipeline:
     def device(self) -> torch.device:
         """As diffusers', never that of a text encoder that rests in host memory."""
         state = self.__dict__.get(STATE)
-        if state is not None and state.texts is not None and state.texts.resting:
+        resting = state is not None and state.texts is not None and state.texts.resting
+        if resting and self.transformer is not None:
             return self.transformer.device
         return super().device
 
@@ -106,6 +129,8 @@ class AcceleratedPipeline:
         state, model = self.fast_state, self.transformer
         if state.transformer is not None and state.transformer is not model:
             self.remove_transformer()  # the user put another in
+        if model is None:
+            return None
         parts = (model, *getattr(model, "transformer_blocks", ()))
         if any(part.__dict__.get("_compiled_call_impl") is not None for part in parts):
             self.remove_transformer()  # what was compiled is stock's forward, which needs all its weights on the device
@@ -139,6 +164,16 @@ class AcceleratedPipeline:
         if state.transformer is not None:
             detach(state.transformer, state)
             state.transformer = None
+
+    def give_transformer_back(self) -> None:
+        """`remove_transformer` for a call on stock; where memory is too short for all its weights they stay on the host.
+
+        Stock's forward works there too: it brings each block's modulation weights along, which is slow.
+        """
+        try:
+            self.remove_transformer()
+        except RuntimeError as error:
+            logger.warning("stock's forward will bring the modulation weights along each time, which is slow: %s", error)
 
     def install_vae(self) -> str | None:
         """Attach to the VAE that the pipeline has now, if the option says so; returns why it cannot be, or None."""

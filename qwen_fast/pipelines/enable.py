@@ -131,6 +131,7 @@ def _refusal(pipe: Any) -> str:
     name, known = type(pipe).__name__, ", ".join(stock.__name__ for stock in ACCELERATED)
     if isinstance(pipe, tuple(ACCELERATED)):
         return f"`pipe` is a {name}, a subclass with code of its own, which enable would replace. It takes exactly: {known}."
-    if name.startswith("QwenImage") and isinstance(pipe, diffusers.DiffusionPipeline):
+    modular = getattr(diffusers, "ModularPipeline", ())  # newer than the oldest diffusers we take
+    if name.startswith("QwenImage") and isinstance(pipe, (diffusers.DiffusionPipeline, *((modular,) if modular else ()))):
         return f"`pipe` is a {name}, which is not accelerated yet and was left unchanged. Accelerated: {known}."
     return f"`pipe` is a {name}, not a pipeline of the Qwen-Image family. Accelerated: {known}."

@@ -1,5 +1,6 @@
 """Checks of a pipeline call's arguments, all before any GPU work; each message names the argument, its value and what works."""
 
+import operator
 from typing import Any
 
 import torch
@@ -11,6 +12,28 @@ def check_attention(option: str, device: torch.device) -> None:
     """A ValueError where the attention that was named is not there on the device of a call."""
     if option in ("cudnn", "efficient") and device.type != "cuda":
         raise ValueError(f"`attention` is {option!r}, which torch has for CUDA devices only, not for {device}; use 'auto'.")
+
+
+def whole(value: Any) -> Any:
+    """A whole number of numpy's or torch's as Python's; anything else as it is."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
+
+
+def check_components(pipe: Any, arguments: dict[str, Any]) -> None:
+    """Before any work: are the parts there that this call draws with? A pipeline may be loaded without some, to encode only.
+
+    Raises:
+        AttributeError: as stock, which finds out when it comes to the part; it names the part.
+    """
+    for name in ("transformer", "scheduler", *(() if arguments["output_type"] == "latent" else ("vae",))):
+        if getattr(pipe, name) is None:
+            other = ", or output_type='latent'" if name == "vae" else ""
+            raise AttributeError(
+                f"`pipe.{name}` is None, and a picture cannot be drawn without it: give the pipeline one{other}."
+            )
 
 
 def check_call(pipe: Any, arguments: dict[str, Any]) -> None:

@@ -1,11 +1,16 @@
 """What an accelerated pipeline did: the counters it keeps while it runs, and the report a user reads."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
 
 from ..common.state import STATE, State
+from ..transformer.call import ATTACHED
+
+TRANSFORMER = diffusers.QwenImageTransformer2DModel
 
 
 @dataclass(frozen=True)
@@ -13,7 +18,7 @@ class Report:
     """What qwen_fast does for a pipeline. `str()` of it is for people.
 
     Attributes:
-        pipeline (str): class of the pipeline or VAE.
+        pipeline (str): class of the pipeline, VAE or transformer.
         enabled (bool): whether it is accelerated.
         replaced (list[str]): what runs on qwen_fast.
         calls (dict[str, int]): fast calls so far, by operator.
@@ -38,7 +43,8 @@ class Report:
     def __str__(self) -> str:
         if not self.enabled:
             call = "enable_vae(vae)" if self.pipeline.startswith("Autoencoder") else "enable(pipe)"
-            return f"qwen_fast: {self.pipeline} is not accelerated; `qwen_fast.{call}` does it."
+            whose = " of its pipeline" if self.pipeline.startswith("QwenImageTransformer") else ""
+            return f"qwen_fast: {self.pipeline} is not accelerated; `qwen_fast.{call}`{whose} does it."
         fast, slow = sum(self.calls.values()), sum(self.fallbacks.values())
         lines = [f"qwen_fast: {self.pipeline} is accelerated; {fast} fast calls, {slow} on stock diffusers"]
         lines += [f"  replaced:  {part}" for part in self.replaced]
@@ -54,21 +60,19 @@ def report(pipe: Any) -> Report:
     """What is replaced in `pipe`, what fell back to stock diffusers and why, the calls so far, and the memory.
 
     Args:
-        pipe: any diffusers pipeline, or a VAE, enabled or not.
+        pipe: any diffusers pipeline, or a VAE or transformer alone, enabled or not.
     Returns:
         Report: a snapshot; later calls do not change it.
     """
     from ..transformer import attention
     from ..vae import pictures as vae  # which need the state from here
 
+    if isinstance(pipe, TRANSFORMER):
+        return _of_transformer(pipe)
     state = getattr(pipe, "__dict__", {}).get(STATE)
     alone = isinstance(pipe, torch.nn.Module)  # a VAE
     components = {"vae": pipe} if alone else getattr(pipe, "components", {})
-    memory = {
-        name: sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
-        for name, module in components.items()
-        if isinstance(module, torch.nn.Module)
-    }
+    memory = {name: _bytes(module) for name, module in components.items() if isinstance(module, torch.nn.Module)}
     replaced = []
     if state is not None and not alone:
         precision = "fp32 latents" if state.precise_sampler else "stock's roundings"
@@ -105,6 +109,37 @@ def report(pipe: Any) -> Report:
         prompt_cache=_counted(state),
         kernels={str(problem): verdict.reason for problem, verdict in wrong.items()},
     )
+
+
+def _of_transformer(model: torch.nn.Module) -> Report:
+    """Of a transformer alone: one that was built as ours, or one that enabled pipelines use, with what they all counted."""
+    attachment = model.__dict__.get(ATTACHED)
+    memory, states, replaced = {"transformer": _bytes(model)}, [], []
+    if attachment is not None:
+        states = [attachment.own] if attachment.own is not None else list(attachment.users)
+        whose = "every forward without gradients" if attachment.own is not None else f"the calls of {len(states)} pipelines"
+        replaced = [f"transformer (fused blocks, in {whose})"]
+        memory |= model.fast_memory()
+    calls, fallbacks = Counter(), Counter()
+    for state in states:
+        calls += Counter({name: count for name, count in state.calls.items() if name.endswith("transformer")})
+        fallbacks += state.fallbacks
+    verdicts = {problem: verdict for state in states for problem, verdict in state.verdicts.items()}
+    return Report(
+        pipeline=type(model).__name__,
+        enabled=attachment is not None,
+        replaced=replaced,
+        calls=dict(calls),
+        fallbacks=dict(fallbacks),
+        lossy=[],
+        memory=memory,
+        prompt_cache={},
+        kernels={str(problem): verdict.reason for problem, verdict in verdicts.items() if not verdict.right},
+    )
+
+
+def _bytes(module: torch.nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _counted(state: State | None) -> dict[str, int]:

@@ -8,17 +8,21 @@ import torch
 
 from qwen_fast_kernels import euler_step
 
+from ..common.pickled import PickledAsStock
 from ..common.state import State
 from ..schedule import Schedule
 
 STOCK = diffusers.FlowMatchEulerDiscreteScheduler
 
 
-class FlowMatchEulerDiscreteScheduler(STOCK):
+class FlowMatchEulerDiscreteScheduler(PickledAsStock, STOCK):
     """diffusers' scheduler, its tables computed on the device and its step one kernel with the index on the device.
 
     Everything else (`scale_noise`, `index_for_timestep`, the config, saving) is stock's.
     """
+
+    STANDS_FOR = STOCK
+    NOT_PICKLED = ("_qwen_fast_state", "_device_step_index")
 
     @classmethod
     def adopt(cls, scheduler: STOCK, state: State) -> "FlowMatchEulerDiscreteScheduler":
@@ -29,6 +33,12 @@ class FlowMatchEulerDiscreteScheduler(STOCK):
         adopted._device_step_index = None  # ([1] int32 tensor, the value it holds)
         return adopted
 
+    def release(self) -> None:
+        """Make this object stock's in place. What users put on it stays, and what they wrapped of ours is stock's then."""
+        for name in self.NOT_PICKLED:
+            del vars(self)[name]
+        self.__class__ = STOCK
+
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -38,6 +48,8 @@ class FlowMatchEulerDiscreteScheduler(STOCK):
         timesteps: list[float] | None = None,
     ) -> None:
         """As stock's, for the `sigmas` that the Qwen-Image pipelines pass; one step gives sigmas [1, 0] instead of NaN."""
+        if "_qwen_fast_state" not in vars(self):  # released, but still behind somebody's wrapper
+            return STOCK.set_timesteps(self, num_inference_steps, device, sigmas=sigmas, mu=mu, timesteps=timesteps)
         self._device_step_index = None
         if sigmas is None or timesteps is not None:
             self._qwen_fast_state.fall_back("set_timesteps without sigmas, or with timesteps of the caller")
@@ -54,6 +66,8 @@ class FlowMatchEulerDiscreteScheduler(STOCK):
 
     def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As stock's, bit for bit; stochastic sampling, per-token timesteps and mixed dtypes run on stock."""
+        if "_qwen_fast_state" not in vars(self):
+            return STOCK.step(self, model_output, timestep, sample, *args, **kwargs)
         reason = None
         if self.config.stochastic_sampling:
             reason = "stochastic_sampling"

@@ -2,10 +2,13 @@
 
 import functools
 import inspect
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 from diffusers.pipelines.qwenimage import QwenImagePipelineOutput
@@ -13,6 +16,7 @@ from packaging.version import Version
 
 from ..common.hardware import unsupported_reason
 from ..common.options import check_options, check_text_options, check_vae_memory, writable_folder
+from ..common.own import foreign_methods
 from ..common.stages import stage, staged
 from ..common.state import STATE, State, logger
 from ..denoise.denoiser import Task
@@ -22,12 +26,16 @@ from ..schedule import Schedule
 from ..text.encoding import configure as configure_texts
 from ..text.encoding import of_call as texts_of_call
 from ..text.encoding import repeated
-from . import scheduler as fast_scheduler
-from .base import AcceleratedPipeline
-from .inputs import check_attention, check_call
+from .base import AcceleratedPipeline, without_no_grad
+from .callbacks import Callback
+from .foreign import note_foreign, scheduler_reason, scheduling_is_foreign
+from .inputs import check_attention, check_call, check_components, whole
+
+STOCK = diffusers.QwenImagePipeline
+_SIGNATURE = inspect.signature(STOCK.__call__)
 
 
-class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
+class QwenImagePipeline(AcceleratedPipeline, STOCK):
     """diffusers.QwenImagePipeline with its schedule on the device and CFG, norm rescale and Euler step in one kernel.
 
     Same signature, same outputs, same random stream; `from_pretrained`, `from_pipe`, LoRA, offload and saving are
@@ -40,6 +48,7 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
         vae_option, text_encoder_option: its `vae` and `text_encoder`.
     """
 
+    STANDS_FOR = STOCK
     supports_precise_sampler = True
     supports_check_nan = True
 
@@ -98,29 +107,50 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
     @torch.no_grad()
     @functools.wraps(diffusers.QwenImagePipeline.__call__)
     def __call__(self, *args, **kwargs):
-        bound = _SIGNATURE.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        check_call(self, bound.arguments)
-        device = self._execution_device  # asks every module for its hooks: once a call
-        check_attention(self.fast_state.attention, device)
-        reason = self._fallback_reason(device)
+        reason = self._call_reason()
+        if reason is None:
+            bound = _SIGNATURE.bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            check_call(self, bound.arguments)
+            check_components(self, bound.arguments)
+            device = self._execution_device  # asks every module for its hooks: once a call
+            check_attention(self.fast_state.attention, device)
+            note_foreign(self, STOCK, self.fast_state)
+            reason = unsupported_reason(device)
         if reason is not None:
             self.fast_state.fall_back(reason)
-            self.remove_transformer()  # stock's forward needs all its weights on the device
+            self.give_transformer_back()  # stock's forward needs all its weights on the device
             with staged(self):
-                return super().__call__(*args, **kwargs)
+                return without_no_grad(STOCK.__call__)(self, *args, **kwargs)
         arguments = dict(bound.arguments)
         arguments.pop("self")
         with texts_of_call(self, arguments):
             return self._sample(device, **arguments)
 
+    def _call_reason(self) -> str | None:
+        if torch.is_grad_enabled():  # not by a call, but by the function under its torch.no_grad
+            return "gradients are asked for"
+        if foreign_methods(STOCK, ("__call__",)):
+            return f"{STOCK.__name__}.__call__ is not diffusers' own"
+        return None
+
     def _fallback_reason(self, device: torch.device) -> str | None:
-        accepted = (fast_scheduler.STOCK, fast_scheduler.FlowMatchEulerDiscreteScheduler)
-        if type(self.scheduler) not in accepted:
-            return f"scheduler is a {type(self.scheduler).__name__}, not a FlowMatchEulerDiscreteScheduler"
-        if self.scheduler.config.get("stochastic_sampling", False):
-            return "stochastic_sampling"
-        return unsupported_reason(device)
+        """Why a call would not run in our loop, or None."""
+        return self._call_reason() or unsupported_reason(device)
+
+    def own_step(self) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None:
+        """None where our kernel takes the steps; else the step of the pipeline's scheduler, called in stock's way.
+
+        Returns:
+            Callable: (velocity, t, latents) -> latents, each as stock's loop has them.
+        """
+        if scheduler_reason(self.scheduler) is None:
+            return None
+        return self.step_of_scheduler
+
+    def step_of_scheduler(self, velocity: torch.Tensor, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """One step by whatever scheduler the pipeline has now."""
+        return self.scheduler.step(velocity, t, latents, return_dict=False)[0]
 
     def _sample(
         self,
@@ -147,6 +177,7 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
         callback_on_step_end_tensor_inputs,
         max_sequence_length,
     ):
+        given = dict(locals())
         height = height or self.default_sample_size * self.vae_scale_factor
         width = width or self.default_sample_size * self.vae_scale_factor
         self.check_inputs(
@@ -201,16 +232,11 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
             latents,
         )
         self.require_kernels(latents.dtype, device)
-        grid_size = (1, height // self.vae_scale_factor // 2, width // self.vae_scale_factor // 2)
+        # Whole numbers of numpy or torch are sizes in stock too; ours are plain ones.
+        grid_size = (1, *(whole(side) // self.vae_scale_factor // 2 for side in (height, width)))
         with stage("schedule"):
-            scheduled = functools.partial(
-                Schedule.from_scheduler, self.scheduler, num_inference_steps, image_seq_len=latents.shape[1], sigmas=sigmas
-            )
-            schedule = scheduled(device=device)
-            # The host's own copy names the modulation table without asking the device for its values.
-            host_schedule = schedule if device.type == "cpu" else scheduled()
+            schedule, host_schedule = self._schedule(num_inference_steps, sigmas, latents.shape[1], device)
             host_timesteps = host_schedule.model_timesteps(latents.dtype)
-        self.fast_state.calls["flow_match_schedule"] += 1
         self._num_timesteps = schedule.num_inference_steps
 
         reason = self.install_transformer()
@@ -221,18 +247,79 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
             schedule=schedule,
             host_timesteps=host_timesteps,
             prompts=prompts if do_true_cfg else prompts[:1],
-            true_cfg_scale=true_cfg_scale if do_true_cfg else None,
+            true_cfg_scale=float(true_cfg_scale) if do_true_cfg else None,
             guidance=self._guidance(guidance_scale, latents),
             img_shapes=[[grid_size]] * batch_size,
         )
+        callback = None
+        if callback_on_step_end is not None:
+            callback = Callback(
+                callback_on_step_end,
+                callback_on_step_end_tensor_inputs,
+                given
+                | {
+                    "height": height,
+                    "width": width,
+                    "sigmas": _first_sigmas(num_inference_steps, sigmas),
+                    "prompt_embeds_mask": prompt_embeds_mask,
+                    "negative_prompt_embeds": negative_prompt_embeds,
+                    "negative_prompt_embeds_mask": negative_prompt_embeds_mask,
+                    "batch_size": batch_size,
+                    "has_neg_prompt": given["negative_prompt"] is not None or given["negative_prompt_embeds"] is not None,
+                    "do_true_cfg": do_true_cfg,
+                    "num_channels_latents": self.transformer.config.in_channels // 4,
+                    "img_shapes": task.img_shapes,
+                    "image_seq_len": latents.shape[1],
+                    "mu": schedule.mu,
+                    "timesteps": schedule.timesteps,
+                    "num_warmup_steps": 0,
+                    "guidance": task.guidance,
+                },
+                guided=do_true_cfg,
+            )
         with stage("denoise"):
-            latents = denoise(self, latents, task, callback_on_step_end, callback_on_step_end_tensor_inputs)
+            latents = denoise(self, latents, task, callback, callback.inputs if callback is not None else [])
         image = latents
         if output_type != "latent":
             with stage("vae"), self._images():
                 image = self._decode(latents, height, width, output_type)
         self.maybe_free_model_hooks()
         return QwenImagePipelineOutput(images=image) if return_dict else (image,)
+
+    def _schedule(self, num_inference_steps, sigmas, image_seq_len, device) -> tuple[Schedule, Schedule]:
+        """The schedule on the device, and the host's own copy, which names the modulation table without asking the device.
+
+        A scheduler that is not diffusers' own sets its timesteps itself, as in stock.
+        """
+        reason = scheduler_reason(self.scheduler)
+        if reason is not None:
+            self.fast_state.fall_back(reason)
+        elif not scheduling_is_foreign(STOCK):
+            scheduled = functools.partial(
+                Schedule.from_scheduler, self.scheduler, num_inference_steps, image_seq_len=image_seq_len, sigmas=sigmas
+            )
+            schedule = scheduled(device=device)
+            self.fast_state.calls["flow_match_schedule"] += 1
+            return schedule, schedule if device.type == "cpu" else scheduled()
+        home, config = sys.modules[STOCK.__module__], self.scheduler.config
+        mu = home.calculate_shift(
+            image_seq_len,
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+        sigmas = _first_sigmas(num_inference_steps, sigmas)
+        timesteps, _ = home.retrieve_timesteps(self.scheduler, num_inference_steps, device, sigmas=sigmas, mu=mu)
+        self.scheduler.set_begin_index(0)
+        tables = getattr(self.scheduler, "sigmas", None)
+        if reason is None and len(tables) != len(timesteps) + 1:
+            # Stock fails at the step that has no sigma; on a GPU our kernel would give NaN there.
+            raise IndexError(
+                f"`retrieve_timesteps` gave {len(timesteps)} timesteps for {len(tables)} sigmas, the last one's end."
+            )
+        schedule = Schedule(mu, tables, timesteps)
+        return schedule, Schedule(mu, tables, timesteps.cpu())
 
     def _wants_true_cfg(self, true_cfg_scale, negative_prompt, negative_prompt_embeds) -> bool:
         """Stock's rule, and its two warnings where only half of what CFG needs is given."""
@@ -272,4 +359,6 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
         return self.image_processor.postprocess(image, output_type=output_type)
 
 
-_SIGNATURE = inspect.signature(diffusers.QwenImagePipeline.__call__)
+def _first_sigmas(num_inference_steps, sigmas):
+    """What stock hands to the scheduler."""
+    return np.linspace(1.0, 1 / num_inference_steps, num_inference_steps) if sigmas is None else sigmas

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..common.hooks import is_hooked
+from ..common.own import foreign_forward, foreign_methods, foreign_on
 from ..common.placement import on_device, to_device, to_host, weights_reason
 from ..common.state import State, logger
 from .cache import Encoded, PromptCache
@@ -70,18 +71,25 @@ class Texts:
         else:
             self.content, self.uncached = self.watch.look(encoder)
 
-    def digest(self, row: Row, drop: int, device: torch.device) -> str | None:
-        """Name of a prompt: the same in every process that would compute the same bits."""
-        if self.content is None:
+    def digest(self, row: Row, drop: int, device: torch.device, rows: dict[int, int] | None) -> str | None:
+        """Name of a prompt: the same in every process that would compute the same bits.
+
+        Args:
+            rows: what the token embedding holds for each of the prompt's tokens, see `EncoderWatch.rows`.
+        """
+        if self.content is None or rows is None:
             return None
         kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
         versions = torch.__version__, transformers.__version__, torch.get_float32_matmul_precision()
-        return hashlib.sha256(repr((self.content, row, drop, kind, autocast, versions)).encode()).hexdigest()
+        read = [rows[token] for token in row.ids]
+        return hashlib.sha256(repr((self.content, row, read, drop, kind, autocast, versions)).encode()).hexdigest()
 
     def check_template(self, pipe: Any) -> None:
         """The pipeline drops the template's first tokens by a number; does this tokenizer make so many of them?"""
         template, drop = pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx
+        if not isinstance(pipe.tokenizer, transformers.PreTrainedTokenizerBase):
+            return  # a server's own, which is asked what stock asks and no more
         known = id(pipe.tokenizer), len(pipe.tokenizer), template, drop
         if self._checked == known:
             return
@@ -108,6 +116,7 @@ def configure(pipe: Any, state: State, prompt_cache: Any, text_encoder: str) -> 
         fresh = Texts(option, cache, text_encoder)
         if texts is not None:
             fresh.resting, fresh.freed, fresh.content, fresh.dtype = texts.resting, texts.freed, texts.content, texts.dtype
+            fresh.watch = texts.watch
         state.texts = fresh
     state.texts.placement = text_encoder
     if text_encoder != "offload":
@@ -173,10 +182,15 @@ def stock_reason(pipe: Any) -> str | None:
     """Why stock's own code encodes, or None."""
     if torch.is_grad_enabled():
         return "gradients are asked for while encoding (use torch.no_grad or torch.inference_mode)"
+    names = ("_get_qwen_prompt_embeds", "_extract_masked_hidden")
+    found = foreign_methods(pipe.STANDS_FOR, names) + foreign_on(pipe, names[1:])
     encoder = pipe.text_encoder
     if type(encoder) is not STOCK and not (encoder is None and pipe.fast_state.texts.freed):
         return f"text_encoder is a {type(encoder).__name__}, not a {STOCK.__name__}"
-    return None
+    if encoder is not None:
+        found += foreign_methods(STOCK, ("forward",)) + foreign_methods(type(encoder.model), ("forward",))
+        found += foreign_forward(encoder) + foreign_forward(encoder.model)
+    return f"{', '.join(found)}: not diffusers' or transformers' own" if found else None
 
 
 def prompt_embeds(
@@ -211,6 +225,7 @@ def rest(pipe: Any) -> None:
         to_host(encoder)
         texts.resting = True
     else:
+        texts.watch.keep_rows(encoder)
         object.__setattr__(pipe, "text_encoder", None)  # the configuration still names it, for one that is put back
         texts.freed = True
 
@@ -229,10 +244,13 @@ def _encode(pipe: Any, lists: list[list[str]], device: torch.device) -> list[lis
     texts.look(pipe.text_encoder)
     drop = pipe.prompt_template_encode_start_idx
     rows = [_tokenized(pipe, prompts) for prompts in lists]
+    tokens = None
+    if texts.content is not None:
+        tokens = texts.watch.rows(pipe.text_encoder, (token for own in rows for row in own for token in row.ids))
     encoded: dict[Row, Encoded] = {}
     missing: dict[int, dict[Row, str | None]] = {}  # by width
     for row in dict.fromkeys(row for own in rows for row in own):
-        digest = texts.digest(row, drop, device)
+        digest = texts.digest(row, drop, device, tokens)
         found = None if digest is None else texts.cache.get(digest, device)
         if found is None:
             missing.setdefault(len(row.ids), {})[row] = digest
@@ -263,8 +281,10 @@ def _tokenized(pipe: Any, prompts: list[str]) -> list[Row]:
         max_length=pipe.tokenizer_max_length + drop,
         padding=True,
         truncation=True,
+        return_tensors="pt",
     )
-    return [Row(tuple(ids), tuple(mask)) for ids, mask in zip(tokens.input_ids, tokens.attention_mask, strict=True)]
+    both = zip(tokens.input_ids.tolist(), tokens.attention_mask.tolist(), strict=True)
+    return [Row(tuple(ids), tuple(mask)) for ids, mask in both]
 
 
 def _hidden_states(pipe: Any, rows: list[Row], device: torch.device) -> torch.Tensor:

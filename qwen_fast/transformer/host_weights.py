@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..common.hardware import free_bytes
+from ..common.pickled import PickledAsStock
 from ..common.placement import (
     _apply_on_host,
     _offload_group,
@@ -28,8 +29,10 @@ from ..common.state import logger
 _GROUP_MODULES = "_qwen_fast_modules"  # on a group of diffusers' group offloading: the modules it had before
 
 
-class HostSequential(nn.Sequential):
+class HostSequential(PickledAsStock, nn.Sequential):
     """The class of an `img_mod` or `txt_mod` whose weights stay in host memory: `.to()` changes their dtype only."""
+
+    STANDS_FOR = nn.Sequential
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "HostSequential":
         return super()._apply(functools.partial(_apply_on_host, fn), recurse)

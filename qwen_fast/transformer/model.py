@@ -21,6 +21,7 @@ from diffusers.models.transformers import transformer_qwenimage
 from qwen_fast_kernels import ada_layer_norm
 
 from ..common.hooks import OURS, rebind_forward
+from ..common.pickled import EqualsStock, PickledAsStock
 from ..common.proofs import require_transformer
 from ..common.state import State
 from .blocks import TableRows, TokenStream, as_batches
@@ -37,8 +38,10 @@ STOCK_BLOCK = transformer_qwenimage.QwenImageTransformerBlock
 _KEPT_LAYOUTS = 16
 
 
-class QwenImageTransformerBlock(STOCK_BLOCK):
+class QwenImageTransformerBlock(PickledAsStock, STOCK_BLOCK):
     """diffusers' block. Called as a module in a call of ours, it is fused within its own boundaries, whoever calls it."""
+
+    STANDS_FOR = STOCK_BLOCK
 
     @functools.wraps(STOCK_BLOCK.forward)
     def forward(
@@ -67,12 +70,15 @@ class QwenImageTransformerBlock(STOCK_BLOCK):
         return streams
 
 
-class QwenImageTransformer2DModel(STOCK):
+class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
     """diffusers.QwenImageTransformer2DModel with its hot paths in fused operators; parameters and names are diffusers'.
 
     Built or loaded as this class, every forward without gradients is fused, whoever calls it. `enable` attaches the class
     to a pipeline's own model instead, and then only that pipeline's calls are.
     """
+
+    STANDS_FOR = STOCK
+    NOT_PICKLED = (ATTACHED,)
 
     @functools.wraps(STOCK.__init__)  # the configuration is read from this signature
     def __init__(self, *args: Any, **kwargs: Any):

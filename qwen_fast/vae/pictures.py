@@ -7,6 +7,7 @@ more than one frame goes stock's way.
 """
 
 import contextlib
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -20,6 +21,8 @@ from torch import nn
 
 from ..common.hooks import OURS, rebind_forward
 from ..common.options import check_vae_memory
+from ..common.own import foreign_forward, foreign_functions, foreign_methods
+from ..common.pickled import EqualsStock, PickledAsStock
 from ..common.proofs import require_vae
 from ..common.state import STATE, State, logger
 from .bands import MOST_ON_CUDA, choose, memory_limit, run, whole_peak
@@ -38,28 +41,35 @@ class _Users(weakref.WeakSet):
         return _Users()
 
 
-class QwenImageCausalConv3d(STOCK_CONV):
+class QwenImageCausalConv3d(PickledAsStock, STOCK_CONV):
     """diffusers' convolution; inside `images`, one frame without a past goes through the last temporal tap alone."""
 
-    def forward(self, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
+    STANDS_FOR = STOCK_CONV
+
+    def forward(self, x: torch.Tensor, *past_frames: torch.Tensor | None) -> torch.Tensor:
         width, _, height, _, past, _ = self._padding
         taps = self.kernel_size[0]
-        one_frame = x.shape[2] == 1 and cache_x is None and past == taps - 1
+        one_frame = x.shape[2] == 1 and all(frames is None for frames in past_frames) and past == taps - 1
         if not one_frame or torch.compiler.is_compiling() or _ACTIVE.get() is None:
-            return super().forward(x, cache_x)
+            return super().forward(x, *past_frames)
         frame = F.conv2d(
             x[:, :, 0], self.weight[:, :, -1], self.bias, self.stride[1:], (height, width), self.dilation[1:], self.groups
         )
         return frame[:, :, None]
 
 
-class _Pictures:
+class _Pictures(PickledAsStock):
     """Before a VAE of diffusers; where it is active, one frame is coded without the caches that serve a video's next ones."""
+
+    NOT_PICKLED = (STATE, USERS)
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         state = self._state()
         if state is None:
             return super()._encode(x)
+        if self._is_foreign(state):
+            with _active(None):
+                return super()._encode(x)
         _check(x, "x", self.encoder.conv_in.in_channels)
         large = x.shape[-1] > self.tile_sample_min_width or x.shape[-2] > self.tile_sample_min_height
         if x.shape[2] > 1 or (self.use_tiling and large) or self.config.get("patch_size") is not None:
@@ -70,6 +80,9 @@ class _Pictures:
         state = self._state()
         if state is None:
             return super()._decode(z, return_dict=return_dict)
+        if self._is_foreign(state):
+            with _active(None):
+                return super()._decode(z, return_dict=return_dict)
         _check(z, "z", self.post_quant_conv.in_channels)
         ratio = self.spatial_compression_ratio
         smallest = self.tile_sample_min_width // ratio, self.tile_sample_min_height // ratio
@@ -88,6 +101,18 @@ class _Pictures:
         active = _ACTIVE.get()
         return active[1] if active is not None and active[0] is self else self.__dict__.get(STATE)
 
+    def _is_foreign(self, state: State) -> bool:
+        """Whether somebody replaced what stock would run: then all runs as in stock, and is counted as a fallback."""
+        kinds = {type(module) for module in self.modules()} - {type(self)}
+        found = [name for kind in kinds for name in foreign_methods(kind, ("forward",))]
+        found += [name for module in self.modules() for name in foreign_forward(module)]
+        found += foreign_methods(type(self), ("_encode", "_decode"))
+        found += foreign_functions(sys.modules[STOCK_CONV.__module__], ("unpatchify", "patchify"))
+        found += foreign_functions(F, ("conv2d", "conv3d", "pad", "silu", "normalize", "scaled_dot_product_attention"))
+        if found:
+            state.fall_back(f"the VAE codes as in stock: {', '.join(sorted(found))}: not diffusers' or torch's own")
+        return bool(found)
+
     def _code(
         self, what: str, state: State, x: torch.Tensor, read: Callable[..., list[Layer]], along_modules: Callable
     ) -> torch.Tensor:
@@ -96,22 +121,26 @@ class _Pictures:
         layers = _readable(self, read, x)
         if isinstance(layers, str):
             state.vae_note = f"{what}: along diffusers' modules, since {layers}"
-            with _active(self, state):
+            with _active((self, state)):
                 return along_modules()
         require_vae(state, self, x.dtype, x.device)
         with torch.no_grad():
             return _in_memory(what, layers, x[:, :, 0], state)[:, :, None]
 
 
-class AutoencoderKLQwenImage(_Pictures, STOCK):
+class AutoencoderKLQwenImage(_Pictures, STOCK, metaclass=EqualsStock):
     """diffusers' VAE, for pictures."""
+
+    STANDS_FOR = STOCK
 
 
 _SWAPS = {STOCK: AutoencoderKLQwenImage, STOCK_CONV: QwenImageCausalConv3d}
 if STOCK_OF_21 is not None:
 
-    class AutoencoderKLQwenImage21(_Pictures, STOCK_OF_21):
+    class AutoencoderKLQwenImage21(_Pictures, STOCK_OF_21, metaclass=EqualsStock):
         """diffusers' VAE of Qwen-Image-2.1, for pictures."""
+
+        STANDS_FOR = STOCK_OF_21
 
     _SWAPS[STOCK_OF_21] = AutoencoderKLQwenImage21
 
@@ -157,8 +186,8 @@ def _check(x: torch.Tensor, name: str, channels: int) -> None:
 
 
 @contextlib.contextmanager
-def _active(vae: nn.Module, state: State) -> Iterator[None]:
-    token = _ACTIVE.set((vae, state))
+def _active(vae_and_state: tuple[nn.Module, State] | None) -> Iterator[None]:
+    token = _ACTIVE.set(vae_and_state)
     try:
         yield
     finally:
@@ -171,7 +200,7 @@ def images(vae: nn.Module, state: State) -> Iterator[None]:
     if state not in vae.__dict__.get(USERS, ()):
         yield
         return
-    with _active(vae, state):
+    with _active((vae, state)):
         yield
 
 

@@ -32,11 +32,20 @@ STOCK = {
     transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0: ("__call__",),
     transformer_qwenimage.QwenEmbedRope: ("forward", "_compute_video_freqs", "rope_params"),
     diffusers.AutoencoderKLQwenImage: ("encode", "decode", "_encode", "_decode", "forward"),
-    diffusers.QwenImagePipeline: ("__call__", "encode_prompt", "check_inputs", "prepare_latents", "_pack_latents", "interrupt"),
+    diffusers.QwenImagePipeline: (
+        "__call__",
+        "encode_prompt",
+        "check_inputs",
+        "prepare_latents",
+        "_pack_latents",
+        "interrupt",
+        "progress_bar",
+    ),
     diffusers.image_processor.VaeImageProcessor: ("postprocess", "pt_to_numpy", "numpy_to_pil"),
     transformers.Qwen2_5_VLForConditionalGeneration: ("forward", "__call__"),
     nn.Linear: ("forward", "__call__", "_call_impl"),
     nn.LayerNorm: ("forward",),
+    nn.ModuleList: ("forward", "__call__"),
 }
 
 

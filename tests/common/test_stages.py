@@ -92,14 +92,14 @@ def test_staged_leaves_nothing_behind_after_an_error(checkpoint):
 
 
 def test_a_scheduler_that_is_not_ours_still_has_stages(checkpoint):
-    """The call runs on stock, and its table says where the time went."""
+    """Its steps are its own, and the table of stages says where the time went."""
     pipe = stock(checkpoint)
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, stochastic_sampling=True)
     qwen_fast.enable(pipe)
     with record() as recorder:
         draw(pipe, **CALL)
     assert qwen_fast.report(pipe).fallbacks
-    assert list(recorder.seconds()) == ["text", "schedule", "denoise", "vae"]
+    assert list(recorder.seconds()) == ["text", "schedule", "modulation", "denoise", "vae"]
 
 
 def test_ranges_for_a_profiler_and_none_per_step_without_one(checkpoint, monkeypatch):
