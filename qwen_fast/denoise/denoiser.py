@@ -12,7 +12,7 @@ from qwen_fast_kernels import cfg_euler_step, euler_step
 from ..common.hardware import free_bytes
 from ..common.state import State, logger
 from ..schedule import Schedule
-from ..transformer.call import ATTACHED, CALL, Call, PromptBatch, entered, lora_scale
+from ..transformer.call import ATTACHED, Call, PromptBatch, entered, lora_scale
 from ..transformer.conditions import TableConditions
 from ..transformer.layout import check_image_shapes
 from ..transformer.modulation import table_reason
@@ -72,9 +72,8 @@ class Denoiser:
         self._scale, self._steps = 1.0, 0
         self.own_step: OwnStep | None = None
         self.watched = False
-        if ATTACHED in self.model.__dict__:
-            self.call = Call(self.model, self.state)
-            self.look()
+        self._seen_scale: float | None = None
+        self.look()
 
     def look(self, changed_prompt: bool = True) -> None:
         """Read what of the model is stock's own: before the first step, and after code of the user's has run.
@@ -82,11 +81,21 @@ class Denoiser:
         Args:
             changed_prompt: the embeddings may be others, or others in place.
         """
-        call, before = self.call, None if self.call is None else self.call.survey
-        if call is None:
+        if self.pipe.transformer is not self.model:  # a callback put another in
+            self._leave_graph()
+            self._context.close()
+            reason = self.pipe.install_transformer()
+            if reason is not None:
+                self.state.fall_back(reason)
+            self.model, self.call, self.packs, self._scale = self.pipe.transformer, None, None, 1.0
+        if ATTACHED not in self.model.__dict__:
+            self.packs = None
             return
+        call = self.call = self.call or Call(self.model, self.state)
+        before, scale = call.survey, (self.pipe.attention_kwargs or {}).get("scale", 1.0)
         call.survey = found = self.model.look()
-        if found is not before:
+        if found is not before or scale != self._seen_scale:
+            self._seen_scale = scale
             for reason in found.foreign:
                 self.state.fall_back(reason)
             self.state.no_table = found.modulation or table_reason(self.model)
@@ -115,7 +124,7 @@ class Denoiser:
 
     @contextlib.contextmanager
     def running(self, latents: torch.Tensor, own_step: OwnStep | None, watched: bool) -> Iterator[None]:
-        """Inside, forwards of the model are this call's.
+        """Inside, steps can be taken.
 
         Args:
             latents: those of the first step.
@@ -123,12 +132,12 @@ class Denoiser:
             watched: somebody wants to see the predictions.
         """
         self.own_step, self.watched = own_step, watched
-        with entered(self.call), self._context:
-            self._apply_lora_scale()
-            reason = (
-                "a scheduler's own step" if own_step is not None else "a callback gets the predictions" if watched else None
-            )
-            self.state.graph = reason = reason or graph.reason_against(self)
+        with self._context:
+            if self.packs is not None:
+                self._apply_lora_scale()  # before a graph bakes it in
+            reason = "the scheduler takes the steps itself" if own_step is not None else None
+            reason = reason or ("a callback gets the predictions" if watched else graph.reason_against(self))
+            self.state.graph = reason
             if reason is None:
                 self.graph = graph.take(self, latents)
             try:
@@ -147,25 +156,15 @@ class Denoiser:
             self.graph = None
             self.step_index.fill_(self._steps)
 
-    @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Inside, they are not: a callback may run another pipeline on the same transformer."""
-        outside = CALL.set(None)
-        try:
-            yield
-        finally:
-            CALL.reset(outside)
-
     def step(self, index: int, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """The latents `[B, S_img, C]` behind step `index`, whose timestep is `t`."""
         self._steps = index + 1
         if self.graph is not None:
             return self.graph.run(index, latents)
-        self.predictions = self.predict(latents.to(self.dtype))
+        self.predictions = self.predict(latents.to(self.dtype) if self.state.precise_sampler else latents)
         if self.own_step is not None:
             velocity = guided(self.predictions, self.task.true_cfg_scale)["noise_pred"]
-            with self.aside():
-                latents = self.own_step(velocity, t, latents)
+            latents = self.own_step(velocity, t, latents)
         else:
             sigmas = self.task.schedule.sigmas
             latents = sampler_step(self.state, latents, self.predictions, sigmas, self.step_index, self.guidance)
@@ -180,7 +179,8 @@ class Denoiser:
         """
         timestep = self.timesteps.index_select(0, self.step_index)
         if self.packs is None:
-            return tuple(self._as_stock(latents, timestep, n) for n in range(len(self.task.prompts)))
+            with entered(self.call):
+                return tuple(self._as_stock(latents, timestep, n) for n in range(len(self.task.prompts)))
         self._apply_lora_scale()
         try:
             return self._packed(latents, timestep)
@@ -198,7 +198,8 @@ class Denoiser:
             if self.call.survey.placed:
                 self.call.prompts = pack
                 try:
-                    output = self.model(hidden_states=latents, timestep=timestep, return_dict=False)[0]
+                    with entered(self.call):
+                        output = self.model(hidden_states=latents, timestep=timestep, return_dict=False)[0]
                 finally:
                     self.call.prompts = None
             else:

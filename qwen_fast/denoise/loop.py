@@ -69,8 +69,7 @@ def _call_back(
     tensors = guided(denoiser.predictions, denoiser.task.true_cfg_scale) if denoiser.watched else {}
     tensors |= {"latents": own, "prompt_embeds": embeds}
     shown = None if denoiser.own_step is not None else _shown(scheduler)
-    with denoiser.aside():
-        outputs = callback(pipe, i, t, {name: tensors[name] for name in names})
+    outputs = callback(pipe, i, t, {name: tensors[name] for name in names})
     if denoiser.own_step is None:
         step = pipe.own_step()
         if pipe.scheduler is not scheduler or _shown(scheduler) != shown:

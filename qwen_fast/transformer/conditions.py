@@ -41,6 +41,7 @@ class LayerConditions:
 
     Args:
         model: the transformer.
+        blocks: its blocks.
         timestep: `[B]` in the model's dtype, over 1000.
         hidden_states: for its dtype and device.
     """
@@ -48,6 +49,7 @@ class LayerConditions:
     def __init__(
         self,
         model: torch.nn.Module,
+        blocks: list[torch.nn.Module],
         timestep: torch.Tensor,
         hidden_states: torch.Tensor,
         additional_t_cond: torch.Tensor | None,
@@ -57,7 +59,7 @@ class LayerConditions:
         if model.zero_cond_t:
             timestep = torch.cat([timestep, timestep * 0])
         self._temb = model.time_text_embed(timestep, hidden_states, additional_t_cond)
-        self._model, self._computed = model, (None, None)
+        self._model, self._blocks, self._computed = model, blocks, (None, None)
         self.step_index = torch.zeros(1, dtype=torch.int32, device=hidden_states.device)
 
     def begin(self, timestep: torch.Tensor) -> bool:
@@ -65,7 +67,7 @@ class LayerConditions:
 
     def block(self, index: int) -> BlockModulation:
         if self._computed[0] != index:
-            block = self._model.transformer_blocks[index]
+            block = self._blocks[index]
             image, text = block.img_mod(self._temb), block.txt_mod(self._temb[: self.samples])
             if self.zero_row is not None:
                 text = torch.cat([text, text])  # no text token takes the rows of timestep 0

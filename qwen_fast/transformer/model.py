@@ -66,7 +66,7 @@ class QwenImageTransformerBlock(PickledAsStock, STOCK_BLOCK):
         call = None if torch.compiler.is_compiling() else CALL.get()
         streams = None if call is None else _fused_block(call, self, hidden_states, encoder_hidden_states, arguments)
         if streams is None:
-            return super().forward(hidden_states, encoder_hidden_states, **arguments)
+            return STOCK_BLOCK.forward(self, hidden_states, encoder_hidden_states, **arguments)
         return streams
 
 
@@ -88,21 +88,21 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
 
     @functools.wraps(STOCK.forward)  # pipelines read its signature
     def forward(self, *args, **kwargs):
-        call = None if torch.compiler.is_compiling() else self._call()
-        if call is None:
-            return super().forward(*args, **kwargs)
+        call = None if torch.compiler.is_compiling() else _call_of(self)
+        if call is None:  # also where a hook that outlived `disable` calls this for a model of stock's
+            return STOCK.forward(self, *args, **kwargs)
         if call.prompts is not None:  # through a hook that brings the weights
             return (self.predict(call, kwargs["hidden_states"], kwargs["timestep"], call.prompts),)
         found = call.look()
         hidden_states = kwargs.get("hidden_states", args[0] if args else None)
-        reason = found.whole or _context_reason(hidden_states)
+        reason = found.whole or _context_reason(found, hidden_states)
         if reason is not None:
             call.state.fall_back(reason)
             with entered(None):  # the blocks too
-                return super().forward(*args, **kwargs)
+                return STOCK.forward(self, *args, **kwargs)
         if found.stock is not None:  # replaced on diffusers' class: what it calls of the model is fused
             with entered(call):
-                return super().forward(*args, **kwargs)
+                return STOCK.forward(self, *args, **kwargs)
         bound = inspect.signature(STOCK.forward).bind(self, *args, **kwargs)
         bound.apply_defaults()
         arguments = dict(bound.arguments)
@@ -111,7 +111,7 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
         if reason is not None:
             call.state.fall_back(reason)
             with entered(call):
-                return super().forward(*args, **kwargs)
+                return STOCK.forward(self, *args, **kwargs)
         require_transformer(call.state, self, hidden_states.dtype, hidden_states.device)
         with lora_scale(self, arguments["attention_kwargs"]), entered(call):
             output = self._batch_forward(call, found, **arguments)
@@ -152,15 +152,6 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
         """`[txt_rows, C]`: the text after txt_norm and txt_in."""
         return self.txt_in(self.txt_norm(prompts.embeds))
 
-    def _call(self) -> Call | None:
-        call = CALL.get()
-        if call is not None:
-            return call if call.model is self else None
-        attachment = self.__dict__.get(ATTACHED)
-        if attachment is None or attachment.own is None:
-            return None
-        return Call(self, attachment.own, survey=self.look())
-
     def _stock_reason(self, arguments: dict[str, Any]) -> str | None:
         if arguments["guidance"] is not None:
             return "guidance embeddings"
@@ -180,12 +171,13 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
         encoder_hidden_states_mask,
         timestep,
         img_shapes,
+        attention_kwargs=None,
         controlnet_block_samples=None,
         additional_t_cond=None,
         **_unused,
     ) -> torch.Tensor:
         """Stock's signature: `[B, S_img, C_in]` and `[B, S_txt, C_txt]`, padded text masked."""
-        batch, text_length = hidden_states.shape[0], encoder_hidden_states.shape[1]
+        batch = hidden_states.shape[0]
         shapes = check_image_shapes(img_shapes, batch)
         tokens = {sum(math.prod(shape) for shape in entry) for entry in shapes}
         if tokens != {hidden_states.shape[1]}:
@@ -206,7 +198,10 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
                     f"{tuple(encoder_hidden_states.shape[:2])} of the embeddings."
                 )
             mask = mask.bool().expand(batch, -1)
-        frequencies = None
+        text = self.txt_norm(encoder_hidden_states)
+        if found.txt_in.parameters is None:
+            text = self.txt_in(text)  # a hook may have changed how many tokens they are
+        text_length, frequencies = text.shape[1], None
         if found.rotary is None:
             layout = self.layout(shapes, (text_length,) * batch, hidden_states.device)
         else:
@@ -214,10 +209,14 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
             layout = lay_out([(frequencies[1], frequencies[0])] * batch)
         residual = hidden_states.new_empty(layout.rows, self.inner_dim)
         linear_into(found.img_in, hidden_states.flatten(0, 1), residual[layout.txt_rows :], batch)
-        text = self.txt_norm(encoder_hidden_states).expand(batch, -1, -1)
-        linear_into(found.txt_in, text.flatten(0, 1), residual[: layout.txt_rows], batch)
+        text = text.expand(batch, -1, -1).flatten(0, 1)
+        if found.txt_in.parameters is None:
+            residual[: layout.txt_rows] = text
+        else:
+            linear_into(found.txt_in, text, residual[: layout.txt_rows])
 
-        conditions = self._conditions(call, found, timestep, hidden_states, additional_t_cond)
+        image = residual[layout.txt_rows :].unflatten(0, (batch, -1))
+        conditions = self._conditions(call, found, timestep, image, additional_t_cond)
         rows = self.table_rows(conditions, layout, shapes)
         layout = layout.with_key_mask(mask)
         stream = self._stream(call, residual, layout, rows, batch)
@@ -226,7 +225,11 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
                 raise ValueError(
                     f"`img_shapes` {img_shapes} differ within a batch whose blocks have hooks: run them one by one."
                 )
-            stream.arguments = self._block_arguments(layout, conditions, shapes, mask, batch, frequencies)
+            others = {name: value for name, value in (attention_kwargs or {}).items() if name != "scale"}
+            others = None if attention_kwargs is None else others
+            stream.arguments = self._block_arguments(layout, conditions, shapes, mask, batch, frequencies) | {
+                "joint_attention_kwargs": others
+            }
             call.forward = SharedForward(layout, rows, conditions, stream.arguments)
         try:
             output = self._run(call, found, stream, conditions, controlnet_block_samples)
@@ -243,7 +246,7 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
         table = call.conditions if additional_t_cond is None and found.modulation is None else None
         if table is not None and table.begin(timestep):
             return table
-        return LayerConditions(self, timestep, hidden_states, additional_t_cond)
+        return LayerConditions(self, found.order, timestep, hidden_states, additional_t_cond)
 
     def _run(self, call: Call, found: Survey, stream: TokenStream, conditions: Conditions, controlnet=None) -> torch.Tensor:
         """Joint token rows `[R, C]` through all blocks, norm_out and proj_out: `[R_img, C_out]`."""
@@ -256,13 +259,12 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
                 self._call_block(call, block, plan, stream)
             else:
                 following = None
+                drop = index == last and found.modulation is None and not found.foreign  # else as many calls as in stock
                 if controlnet is None and index < last:
                     following = _following(conditions, index + 1, plans[index + 1])
-                elif controlnet is None and found.norm_out is None and stream.rows.token_rows is None:
+                elif controlnet is None and drop and found.norm_out is None and stream.rows.token_rows is None:
                     following = conditions.out
-                work = functools.partial(
-                    _through, stream, found.parts[id(block)], index, conditions, following, plan, index == last
-                )
+                work = functools.partial(_through, stream, found.parts[id(block)], index, conditions, following, plan, drop)
                 if plan.placed:
                     stream.pending = work
                     block(stream, None, None, None)
@@ -381,6 +383,17 @@ class _Rotary:
         return hash(self.key)
 
 
+def _call_of(model: torch.nn.Module) -> Call | None:
+    """The call of ours that a forward of `model` is part of, or one of its own where it was built as ours."""
+    call = CALL.get()
+    if call is not None:
+        return call if call.model is model else None
+    attachment = model.__dict__.get(ATTACHED)
+    if attachment is None or attachment.own is None:
+        return None
+    return Call(model, attachment.own, survey=model.look())
+
+
 def _through(stream, parts, index, conditions, following, plan, is_last) -> None:
     # The modulation is asked for here, and not before: its layers are where a hook brings the block's weights.
     stream.through(parts, conditions.block(index), following, plan, drop_text=is_last)
@@ -403,7 +416,7 @@ def _fused_block(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Text and image behind a block that was called as a module, or None where it has to run as diffusers wrote it."""
     found = call.look()
-    if id(block) not in found.owned or found.whole is not None or _context_reason(image) is not None:
+    if id(block) not in found.owned or found.whole is not None or _context_reason(found, image) is not None:
         return None
     plan = found.blocks.get(id(block), FUSED)
     if plan.stock is not None or arguments["joint_attention_kwargs"]:
@@ -456,13 +469,15 @@ def _modulation_given(
     return TableRows(torch.zeros(1, dtype=torch.int32, device=temb.device), token_rows), BlockModulation(*table.unbind(2))
 
 
-def _context_reason(hidden_states: torch.Tensor) -> str | None:
+def _context_reason(found: Survey, hidden_states: torch.Tensor) -> str | None:
     """Why a forward in the present context of torch is stock's."""
     if torch.is_grad_enabled():
         return "gradients are asked for (use torch.no_grad or torch.inference_mode)"
     kind = hidden_states.device.type
-    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != hidden_states.dtype:
-        return f"autocast to {torch.get_autocast_dtype(kind)} of a model in {hidden_states.dtype}"
+    if torch.is_autocast_enabled(kind):
+        weight = None if found.img_in.parameters is None else found.img_in.parameters["weight"].dtype
+        if not torch.get_autocast_dtype(kind) == hidden_states.dtype == weight:
+            return f"autocast to {torch.get_autocast_dtype(kind)} of a model in {weight}"
     return None
 
 

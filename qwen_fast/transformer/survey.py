@@ -17,6 +17,8 @@ from diffusers.models.normalization import AdaLayerNormContinuous, RMSNorm
 from diffusers.models.transformers import transformer_qwenimage as stock
 from torch import nn
 from torch.nn.modules import module as torch_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from ..common.fingerprint import adapter_state
 from ..common.hooks import Kind, attached
@@ -36,7 +38,10 @@ _METHODS = {
 }
 # What stock's attention looks up by name each time that it runs.
 _FUNCTIONS = ("apply_rotary_emb_qwen", "dispatch_attention_fn")
-_BUILTIN = {"scaled_dot_product_attention": torch._C._nn.scaled_dot_product_attention, "linear": torch._C._nn.linear}
+# torch's own of what stock's modules call by name: attention alone can be called as it is, the others are everywhere.
+_ATTENTION = torch._C._nn.scaled_dot_product_attention
+_EVERYWHERE = {"linear": torch._C._nn.linear, "gelu": torch._C._nn.gelu}
+_EVERYWHERE_IN_PYTHON = ("silu", "layer_norm")
 _NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 # What is read of modules beside their weights, and no module itself.
 _ODD = {
@@ -110,6 +115,7 @@ class Survey:
         parts: of each block of ours whose attention or feed-forward is, by id.
         img_in, txt_in, proj_out: the model's other projections.
         index: place of each block of `transformer_blocks`, by id.
+        order: the blocks of `transformer_blocks`.
         owned: blocks of ours anywhere in the model, by id.
         norm_out: why the output norm is called as a module, or None.
         modules: the transformer and all modules below it.
@@ -132,6 +138,7 @@ class Survey:
     txt_in: Projection
     proj_out: Projection
     index: dict[int, int]
+    order: list[nn.Module]
     owned: frozenset[int]
     norm_out: str | None
     modules: list[nn.Module]
@@ -165,13 +172,18 @@ class _Look:
         }
         self.whole = _whole_reason()
         functions = foreign_functions(stock, _FUNCTIONS)
-        functions += [f"torch.nn.functional.{name}" for name, own in _BUILTIN.items() if getattr(F, name) is not own]
+        if F.scaled_dot_product_attention is not _ATTENTION:
+            functions.append("torch.nn.functional.scaled_dot_product_attention")
         self.functions = [f"{name} was replaced" for name in functions]
         self.stock = foreign_methods(stock.QwenImageTransformer2DModel, ("forward",))
         self.wrapped = [name for name in foreign_methods(type(model), ("forward",)) if name not in self.stock]
+        self.processor_methods = foreign_methods(stock.QwenDoubleStreamAttnProcessor2_0, ("__call__",))
         self.block_methods = foreign_methods(stock.QwenImageTransformerBlock, _METHODS[stock.QwenImageTransformerBlock])
         self.rotary = foreign_on(model.pos_embed, _ROTARY_METHODS[1:])
-        self.foreign = [*self.kinds.values(), *self.functions, *self.stock, *self.wrapped, *self.block_methods, *self.rotary]
+        self.contexts = [*foreign_methods(type(model), ("cache_context",)), *foreign_on(model, ("cache_context",))]
+        self.foreign = [*self.kinds.values(), *self.functions, *self.stock, *self.wrapped, *self.contexts]
+        self.foreign += [*self.block_methods, *self.processor_methods, *self.rotary]
+        self.random = any(module.training and module.p for module in self.modules if type(module) is nn.Dropout)
         adapted = {kind for kind in kinds if hasattr(kind, "merged_adapters")}
         states = (str(adapter_state(module)) for module in self.modules if type(module) in adapted) if adapted else ()
         self.adapters = tuple(states)
@@ -180,7 +192,7 @@ class _Look:
     def _key(self) -> tuple:
         """All that `result` depends on; the modules themselves, held and compared by identity."""
         odd = [_ODD[kind](module.__dict__) for module in self.modules if (kind := type(module)) in _ODD]
-        return self.modules, self.attached, tuple(self.foreign), self.whole, odd, self.adapters
+        return self.modules, self.attached, tuple(self.foreign), self.whole, odd, self.adapters, self.random
 
     def reason(self, module: Any) -> str | None:
         """Why `module` has to be called with stock's arguments, or None. A hook that brings weights is no reason."""
@@ -199,21 +211,24 @@ class _Look:
         fused = [module for module in self.modules if isinstance(module, stock.QwenImageTransformerBlock)]
         plans = {id(block): self._block(block) for block in dict.fromkeys((*blocks, *fused))}
         plans = {place: plan for place, plan in plans.items() if plan is not FUSED}
-        outside = self.reason(model) or next(iter((*self.stock, *self.wrapped)), None)
+        outside = self.reason(model) or next(iter((*self.stock, *self.wrapped, *self.contexts)), None)
         rotary = self._rotary(model.pos_embed)
-        norm_out = next(filter(None, map(self.reason, (model.norm_out, model.norm_out.norm))), None)
+        norm_out = self.reason(model.norm_out)
         if norm_out is None and type(model.norm_out) is not AdaLayerNormContinuous:
             norm_out = self._structure(model.norm_out, f"a {type(model.norm_out).__name__} as output norm")
+        norm_out = norm_out or self.reason(model.norm_out.norm)
         rows = outside is None and rotary is None and norm_out is None and all(map(self._is_by_rows, plans.values()))
         rows = rows and all(self._takes_rows(module) for module in self._linears(blocks))
         strange = (found.words for found in self.attached.values() if found.kind is Kind.FOREIGN)
+        strange = next(strange, None) or next(iter(self.kinds.values()), None) or ("dropout" if self.random else None)
+        rows = rows and strange is None
         return Survey(
             whole=self.whole,
             model=outside,
             stock=next(iter(self.stock), None),
             placed=self.is_placed(model),
             rotary=rotary,
-            modulation=next(strange, None) or next(iter(self.kinds.values()), None),
+            modulation=strange,
             rows=rows,
             blocks=plans,
             parts={id(block): self._parts(block, plans.get(id(block), FUSED)) for block in fused},
@@ -221,6 +236,7 @@ class _Look:
             txt_in=self._projection(model.txt_in),
             proj_out=self._projection(model.proj_out),
             index={id(block): place for place, block in enumerate(blocks)},
+            order=blocks,
             owned=frozenset(map(id, fused)),
             norm_out=norm_out,
             modules=self.modules,
@@ -275,7 +291,7 @@ class _Look:
         )
 
     def _projection(self, module: nn.Module) -> Projection:
-        return Projection(module, readable=F.linear is _BUILTIN["linear"] and self.reason(module) is None)
+        return Projection(module, readable=self.reason(module) is None)
 
     def _norms(self, block: nn.Module) -> str | None:
         for norm in (block.img_norm1, block.img_norm2, block.txt_norm1, block.txt_norm2):
@@ -293,9 +309,8 @@ class _Look:
         if type(processor) is not stock.QwenDoubleStreamAttnProcessor2_0:
             # diffusers' own do something else on purpose, and are as known as its caches.
             return self._structure(processor, f"attention processor {type(processor).__name__}")
-        if changed := foreign_methods(type(processor), ("__call__",)):
-            self.foreign += changed
-            return changed[0]
+        if self.processor_methods:
+            return self.processor_methods[0]
         if getattr(processor, "_parallel_config", None) is not None:
             return "context parallelism"
         for name in _NORMS:
@@ -341,7 +356,7 @@ class _Look:
                         yield from (layers["0"].proj, layers["2"])
 
     def _takes_rows(self, module: nn.Module) -> bool:
-        if self.reason(module) is not None or F.linear is not _BUILTIN["linear"]:
+        if self.reason(module) is not None:
             return False
         known = type(module) is nn.Linear or type(module).__module__.startswith(_ADAPTING)
         return known or self._structure(module, f"a {type(module).__name__} in a linear layer's place") is None
@@ -384,4 +399,10 @@ def _whole_reason() -> str | None:
     """Why no module may be gone around."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return "hooks on all modules (register_module_forward_hook)"
-    return next(iter(foreign_methods(nn.Module, ("__call__", "_call_impl"))), None)
+    changed = foreign_methods(nn.Module, ("__call__", "_call_impl"))
+    changed += [f"torch.nn.functional.{name}" for name, own in _EVERYWHERE.items() if getattr(F, name) is not own]
+    changed += [f"torch.nn.{name}" for name in foreign_functions(F, _EVERYWHERE_IN_PYTHON)]
+    if changed:
+        return f"{changed[0]} was replaced"
+    modes = _get_current_function_mode_stack() if torch._C._len_torch_function_stack() else ()
+    return next((f"a {type(mode).__name__}" for mode in modes if type(mode) is not DeviceContext), None)
