@@ -9,6 +9,7 @@ from diffusers import QwenImageTransformer2DModel
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers import transformer_qwenimage
 
+from qwen_fast.common.options import Options
 from qwen_fast.common.state import State
 from qwen_fast.testing import initialize
 from qwen_fast.transformer.attach import attach, detach
@@ -73,7 +74,7 @@ def inputs(
 @torch.no_grad()
 def fused(model: torch.nn.Module, arguments: dict, state: State | None = None) -> torch.Tensor:
     """The prediction of the fused forward, attached for this one call; asserts that it ran, and nothing of stock."""
-    state = state or State(modulation="layers")
+    state = state or State(Options(modulation="layers"))
     reason = attach(model, state)
     assert reason is None, reason
     try:

@@ -1,5 +1,6 @@
 """The predictions of a denoising step: packed into one forward, one after the other, or as stock calls its transformer."""
 
+import contextlib
 import copy
 from dataclasses import dataclass
 from typing import Any
@@ -8,15 +9,16 @@ import torch
 
 from qwen_fast_kernels import cfg_euler_step, euler_step
 
+from ..common.hardware import free_bytes
 from ..common.hooks import is_hooked
-from ..common.state import State
+from ..common.state import State, logger
 from ..schedule import Schedule
 from ..text.encoding import Source, sources_of
 from ..transformer.blocks import stock_reason
 from ..transformer.call import ATTACHED, Call, Packed
-from ..transformer.conditions import TableConditions
 from ..transformer.layout import check_image_shapes
-from ..transformer.modulation import table_reason
+from ..transformer.modulation import FromTable
+from ..transformer.modulation_weights import table_reason
 
 Prompt = tuple[torch.Tensor, torch.Tensor | None]  # embeddings [B, S_txt, C_txt], mask [B, S_txt] or None
 
@@ -84,21 +86,22 @@ class Forwards:
         self.kwargs = {name: value for name, value in (pipe.attention_kwargs or {}).items() if name != "scale"}
         attachment = model.__dict__.get(ATTACHED)
         call.state.no_table = table_reason(model) if attachment is not None else None
-        if attachment is not None and call.state.modulation == "table" and call.state.no_table is None:
-            if isinstance(call.conditions, TableConditions):
+        if attachment is not None and call.state.options.modulation != "layers" and call.state.no_table is None:
+            if isinstance(call.conditions, FromTable):
                 call.conditions.refresh()  # a callback may have touched the weights
             else:
-                call.conditions = TableConditions(model, attachment.tables, task.host_timesteps, step_index)
+                call.conditions = FromTable(model, attachment.tables, self.timesteps, step_index)
         self.packs: list[Packed] | None = None
         if self._takes_rows(model, attachment):
             same = kept is not None and kept.packs is not None and kept.embeds is task.prompts[0][0]
             self.packs = kept.packs if same else self._pack(model)
         self.embeds = task.prompts[0][0]
+        self._captured = False  # of a graph's step neither the memory nor the buffers are to be planned anew
 
     def on(self, call: Call, step_index: torch.Tensor, packs: list[Packed]) -> "Forwards":
         """The same forwards for another call, reading another step index and other prompts."""
         other = copy.copy(self)
-        other.call, other.step_index, other.packs = call, step_index, packs
+        other.call, other.step_index, other.packs, other._captured = call, step_index, packs, True
         return other
 
     def predict(self, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -106,6 +109,15 @@ class Forwards:
         timestep = self.timesteps.index_select(0, self.step_index)
         if self.packs is None:
             return tuple(self._stock_call(latents, timestep, n) for n in range(len(self.task.prompts)))
+        if len(self.task.prompts) > len(self.packs) and not self._captured:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                return self._packed(latents, timestep)
+            logger.warning("memory was too short for one forward of both predictions: they come one after the other.")
+            self.call.state.calls["packed transformer out of memory"] += 1
+            self.packs = self._pack(self.pipe.transformer, apart=True)
+        return self._packed(latents, timestep)
+
+    def _packed(self, latents: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor, ...]:
         predictions = []
         for pack in self.packs:
             self.call.packed = pack
@@ -139,7 +151,7 @@ class Forwards:
             return False
         return not any(is_hooked(block) or stock_reason(block) is not None for block in model.transformer_blocks)
 
-    def _pack(self, model: torch.nn.Module) -> list[Packed]:
+    def _pack(self, model: torch.nn.Module, *, apart: bool = False) -> list[Packed]:
         prompts = [(*self._rows_of(*prompt), self._sources(prompt[0])) for prompt in self.task.prompts]
         shapes = check_image_shapes(self.task.img_shapes, self.batch)
         device = self.step_index.device
@@ -151,8 +163,8 @@ class Forwards:
             sources = known if sum(length for _, length in known) == len(embeds) else None
             return Packed(model.layout(shapes * len(group), positions, device), embeds, len(group), sources=sources)
 
-        together = packed(prompts)
-        if len(prompts) == 1 or fits_in_memory(together.layout.rows, model, self.timesteps.dtype, device):
+        together = None if apart else packed(prompts)
+        if not apart and (len(prompts) == 1 or fits_in_memory(together.layout.rows, model, self.timesteps.dtype, device)):
             return [together]
         return [packed([prompt]) for prompt in prompts]
 
@@ -180,6 +192,4 @@ def fits_in_memory(rows: int, model: torch.nn.Module, dtype: torch.dtype, device
         return True
     # Residual twice, norm, branch, attended, query, key and value, four times the width in the MLP; and some room.
     needed = 1.25 * 12 * rows * model.inner_dim * dtype.itemsize
-    free, _ = torch.cuda.mem_get_info(device)
-    reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return needed < free + reusable
+    return needed < free_bytes(device, enough=needed)

@@ -17,10 +17,9 @@ from ..common.hooks import is_hooked
 from ..common.proofs import attention_is_right
 from ..transformer.attention import chosen_backend
 from ..transformer.call import ATTACHED, Call, Packed, accelerated
-from ..transformer.conditions import TableConditions
-from ..transformer.host_weights import host_bytes
 from ..transformer.layout import build_layout, check_image_shapes
-from ..transformer.modulation import weights_signature
+from ..transformer.modulation import FromTable, weights_signature
+from ..transformer.modulation_weights import host_bytes
 from .denoiser import Forwards, Task, sampler_step
 
 DEVICES = ("cuda",)
@@ -42,7 +41,7 @@ def bucket(length: int) -> int:
 
 def reason_against(pipe: Any, forwards: Forwards, callback: Any) -> str | None:
     """Why the steps of this call are not captured, or None."""
-    option, _task = pipe.fast_state.cuda_graph, forwards.task
+    option, _task = pipe.fast_state.options.cuda_graph, forwards.task
     if option is False:
         return "cuda_graph=False"
     if forwards.step_index.device.type not in DEVICES:
@@ -60,8 +59,8 @@ def reason_against(pipe: Any, forwards: Forwards, callback: Any) -> str | None:
     if any(chosen_backend(block.attn.processor) is not None for block in pipe.transformer.transformer_blocks):
         return "an attention backend chosen in diffusers"
     attn = pipe.transformer.transformer_blocks[0].attn
-    if pipe.fast_state.attention not in ("auto", "triton"):
-        return f"attention={pipe.fast_state.attention!r} cannot read true prompt lengths on the device"
+    if pipe.fast_state.options.attention not in ("auto", "triton"):
+        return f"attention={pipe.fast_state.options.attention!r} cannot read true prompt lengths on the device"
     if not attention_is_right(forwards.step_index.device, forwards.timesteps.dtype, attn.inner_dim // attn.heads):
         return "the attention kernel is wrong on this GPU"
     if forwards.call.conditions is None and host_bytes(pipe.transformer):
@@ -115,7 +114,7 @@ class CapturedStep:
         conditions = None
         if call.conditions is not None:
             tables = model.__dict__[ATTACHED].tables
-            conditions = TableConditions(model, tables, task.host_timesteps, self.step_index)
+            conditions = FromTable(model, tables, forwards.timesteps, self.step_index)
         self.load(model, latents, task, pack)
 
         model_dtype, true_cfg_scale = forwards.timesteps.dtype, task.true_cfg_scale
@@ -174,7 +173,7 @@ def captured_step(pipe: Any, call: Call, forwards: Forwards, latents: torch.Tens
         str(task.img_shapes),
         tuple(task.host_timesteps.tolist()),
         task.true_cfg_scale,
-        (call.state.attention, call.state.modulation),
+        (call.state.options.attention, call.state.options.modulation),
         _weights(model),
     )
     step = graphs.get(key)

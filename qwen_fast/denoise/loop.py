@@ -26,7 +26,7 @@ def denoise(pipe: Any, latents: torch.Tensor, task: Task, callback: Any, callbac
     """
     state, scheduler, schedule = pipe.fast_state, pipe.scheduler, task.schedule
     model_dtype = latents.dtype
-    if state.precise_sampler:
+    if state.options.precise_sampler:
         latents = latents.float()
     step_index = torch.zeros(1, dtype=torch.int32, device=latents.device)
     # Callbacks read the scheduler, so it shows what stock's would.
@@ -34,7 +34,7 @@ def denoise(pipe: Any, latents: torch.Tensor, task: Task, callback: Any, callbac
     scheduler.num_inference_steps = schedule.num_inference_steps
     scheduler._step_index, scheduler._begin_index = None, 0
 
-    pace, check = _Pace(latents.device), FiniteCheck(latents, schedule.timesteps) if state.check_nan else None
+    pace, check = _Pace(latents.device), FiniteCheck(latents, schedule.timesteps) if state.options.check_nan else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(lora_scale(pipe.transformer, pipe.attention_kwargs))
         call = stack.enter_context(accelerated(pipe.transformer, state))

@@ -11,8 +11,8 @@ from ..common.hardware import unsupported_reason
 from ..common.stages import staged
 from ..text.encoding import of_call as texts_of_call
 from ..transformer.call import ATTACHED, accelerated
-from ..transformer.conditions import ScheduledConditions
-from ..transformer.modulation import table_reason
+from ..transformer.modulation import FromScheduledTable
+from ..transformer.modulation_weights import table_reason
 from . import scheduler as fast_scheduler
 from .base import AcceleratedPipeline
 from .inputs import check_attention, check_call
@@ -32,7 +32,7 @@ def _stock_loop(stock: type) -> Callable[..., Any]:
         bound.apply_defaults()
         check_call(self, bound.arguments)
         device = self._execution_device
-        check_attention(self.fast_state.attention, device)
+        check_attention(self.fast_state.options.attention, device)
         reason = unsupported_reason(device)
         if reason is None:
             reason = self.install_scheduler()
@@ -40,9 +40,9 @@ def _stock_loop(stock: type) -> Callable[..., Any]:
             self.remove_scheduler()  # its step would launch a kernel where none can run
         if reason is not None:
             self.fast_state.fall_back(reason)
-            self.remove_transformer()  # stock's forward needs all its weights on the device
+            self.remove_transformer(forced=False)  # stock's forward needs all its weights on the device
             return in_stages(self, *args, **kwargs)
-        reason = self.install_transformer()
+        reason = self.install_transformer(device)
         if reason is not None:
             self.fast_state.fall_back(reason)
             return in_stages(self, *args, **kwargs)
@@ -52,9 +52,9 @@ def _stock_loop(stock: type) -> Callable[..., Any]:
         with texts, self._images(), accelerated(self.transformer, self.fast_state) as forwards:
             forwards.changing = bound.arguments.get("callback_on_step_end") is not None
             self.fast_state.no_table = table_reason(self.transformer)
-            if self.fast_state.modulation == "table" and self.fast_state.no_table is None:
+            if self.fast_state.options.modulation != "layers" and self.fast_state.no_table is None:
                 tables = self.transformer.__dict__[ATTACHED].tables
-                forwards.conditions = ScheduledConditions(self.transformer, tables, self, forwards.changing)
+                forwards.conditions = FromScheduledTable(self.transformer, tables, self, forwards.changing)
             return in_stages(self, *args, **kwargs)
 
     return call

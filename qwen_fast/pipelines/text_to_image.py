@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -12,7 +11,7 @@ from diffusers.pipelines.qwenimage import QwenImagePipelineOutput
 from packaging.version import Version
 
 from ..common.hardware import unsupported_reason
-from ..common.options import check_options, check_text_options, check_vae_memory, writable_folder
+from ..common.options import NAMES, Options, takes_options, unknown_options
 from ..common.stages import stage, staged
 from ..common.state import STATE, State, logger
 from ..denoise.denoiser import Task
@@ -34,15 +33,13 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
     diffusers' own, and a folder it saves loads in stock diffusers.
 
     Args:
-        precise_sampler (bool): keep latents and step size in fp32 between steps; callbacks and `output_type="latent"`
-            then see fp32 latents.
-        modulation, modulation_cache, attention, cuda_graph, prompt_cache, vae_memory, check_nan, strict: see `enable`.
-        vae_option, text_encoder_option: its `vae` and `text_encoder`.
+        options: of `enable`, by the same names. With `precise_sampler` callbacks and `output_type="latent"` see fp32 latents.
     """
 
     supports_precise_sampler = True
     supports_check_nan = True
 
+    @takes_options
     def __init__(
         self,
         scheduler: diffusers.FlowMatchEulerDiscreteScheduler,
@@ -50,27 +47,12 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
         text_encoder: transformers.Qwen2_5_VLForConditionalGeneration,
         tokenizer: transformers.Qwen2Tokenizer,
         transformer: diffusers.QwenImageTransformer2DModel,
-        *,
-        precise_sampler: bool = False,
-        modulation: str = "table",
-        modulation_cache: str | Path | None = None,
-        attention: str = "auto",
-        cuda_graph: bool | str = "auto",
-        vae_option: str = "image",
-        prompt_cache: str | Path | None = "memory",
-        text_encoder_option: str = "keep",
-        vae_memory: int | str | None = "auto",
-        check_nan: bool = False,
-        strict: bool = False,
+        **options: Any,
     ):
-        check_options(vae=vae_option)
-        prompt_cache = check_text_options(prompt_cache, text_encoder_option)
-        options = check_options(modulation=modulation, attention=attention, cuda_graph=cuda_graph, check_nan=check_nan)
-        options |= {"vae_option": vae_option, "vae_memory": check_vae_memory("vae_memory", vae_memory)}
-        options["modulation_cache"] = writable_folder("modulation_cache", modulation_cache)
+        options = Options.of(options)
         super().__init__(scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer)
-        self.__dict__[STATE] = State(precise_sampler=precise_sampler, strict=strict, **options)
-        configure_texts(self, self.fast_state, prompt_cache, text_encoder_option)
+        self.__dict__[STATE] = State(options)
+        configure_texts(self, self.fast_state)
         self.install_transformer()
         self.install_vae()
 
@@ -79,18 +61,23 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
         """As diffusers'; a local folder is checked first, so that a missing, truncated or corrupt file is named.
 
         Args:
-            device (torch.device or str): load straight onto it: see `qwen_fast.loading.load`. The modulation weights,
-                a third of the transformer, never reach it with modulation="table".
+            device (torch.device or str): load straight onto it: see `qwen_fast.loading.load`. Modulation weights, a third of
+                the transformer, never reach it where `modulation` leaves them in host memory.
+        Raises:
+            TypeError: a keyword that is neither an option nor known to diffusers, which would pass over it.
         """
-        check_options(**{name: kwargs[name] for name in ("modulation", "attention", "cuda_graph") if name in kwargs})
         given = {"scheduler", "vae", "text_encoder", "tokenizer", "transformer"} & kwargs.keys()
+        unknown = kwargs.keys() - given - set(NAMES) - _known_to_diffusers()
+        if unknown:
+            raise TypeError(f"{unknown_options(unknown)}.")
+        options = Options.of({name: kwargs[name] for name in NAMES if name in kwargs})
         if "dtype" in kwargs and Version(diffusers.__version__) < Version("0.40"):
             kwargs["torch_dtype"] = kwargs.pop("dtype")  # the older name; under the new one it would be ignored
         if device is not None:
             kwargs["dtype"] = kwargs.pop("torch_dtype", kwargs.get("dtype"))
-            on_host = kwargs.get("modulation", "table") == "table"
+            may_rest = options.modulation in ("auto", "host")
             return load(
-                super().from_pretrained, pretrained_model_name_or_path, device=device, modulation_on_host=on_host, **kwargs
+                super().from_pretrained, pretrained_model_name_or_path, device=device, modulation_may_rest=may_rest, **kwargs
             )
         check_folder(pretrained_model_name_or_path, variant=kwargs.get("variant"), skip=given, hub_ids=True)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -102,11 +89,11 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
         bound.apply_defaults()
         check_call(self, bound.arguments)
         device = self._execution_device  # asks every module for its hooks: once a call
-        check_attention(self.fast_state.attention, device)
+        check_attention(self.fast_state.options.attention, device)
         reason = self._fallback_reason(device)
         if reason is not None:
             self.fast_state.fall_back(reason)
-            self.remove_transformer()  # stock's forward needs all its weights on the device
+            self.remove_transformer(forced=False)  # stock's forward needs all its weights on the device
             with staged(self):
                 return super().__call__(*args, **kwargs)
         arguments = dict(bound.arguments)
@@ -213,7 +200,7 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
         self.fast_state.calls["flow_match_schedule"] += 1
         self._num_timesteps = schedule.num_inference_steps
 
-        reason = self.install_transformer()
+        reason = self.install_transformer(device)
         if reason is not None:
             self.fast_state.fall_back(reason)
         prompts = [(prompt_embeds, prompt_embeds_mask), (negative_prompt_embeds, negative_prompt_embeds_mask)]
@@ -273,3 +260,10 @@ class QwenImagePipeline(AcceleratedPipeline, diffusers.QwenImagePipeline):
 
 
 _SIGNATURE = inspect.signature(diffusers.QwenImagePipeline.__call__)
+
+
+def _known_to_diffusers() -> set[str]:
+    """Every name that the code of diffusers' `from_pretrained` mentions: it takes its keywords out of a dict one by one."""
+    functions = (diffusers.DiffusionPipeline.from_pretrained, diffusers.DiffusionPipeline.download)
+    constants = (inspect.unwrap(function).__code__.co_consts for function in functions)
+    return {constant for own in constants for constant in own if isinstance(constant, str)}

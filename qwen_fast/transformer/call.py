@@ -16,9 +16,8 @@ from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from ..common.state import State
 from ..text.cache import Encoded
 from .blocks import Address
-from .conditions import Conditions
 from .layout import Layout
-from .modulation import TableCache
+from .modulation import ModulationSource, TableCache
 
 ATTACHED = "_qwen_fast_attachment"  # the one attribute that an attached model carries
 
@@ -35,6 +34,14 @@ class Attachment:
     tables: TableCache = field(default_factory=TableCache)
     graphs: OrderedDict = field(default_factory=OrderedDict)
     own: State | None = None  # of a model that was built as ours and accelerates every forward
+    settled: tuple | None = None  # what the place of the modulation weights was decided for
+
+    def leave(self, device: torch.device) -> None:
+        """Forget what is not on `device`, to which the model has gone."""
+        self.tables.leave(device)
+        for kept in (self.layouts, self.graphs):
+            for key in [key for key in kept if device not in key]:
+                del kept[key]
 
     def __deepcopy__(self, memo: dict) -> "Attachment":
         users = weakref.WeakSet(copy.deepcopy(user, memo) for user in self.users)
@@ -78,7 +85,7 @@ class Call:
 
     model: torch.nn.Module
     state: State
-    conditions: Conditions | None = None
+    conditions: ModulationSource | None = None
     changing: bool = False
     separate: list[bool] | None = None
     packed: Packed | None = None
@@ -91,7 +98,7 @@ class SharedForward:
 
     layout: Layout
     address: Address
-    conditions: Conditions
+    conditions: ModulationSource
     index: dict[int, int]
     block_arguments: dict[str, Any]
 

@@ -22,14 +22,15 @@ from qwen_fast_kernels import ada_layer_norm
 
 from ..common.fingerprint import modules_signature
 from ..common.hooks import OURS, is_hooked, rebind_forward
+from ..common.options import Options
 from ..common.proofs import require_transformer
 from ..common.state import State
 from .blocks import Address, Rows, stock_reason
 from .call import ATTACHED, CALL, Attachment, Call, Packed, SharedForward, lora_scale
-from .conditions import Conditions, LayerConditions
-from .host_weights import disk_reason, host_bytes
 from .layout import ImageShapes, Layout, build_layout, check_image_shapes
 from .linear import linear_into
+from .modulation import FromLayers, ModulationSource
+from .modulation_weights import disk_reason, host_bytes
 
 STOCK = diffusers.QwenImageTransformer2DModel
 STOCK_BLOCK = transformer_qwenimage.QwenImageTransformerBlock
@@ -68,7 +69,7 @@ class QwenImageTransformerBlock(STOCK_BLOCK):
                 modulate_index,
             )
         residual = torch.cat([encoder_hidden_states.flatten(0, 1), hidden_states.flatten(0, 1)])
-        rows = Rows(self, residual, layout, forward.address, call.state.attention)
+        rows = Rows(self, residual, layout, forward.address, call.state.options.attention)
         modulation = forward.conditions.block(index)
         rows.begin(modulation)
         rows.attend(self, modulation)
@@ -87,7 +88,7 @@ class QwenImageTransformer2DModel(STOCK):
     @functools.wraps(STOCK.__init__)  # the configuration is read from this signature
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.__dict__[ATTACHED] = Attachment(own=State(modulation="layers"))
+        self.__dict__[ATTACHED] = Attachment(own=State(Options(modulation="layers")))
         swap_blocks(self, STOCK_BLOCK, QwenImageTransformerBlock)
 
     def forward(self, *args, **kwargs):
@@ -208,17 +209,17 @@ class QwenImageTransformer2DModel(STOCK):
         output = self._run(call, residual, layout, address, conditions, separate, None)
         return output.unflatten(0, (packed.copies * hidden_states.shape[0], -1))
 
-    def _conditions(self, call: Call, timestep, hidden_states, additional_t_cond) -> Conditions:
+    def _conditions(self, call: Call, timestep, hidden_states, additional_t_cond) -> ModulationSource:
         timestep = timestep.to(hidden_states.dtype)
         if call.conditions is not None and additional_t_cond is None and call.conditions.begin(timestep):
             return call.conditions
-        return LayerConditions(self, timestep, hidden_states, additional_t_cond)
+        return FromLayers(self, timestep, hidden_states, additional_t_cond)
 
     def _run(self, call, residual, layout, address, conditions, separate, controlnet) -> torch.Tensor:
         """Joint token rows `[R, C]` through all blocks, norm_out and proj_out: `[R_img, C_out]`."""
         blocks = self.transformer_blocks
         every = None if controlnet is None else math.ceil(len(blocks) / len(controlnet))
-        rows = Rows(blocks[0], residual, layout, address, call.state.attention)
+        rows = Rows(blocks[0], residual, layout, address, call.state.options.attention)
         last = len(blocks) - 1
         for index, block in enumerate(blocks):
             modulation = conditions.block(index)
@@ -312,7 +313,7 @@ class QwenImageTransformer2DModel(STOCK):
             lambda: build_layout(self.pos_embed, shapes, text_positions, device),
         )
 
-    def address(self, conditions: Conditions, layout: Layout, shapes: Sequence[ImageShapes]) -> Address:
+    def address(self, conditions: ModulationSource, layout: Layout, shapes: Sequence[ImageShapes]) -> Address:
         """Which rows of the conditions' tables the tokens of `layout` take."""
 
         def token_rows() -> torch.Tensor | None:
