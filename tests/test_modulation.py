@@ -259,6 +259,8 @@ def test_a_callback_that_changes_nothing_costs_nothing(change):
     transformer, steps = with_lora(build(), 5, "first"), timesteps()
     source = FromTable(transformer, TableCache(), steps, torch.zeros(1, dtype=torch.int32))
     source.begin(steps[:1])
+    source.refresh()
+    source.begin(steps[:1])  # the first time it is not known what they were
     table = source.table
     source.refresh()
     source.begin(steps[:1])

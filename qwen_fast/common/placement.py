@@ -148,7 +148,8 @@ def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def is_elsewhere(module: nn.Module, device: torch.device) -> bool:
-    return any(tensor.device != device for tensor in tensors_of(module).values()) and bringing_hook(module) is None
+    tensors = (tensor for part in module.modules() for tensor in (*part._parameters.values(), *part._buffers.values()))
+    return any(tensor is not None and tensor.device != device for tensor in tensors) and bringing_hook(module) is None
 
 
 def offload_group(module: nn.Module) -> Any:

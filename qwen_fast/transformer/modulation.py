@@ -321,15 +321,15 @@ class FromTable(FromRow):
     def __init__(self, model: nn.Module, tables: TableCache, timesteps: torch.Tensor, step_index: torch.Tensor):
         self._model, self._tables = model, tables
         self.timesteps, self.step_index = timesteps, step_index
-        self._suspect = False
+        self._seen, self._suspect = None, False
 
     def refresh(self) -> None:
-        """Look whether the weights, their adapters or hooks are others, at the next forward. An edit through `.data` is not
-        seen within a call."""
+        """Look whether the weights, their adapters or hooks are others, at the next forward; an edit through `.data` is not
+        seen within a call. The first time nothing is known that they could be compared with, and the table is computed anew."""
         self._suspect = True
 
     def begin(self, timestep: torch.Tensor) -> bool:
-        seen = glance(table_modules(self._model)) if self.table is None or self._suspect else self._seen
+        seen = glance(table_modules(self._model)) if self._suspect else self._seen
         if self.table is None or seen != self._seen:
             # Here and not earlier: before its first forward the weights of an offloaded model are not on the device.
             with stage("modulation"):
