@@ -45,7 +45,7 @@ test: $(VENV)/.ready
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS) tests
 
 test-versions: $(VENV)/.ready
-	$(BIN)/python tests/versions.py
+	$(BIN)/python tests/house/versions.py
 
 lint: $(VENV)/.ready
 	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from .ceilings import Ceilings, measure_ceilings
-from .grid import SHAPES
-from .machine import provenance
-from .rows import Rows
-from .suite import FIELDS, rows, summary
-from .suite import measure as measure_runs
+from .operators.suite import FIELDS, rows, summary
+from .operators.suite import measure as measure_runs
+from .shared.ceilings import Ceilings, measure_ceilings
+from .shared.machine import provenance
+from .shared.rows import Rows
+from .shared.shapes import SHAPES
 
 torch.set_num_threads(1)
 GROUPS, ROWS = pytest.StashKey[list](), pytest.StashKey[Rows]()

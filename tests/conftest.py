@@ -19,9 +19,9 @@ if not HAS_CUDA:
     # Before the first `import triton`, which diffusers performs.
     os.environ["TRITON_INTERPRET"] = "1"
     if HAS_TRITON:
-        import interp_shim
+        from support import interpreter
 
-        interp_shim.install()
+        interpreter.install()
 torch.set_num_threads(1)
 
 NO_GPU = "needs a CUDA device"
@@ -125,7 +125,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch):
     """A proof's stand-in for a GPU in this process, without a fault: the CPU, whose kernels are interpreted."""
-    import stand_in
+    from support import stand_in
 
     stand_in.interpret(monkeypatch.setattr, {})
     return torch.device("cpu")
@@ -134,9 +134,9 @@ def interpreted(monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture
 def child(monkeypatch: pytest.MonkeyPatch):
     """Seeds faults into a proof's child process, or (None) forbids one; returns the list of children started so far."""
-    import stand_in
     from qwen_fast_kernels import proof
     from qwen_fast_kernels._child import NoChild
+    from support import stand_in
 
     started: list[str] = []
 

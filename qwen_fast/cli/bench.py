@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         args.parser.error("--shape and --layers are of random weights; they cannot go with --model")
 
     if args.plot:
-        return _plot(Path(args.out).expanduser() if args.out else benchmarks("bench").default_folder(), args.plot)
+        return _plot(Path(args.out).expanduser() if args.out else benchmarks("ladder.run").default_folder(), args.plot)
 
     import dataclasses
 
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..common.hardware import device_and_dtype
 
-    bench, grid = benchmarks("bench"), benchmarks("grid")
+    bench, grid = benchmarks("ladder.run"), benchmarks("shared.shapes")
     if args.estimate and args.device == "auto":
         device, dtype = torch.device("cuda"), torch.bfloat16  # what is estimated is a GPU's time
     else:
@@ -169,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _plot(folder: Path, kind: str) -> int:
     """Draw what there are rows for, and say what there are none for."""
-    written, left_out = benchmarks("plots").draw_all(folder, folder, suffix=f".{kind}")
+    written, left_out = benchmarks("pages.plots").draw_all(folder, folder, suffix=f".{kind}")
     for line in (*written, *left_out):
         print(line)
     return 0 if written else 1

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     device, dtype = device_and_dtype(args.device, args.dtype)
     if args.nvtx and device.type != "cuda":
         raise ValueError(f"--nvtx: NVTX ranges are for Nsight on a CUDA device, and this run is on {device}; leave it out.")
-    profiling = benchmarks("profiling")
+    profiling = benchmarks("profiling.run")
     files = profiling.Files(args.out)
     if not args.nvtx:
         files.prepare()
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..common.stages import record, stage_table, staged
 
-    stay = benchmarks("ladder").weights_stay if args.weights_stay else contextlib.nullcontext
+    stay = benchmarks("ladder.rungs").weights_stay if args.weights_stay else contextlib.nullcontext
 
     def draw() -> None:
         with stay(), staged(pipe) if args.stock else contextlib.nullcontext():
@@ -140,7 +140,7 @@ def _pipeline(
         pipe = load_pipeline(args.model or str(checkpoint()), device, dtype, stock=True)
         prompts = {"prompt": args.prompt, "negative_prompt": " " if guided else None}
     else:
-        models, grid = benchmarks("models"), benchmarks("grid")
+        models, grid = benchmarks("ladder.models"), benchmarks("shared.shapes")
         shape = grid.SHAPES[args.shape]
         case = grid.Case(*size, args.steps, guided, 1, _TEXT_TOKENS, shape)
         models.check_memory([case], device, dtype)
@@ -157,7 +157,7 @@ def _default_size(args: argparse.Namespace, device: "torch.device") -> tuple[int
 
 def _ceilings(path: Path | None, device: "torch.device", dtype: "torch.dtype") -> Any:
     """What this machine can do at best; on a CPU at a size that takes a moment."""
-    ceilings, grid = benchmarks("ceilings"), benchmarks("grid")
+    ceilings, grid = benchmarks("shared.ceilings"), benchmarks("shared.shapes")
     if device.type == "cuda":
         return ceilings.kept_ceilings(path, device, dtype, seconds=0.5)
     return ceilings.kept_ceilings(path, device, dtype, seconds=0.05, shape=grid.SHAPES["middle"], tokens=256 + 16)

@@ -61,12 +61,12 @@ def run(args: argparse.Namespace) -> int:
     reason = unsupported_reason(device)
     if reason:
         raise ValueError(f"--device {args.device}: {reason}.")
-    tunable = benchmarks("search").SPACES
+    tunable = benchmarks("tuning.search").SPACES
     ops = args.ops.split(",") if args.ops else None
     unknown = sorted(set(ops or []) - set(tunable))
     if unknown:
         raise ValueError(f"--ops: {', '.join(unknown)} is not tunable; use some of {', '.join(tunable)}.")
-    module = benchmarks("tune")
+    module = benchmarks("tuning.run")
     device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     return module.tune_device(
         device,

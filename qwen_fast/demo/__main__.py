@@ -3,6 +3,7 @@
 python -m qwen_fast.demo [FOLDER]
 """
 
+import argparse
 import statistics
 import sys
 import time
@@ -61,4 +62,6 @@ def main(folder: str = "demo") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:2]))
+    parser = argparse.ArgumentParser(prog="python -m qwen_fast.demo", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", default="demo", help="of the pictures (default: %(default)s)")
+    sys.exit(main(parser.parse_args().folder))

@@ -30,7 +30,7 @@ _KEPT = 2  # graphs of one model; each keeps the activations of a step
 _FEW_TOKENS = 3072
 # On an H100 steps in a graph gave NaN now and then (benchmarks/results/LOG.md, 2026-11-26). The attention kernel that is most
 # probably to blame is out of use; until a GPU has shown that nothing else is, "auto" takes no graph. The run-book's stage
-# "stress" (benchmarks/attention_stress.py) can show it.
+# "stress" (benchmarks/attention/stress.py) can show it.
 AUTO = False
 
 

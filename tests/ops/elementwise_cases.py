@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from budget import assert_bit_equal, assert_within_budget
-from canaries import Canaries, between_canaries
+from benchmarks.shared.budget import assert_bit_equal, assert_within_budget
+from support.canaries import Canaries, between_canaries
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 CONDITIONS, STEP = 5, 2

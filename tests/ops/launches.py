@@ -12,8 +12,8 @@ from unittest import mock
 import torch
 import triton
 
-from benchmarks.cases import Maker
-from benchmarks.host_time import IdleDriver, call, idle_driver, small_cases
+from benchmarks.operators.cases import Maker
+from benchmarks.parts.host_time import IdleDriver, call, idle_driver, small_cases
 from qwen_fast_kernels import _launch
 from qwen_fast_kernels._library import replace_kernel, restore_kernels
 from qwen_fast_kernels.proof import Problem, examine

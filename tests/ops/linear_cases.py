@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from canaries import between_canaries
 from qwen_fast_kernels._matmul import tile
+from support.canaries import between_canaries
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

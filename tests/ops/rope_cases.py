@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from budget import assert_bit_equal, assert_within_budget
+from benchmarks.shared.budget import assert_bit_equal, assert_within_budget
 from qwen_fast_kernels.qk_norm_rope import default_config, launch_qk_norm_rope, qk_norm_rope, qk_norm_rope_reference
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -7,7 +7,7 @@ from diffusers.models.normalization import AdaLayerNormContinuous
 from elementwise_cases import DTYPES, STEP, TOKEN_ROWS, RowOp, RowOpTests, bad_arguments, both
 from stock_block import StockBlock
 
-from budget import assert_within_budget
+from benchmarks.shared.budget import assert_within_budget
 from qwen_fast_kernels.ada_layer_norm import ada_layer_norm, ada_layer_norm_reference, default_config
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empties")

@@ -17,8 +17,7 @@ from sampler_cases import (
     surrounded,
 )
 
-from budget import assert_bit_equal, assert_within_budget
-from canaries import Canaries, between_canaries
+from benchmarks.shared.budget import assert_bit_equal, assert_within_budget
 from qwen_fast_kernels.euler_step import (
     DEFAULT_CONFIG,
     _euler_step_kernel,
@@ -26,7 +25,8 @@ from qwen_fast_kernels.euler_step import (
     euler_step_reference,
     launch_euler_step,
 )
-from stock import Run, random_run
+from support.canaries import Canaries, between_canaries
+from support.recorded_sampler import Run, random_run
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empties")
 

@@ -9,11 +9,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 
-from budget import assert_bit_equal
-from canaries import Canaries, between_canaries
+from benchmarks.shared.budget import assert_bit_equal
 from qwen_fast.schedule.configs import LIGHTNING_SCHEDULER_CONFIG as LIGHTNING
 from qwen_fast.schedule.configs import QWEN_IMAGE_SCHEDULER_CONFIG as QWEN_IMAGE
 from qwen_fast_kernels.flow_match_schedule import DEFAULT_CONFIG, flow_match_schedule, launch_flow_match_schedule
+from support.canaries import Canaries, between_canaries
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empties")
 

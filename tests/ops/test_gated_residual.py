@@ -5,7 +5,7 @@ import torch
 from elementwise_cases import DTYPES, STEP, TOKEN_ROWS, RowOp, RowOpTests, bad_arguments, both
 from stock_block import StockBlock
 
-from budget import assert_bit_equal, assert_within_budget
+from benchmarks.shared.budget import assert_bit_equal, assert_within_budget
 from qwen_fast_kernels.gated_residual import gated_residual, gated_residual_reference
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empties")

@@ -5,7 +5,7 @@ import torch
 from elementwise_cases import DTYPES, TOKEN_ROWS, RowOp, RowOpTests, bad_arguments, both
 from stock_block import StockBlock
 
-from budget import assert_bit_equal, assert_within_budget
+from benchmarks.shared.budget import assert_bit_equal, assert_within_budget
 from qwen_fast_kernels.gated_residual_ada_layer_norm import gated_residual_ada_layer_norm
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empties")

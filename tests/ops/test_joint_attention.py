@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from attention_cases import BAD, HALF, LAYOUTS, ONE_SEQUENCE, PACKED, Problem, bodies, config_of, packed, problem
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-from budget import assert_bit_equal, assert_within_budget
-from canaries import Canaries, between_canaries
+from benchmarks.shared.budget import assert_bit_equal, assert_within_budget
 from conftest import HAS_CUDA
 from qwen_fast_kernels.joint_attention import (
     HEAD_DIMS,
@@ -26,6 +25,7 @@ from qwen_fast_kernels.joint_attention import (
     joint_attention,
     launch_joint_attention,
 )
+from support.canaries import Canaries, between_canaries
 
 ROOT = Path(__file__).resolve().parents[2]
 attention = sys.modules["qwen_fast_kernels.joint_attention"]  # the package's attribute of this name is the operator
@@ -277,8 +277,8 @@ def test_an_allocator_of_the_callers_stays(device, monkeypatch):
 # Compiles in a process of its own, since this one interprets. Prompts of 1 to 200 tokens, two sequences, padded or not.
 PROMPTS = """
 import random, torch
-from benchmarks.cases import Maker
-from benchmarks.offline import compile_only
+from benchmarks.operators.cases import Maker
+from benchmarks.compiler.offline import compile_only
 from qwen_fast_kernels.joint_attention import default_config, launch_joint_attention
 random.seed(0)
 for arch in (80, 90):

@@ -49,7 +49,7 @@ def test_a_launch_past_triton_is_tritons():
 
 
 def test_a_call_runs_few_python_functions():
-    found = compiled("-m", "benchmarks.host_time", "--calls")
+    found = compiled("-m", "benchmarks.parts.host_time", "--calls")
     assert found.keys() == CALLS.keys()
     assert not {name: calls for name, calls in found.items() if calls > CALLS[name]}
 

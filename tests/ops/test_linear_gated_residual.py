@@ -21,8 +21,7 @@ from linear_cases import (
     reads_only,
 )
 
-from budget import assert_bit_equal, assert_within_budget
-from canaries import Canaries
+from benchmarks.shared.budget import assert_bit_equal, assert_within_budget
 from qwen_fast_kernels._matmul import dimensions
 from qwen_fast_kernels.linear_gated_residual import (
     _linear_gated_residual_kernel,
@@ -32,6 +31,7 @@ from qwen_fast_kernels.linear_gated_residual import (
     linear_gated_residual_reference,
 )
 from qwen_fast_kernels.linear_gelu import linear_gelu
+from support.canaries import Canaries
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empties")
 

@@ -22,8 +22,7 @@ from linear_cases import (
     sums_in_sequence,
 )
 
-from budget import assert_bit_equal, assert_within_budget
-from canaries import Canaries
+from benchmarks.shared.budget import assert_bit_equal, assert_within_budget
 from qwen_fast_kernels._matmul import dimensions
 from qwen_fast_kernels.linear_gelu import (
     _linear_gelu_kernel,
@@ -32,6 +31,7 @@ from qwen_fast_kernels.linear_gelu import (
     linear_gelu,
     linear_gelu_reference,
 )
+from support.canaries import Canaries
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empties")
 

@@ -1,6 +1,6 @@
 """What the compiler makes of the sampler's launches, without a GPU: IEEE arithmetic only, 64-bit offsets, nothing spilled.
 
-Triton compiles for a GPU only in a process that does not interpret: benchmarks/compile_table.py starts it.
+Triton compiles for a GPU only in a process that does not interpret: benchmarks/compiler/table.py starts it.
 """
 
 import re
@@ -8,7 +8,7 @@ import re
 import pytest
 from packaging.version import Version
 
-from benchmarks.compile_table import ARCHS, TESTED_ARCHS, compiled_for_tests, faults
+from benchmarks.compiler.table import ARCHS, TESTED_ARCHS, compiled_for_tests, faults
 
 OPS = ("flow_match_schedule", "euler_step", "cfg_euler_step")
 

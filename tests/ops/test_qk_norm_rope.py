@@ -17,9 +17,9 @@ from rope_cases import (
     random_case,
 )
 
-from budget import assert_bit_equal, assert_within_budget, errors
-from canaries import Canaries
+from benchmarks.shared.budget import assert_bit_equal, assert_within_budget, errors
 from qwen_fast_kernels.qk_norm_rope import _qk_norm_rope_kernel, default_config, qk_norm_rope
+from support.canaries import Canaries
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empties")
 SEQUENCE_MAJOR = [0, 1, 4, 2, 3, 5, 6]  # two and one text rows, two images of two rows

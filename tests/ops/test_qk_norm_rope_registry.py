@@ -6,7 +6,7 @@ import pytest
 import torch
 from rope_cases import ARGUMENTS, WEIGHTS, assert_pairs_equal, cached_case, random_case
 
-from budget import assert_bit_equal
+from benchmarks.shared.budget import assert_bit_equal
 from qwen_fast_kernels.qk_norm_rope import HEAD_DIMS, default_config, qk_norm_rope
 
 BAD = {

@@ -7,10 +7,9 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageRMS_norm
 from elementwise_cases import DTYPES, both, in_layout, last_element
 
-from benchmarks.compile_table import read_table
-from benchmarks.vae_cases import WIDTHS
-from budget import assert_bit_equal, assert_within_budget
-from canaries import Canaries, between_canaries
+from benchmarks.compiler.table import read_table
+from benchmarks.operators.cases import WIDTHS
+from benchmarks.shared.budget import assert_bit_equal, assert_within_budget
 from qwen_fast_kernels import rms_norm_silu as op
 from qwen_fast_kernels.rms_norm_silu import (
     CPU_BLOCK,
@@ -18,6 +17,7 @@ from qwen_fast_kernels.rms_norm_silu import (
     launch_rms_norm_silu,
     rms_norm_silu_reference,
 )
+from support.canaries import Canaries, between_canaries
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empties")
 

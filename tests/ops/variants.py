@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 import triton
 
-from benchmarks.cases import CASES, Maker, Size
-from benchmarks.offline import compile_only
+from benchmarks.compiler.offline import compile_only
+from benchmarks.operators.cases import CASES, Maker, Size
 from qwen_fast_kernels import _arguments
 
 PROMPTS = 200

@@ -248,7 +248,7 @@ def _driver(capability: int) -> Iterator[None]:
     """The four questions that Triton asks a driver before it compiles, answered."""
     from triton.runtime.driver import driver
 
-    from benchmarks.offline import _Driver
+    from benchmarks.compiler.offline import _Driver
 
     slot = "_active" if "_active" in vars(driver) else "active"  # the name up to Triton 3.4
     active = vars(driver).get(slot)

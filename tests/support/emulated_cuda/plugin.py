@@ -1,6 +1,6 @@
 """A pytest plugin: the whole run has an emulated CUDA device, and so the tests marked gpu run.
 
-PYTHONPATH=kernels:.:tests python -m pytest -p support.emulated_cuda.plugin -m gpu tests/test_graph.py
+PYTHONPATH=kernels:.:tests python -m pytest -p support.emulated_cuda.plugin -m gpu tests/denoise/test_graph.py
 """
 
 import os
@@ -10,10 +10,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 
-import interp_shim
+from support import interpreter
 from support.emulated_cuda.device import emulated_cuda
 
-interp_shim.install()
+interpreter.install()
 _device = emulated_cuda()
 _device.__enter__()  # before tests/conftest.py asks whether there is a CUDA device
 

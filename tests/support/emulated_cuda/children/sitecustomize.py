@@ -3,10 +3,10 @@
 import json
 import os
 
-import interp_shim
+from support import interpreter
 from support.emulated_cuda.device import emulated_cuda
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    interp_shim.install()
+    interpreter.install()
 _device = emulated_cuda(**json.loads(os.environ["EMULATED_CUDA"]))
 _device.__enter__()

@@ -1,0 +1,105 @@
+"""The ladder: stock diffusers, ours as enabled, and what lies between them, each adding one thing to the one before.
+
+A rung changes a stock pipeline in place while it is entered and leaves it as it was. A mode that is new is a `Rung` more in
+`STEPS` or `LOSSY`.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
+
+import qwen_fast
+from qwen_fast.common.state import logger
+
+from ..shared.shapes import Case
+from .peers import PEERS
+from .rung import NotMeasured, Rung
+from .stock import COMPARED, COMPILED, STOCK
+
+
+def ours(
+    *,
+    fused: bool = True,
+    packed: bool = True,
+    cuda_only: bool = False,
+    guided_only: bool = False,
+    **options: Any,
+):
+    """`enable` with `options`.
+
+    `fused=False` leaves stock's transformer in, `packed=False` forwards one prompt at a time.
+    """
+
+    @contextlib.contextmanager
+    def enter(pipe: Any, case: Case) -> Iterator[str]:
+        if cuda_only and pipe.device.type != "cuda":
+            raise NotMeasured("needs a CUDA device")
+        if guided_only and not case.cfg:
+            raise NotMeasured("there is one prediction a step")
+        with ExitStack() as stack:
+            if not packed:
+                stack.enter_context(mock.patch("qwen_fast.denoise.denoiser.fits_in_memory", lambda *_: False))
+            if not fused:
+                # What a transformer that cannot be fused makes the pipeline do, without its warning.
+                stack.enter_context(mock.patch.object(logger, "warning"))
+                pipe.install_transformer = lambda: "left out by the benchmark"
+                stack.callback(pipe.__dict__.pop, "install_transformer", None)
+            stack.callback(qwen_fast.disable, pipe)
+            qwen_fast.enable(pipe, **options)
+
+            def refuse_fallbacks() -> None:
+                reasons = qwen_fast.report(pipe).fallbacks
+                if fused and reasons:
+                    raise RuntimeError(f"stock diffusers ran instead: {', '.join(reasons)}")
+
+            try:
+                yield ""
+            except Exception:
+                refuse_fallbacks()  # the better reason
+                raise
+            refuse_fallbacks()
+
+    return enter
+
+
+def weights_stay():
+    """Context in which modulation weights that a table makes idle are left where they are.
+
+    Moving 13.6 GB to the host and back between two measurements takes longer than the measurements. Times of steps do not
+    change; memory and the first image are measured without it.
+    """
+    return mock.patch("qwen_fast.transformer.attach.keep_on_host", lambda transformer: {})
+
+
+_PACKED = {"cuda_graph": False, "vae": "diffusers", "guided_only": True}
+ENABLED = Rung("qwen_fast as enabled", ours())
+# Packing with each attention: what packing gains can be told from what the attention does.
+PACKED = (
+    Rung("packed, diffusers' attention", ours(attention="diffusers", **_PACKED)),
+    Rung("packed, cuDNN attention", ours(attention="cudnn", cuda_only=True, **_PACKED)),
+    Rung("packed, flash attention", ours(attention="flash", **_PACKED)),
+    Rung("packed, our attention", ours(attention="triton", **_PACKED)),
+)
+GRAPH = Rung("+ CUDA graph", ours(cuda_graph=True, cuda_only=True))
+# Each adds one thing to the one before.
+STEPS = (
+    Rung("qwen_fast: schedule, sampler", ours(fused=False, modulation="layers", cuda_graph=False, vae="diffusers")),
+    Rung("+ fused transformer", ours(packed=False, modulation="layers", cuda_graph=False, vae="diffusers")),
+    Rung("+ modulation table", ours(packed=False, cuda_graph=False, vae="diffusers")),
+    Rung("+ packed CFG", ours(**_PACKED)),
+    Rung("+ VAE of pictures", ours(cuda_graph=False)),
+)
+OURS = (*STEPS, GRAPH, *PACKED, ENABLED)
+LOSSY: tuple[Rung, ...] = ()  # no lossy mode exists yet
+
+
+def all_rungs() -> list[Rung]:
+    """The whole ladder in the order of its worth: a run that is cut short has its most telling rows. What compiles is last."""
+    return [STOCK, ENABLED, *PACKED, GRAPH, *STEPS, *COMPARED[:-1], *LOSSY, *PEERS, COMPILED]
+
+
+def chosen_rungs() -> list[Rung]:
+    """What a case gets that does not get the whole ladder."""
+    return [STOCK, ENABLED]

@@ -1,0 +1,48 @@
+"""`make test-versions`: the comparisons with stock, in fresh environments of the lowest and the newest supported packages.
+
+Not part of CI: it installs two more environments. TORCH_LOWEST and TORCH_NEWEST name other builds of torch.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+COMPARED_WITH_STOCK = ["ops", "schedule", "transformer", "pipelines/test_pipeline.py", "pipelines/test_switch.py"]
+COMPARED_WITH_STOCK += ["pipelines/test_interpreted_pipeline.py", "pipelines/test_lora.py", "denoise/test_graph.py"]
+TOOLS = ["pytest", "pytest-xdist", "scipy", "accelerate>=1.0"]
+SETS = {
+    "lowest": [
+        os.environ.get("TORCH_LOWEST", "torch==2.13.0"),
+        "triton==3.4.0",
+        "diffusers==0.38.0",
+        "transformers==4.57.1",
+        "numpy==2.0.2",
+        "peft==0.18.0",
+        "httpx",  # diffusers 0.38 imports it beside huggingface_hub 0.36, which does not bring it
+    ],
+    "newest": [os.environ.get("TORCH_NEWEST", "torch==2.13.0"), "triton", "diffusers<0.43", "transformers<6", "peft"],
+}
+
+
+def main() -> int:
+    """Exit code: the number of sets that failed."""
+    failed = []
+    for name, packages in SETS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+            python = Path(folder, "bin", "python")
+            subprocess.run([python, "-m", "pip", "install", "-q", *packages, *TOOLS], check=True)
+            subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "-e", ROOT], check=True)
+            print(f"== {name}: {', '.join(packages)}", flush=True)
+            tests = [ROOT / "tests" / test for test in COMPARED_WITH_STOCK]
+            if subprocess.run([python, "-m", "pytest", "-q", "-n", "2", *tests], cwd=ROOT).returncode:
+                failed.append(name)
+    print(f"failed: {', '.join(failed) or 'none'}")
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
