@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 from diffusers import QwenImageTransformer2DModel
+from qwen_fast.transformer.conditions import TableConditions
 
 from qwen_fast.common.state import State
 from qwen_fast.testing import initialize
 from qwen_fast.transformer.attach import attach
 from qwen_fast.transformer.call import ATTACHED, Packed, accelerated
-from qwen_fast.transformer.conditions import TableConditions
 
 from ..shared.machine import provenance
 from ..shared.measure import Difference, Spread, interleaved, ratio

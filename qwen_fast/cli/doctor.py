@@ -183,6 +183,7 @@ def check_transformer(device: str) -> tuple[bool, str]:
     import diffusers
     import torch
 
+    from ..common.options import Options
     from ..common.state import State
     from ..testing import initialize
     from ..transformer.attach import attach
@@ -197,7 +198,7 @@ def check_transformer(device: str) -> tuple[bool, str]:
     with torch.no_grad():
         initialize(weights, "transformer", 0)
         for dtype in (torch.bfloat16, torch.float16):
-            model, state = copy.deepcopy(weights).to(device, dtype), State(attention="triton", modulation="layers")
+            model, state = copy.deepcopy(weights).to(device, dtype), State(Options(attention="triton", modulation="layers"))
 
             def run(model, dtype=dtype):
                 inputs = {

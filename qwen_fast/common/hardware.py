@@ -1,4 +1,7 @@
-"""Which devices the kernels run on."""
+"""Which devices the kernels run on, what is free there, and the stream beside the work."""
+
+import functools
+import math
 
 import torch
 
@@ -38,11 +41,42 @@ def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype
     return chosen, getattr(torch, DTYPES[dtype])
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Bytes that PyTorch can still allocate on a CUDA device; None elsewhere."""
+def free_bytes(device: torch.device, *, enough: float = math.inf) -> int | None:
+    """Bytes that can still be allocated on a CUDA device, rather too few than too many; None elsewhere.
+
+    Whoever plans with memory asks here, and plans again where it was too much all the same: the largest piece may be smaller.
+    Counted is what the driver has, and what PyTorch has freed and keeps for the current stream. What it keeps for other
+    streams, or for graphs with a pool of their own, is out of this stream's reach.
+
+    Args:
+        enough: where the driver alone has so many, PyTorch is not asked: that takes milliseconds. 0: only the driver is.
+    """
     if device.type != "cuda":
         return None
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free, _ = torch.cuda.mem_get_info(device)
+    if free >= enough:
+        return free
+    index, stream = indexed(device).index, torch.cuda.current_stream(device).cuda_stream
+    own = [one for one in torch.cuda.memory_snapshot() if (one["device"], one["stream"]) == (index, stream)]
+    blocks = (block for one in own if tuple(one["segment_pool_id"]) == (0, 0) for block in one["blocks"])
+    return free + sum(block["size"] for block in blocks if block["state"] == "inactive")
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream of a device on which copies travel beside the work: memory that PyTorch keeps belongs to a stream, so
+    that each new one would take new memory.
+
+    Args:
+        device: with its index, as `indexed` gives it.
+    """
+    return torch.cuda.Stream(device)
+
+
+def indexed(device: torch.device | str) -> torch.device:
+    """`device` with its index: "cuda" alone is the current one."""
+    device = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
 
 
 def check_device(device: torch.device | str) -> torch.device:

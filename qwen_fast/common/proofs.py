@@ -21,7 +21,7 @@ from qwen_fast_kernels._kept import Kept, environment
 from qwen_fast_kernels._library import replace_kernel
 from qwen_fast_kernels.proof import Problem, Verdict
 
-from .hardware import unsupported_reason
+from .hardware import indexed, unsupported_reason
 from .state import State, logger
 
 DEVICES = ("cuda",)  # on the CPU torch's operators run anyway
@@ -155,7 +155,7 @@ def require(state: State | None, problems: Iterable[Problem], device: torch.devi
     """
     if device.type not in DEVICES or unsupported_reason(device) is not None:
         return
-    device = _indexed(device)
+    device = indexed(device)
     problems = tuple(problems)
     with _LOCK:
         new = [problem for problem in problems if (device, problem) not in _VERDICTS]
@@ -167,7 +167,7 @@ def require(state: State | None, problems: Iterable[Problem], device: torch.devi
         return
     for problem in problems:
         state.verdicts[problem] = verdict = _VERDICTS[device, problem]
-        if not verdict.right and state.strict:
+        if not verdict.right and state.options.strict:
             raise RuntimeError(f"strict=True, and a kernel is wrong on this GPU: {problem}: {verdict.reason}.")
 
 
@@ -194,20 +194,14 @@ def attention_is_right(device: torch.device, dtype: torch.dtype, head_dim: int, 
         return True
     problem = attention_problem(dtype, head_dim, masked)
     require(None, [problem], device)
-    verdict = _VERDICTS.get((_indexed(device), problem))
+    verdict = _VERDICTS.get((indexed(device), problem))
     return verdict is None or verdict.right  # None: no kernel runs there, which its operator says
 
 
 def prove_again(device: torch.device | str, each: Callable[[Problem, Verdict], None]) -> None:
     """Let every kernel prove itself anew, whatever is known of it, and keep the verdicts for other processes."""
-    device = _indexed(torch.device(device))
+    device = indexed(torch.device(device))
     proof.prove(all_problems(), device, kept(device), again=True, tell=logger.warning, each=each)
-
-
-def _indexed(device: torch.device) -> torch.device:
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
 
 
 def _replace(wrong: dict[Problem, str], device: torch.device) -> None:

@@ -3,12 +3,13 @@
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from qwen_fast_kernels.proof import Problem, Verdict
+
+from .options import Options
 
 logger = logging.getLogger("qwen_fast")
 
@@ -18,19 +19,11 @@ STATE = "_qwen_fast_state"  # the one attribute that an enabled pipeline carries
 
 @dataclass(eq=False)
 class State:
-    """Options and counters of one enabled pipeline. It lives on the instance; nothing global is kept.
+    """Options, counters and notes of one enabled pipeline. It lives on the instance; nothing global is kept.
 
     Attributes:
-        precise_sampler: latents and step size stay fp32 between steps.
-        modulation: "table" (once per schedule, its weights on the host) or "layers" (in each forward, as stock).
-        modulation_cache: folder in which modulation tables are kept for other processes, or None.
-        attention: "auto", "triton", "cudnn", "flash", "efficient" or "diffusers".
-        cuda_graph: "auto", True or False.
-        vae_option: "image" or "diffusers".
+        options: as `enable` was last told.
         texts: what is kept of prompts and of the text encoder, see text.Texts.
-        vae_memory: bytes for the VAE's activations, "auto" or None.
-        check_nan: look after each step whether the latents are finite.
-        strict: raise where stock diffusers would be used instead.
         calls: fast calls so far, by operator.
         fallbacks: calls left to stock diffusers, by reason.
         stock_scheduler: the scheduler to give back, where ours took its place.
@@ -43,16 +36,8 @@ class State:
         proved: devices and dtypes for which its transformer's kernels have verdicts.
     """
 
-    precise_sampler: bool = False
-    modulation: str = "table"
-    modulation_cache: Path | None = None
-    attention: str = "auto"
-    cuda_graph: bool | str = "auto"
-    vae_option: str = "image"
+    options: Options = Options()
     texts: Any = None
-    vae_memory: int | str | None = "auto"
-    check_nan: bool = False
-    strict: bool = False
     calls: Counter = field(default_factory=Counter)
     fallbacks: Counter = field(default_factory=Counter)
     stock_scheduler: Any = None
@@ -67,7 +52,7 @@ class State:
 
     def fall_back(self, reason: str) -> None:
         """Count a call that goes to stock diffusers; log the reason the first time; raise it in strict mode."""
-        if self.strict:
+        if self.options.strict:
             raise RuntimeError(f"strict=True and this call would run on stock diffusers: {reason}.")
         if not self.fallbacks[reason]:
             logger.warning("stock diffusers runs instead of qwen_fast: %s.", reason)

@@ -13,9 +13,9 @@ from ..common.hardware import free_bytes
 from ..common.state import State, logger
 from ..schedule import Schedule
 from ..transformer.call import ATTACHED, Call, PromptBatch, entered, lora_scale
-from ..transformer.conditions import TableConditions
 from ..transformer.layout import check_image_shapes
-from ..transformer.modulation import table_reason
+from ..transformer.modulation import FromTable
+from ..transformer.modulation_weights import table_reason
 from . import graph
 
 OwnStep = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -28,7 +28,6 @@ class Task:
 
     Attributes:
         schedule: sigmas and timesteps on the device.
-        host_timesteps: `[T]` on the CPU, as the model sees them (its dtype, over 1000).
         prompts: of the prompt, and of the negative prompt if there is guidance.
         true_cfg_scale: None for no classifier-free guidance.
         guidance: `[B]` fp32 for guidance-distilled models.
@@ -36,7 +35,6 @@ class Task:
     """
 
     schedule: Schedule
-    host_timesteps: torch.Tensor
     prompts: list[Prompt]
     true_cfg_scale: float | None
     guidance: torch.Tensor | None
@@ -99,10 +97,10 @@ class Denoiser:
             for reason in found.foreign:
                 self.state.fall_back(reason)
             self.state.no_table = found.modulation or table_reason(self.model)
-            call.conditions = None
-            if self.state.modulation == "table" and self.state.no_table is None:
+            call.source = None
+            if self.state.options.modulation != "layers" and self.state.no_table is None:
                 tables = self.model.__dict__[ATTACHED].tables
-                call.conditions = TableConditions(self.model, tables, self.task.host_timesteps, self.step_index)
+                call.source = FromTable(self.model, tables, self.timesteps, self.step_index)
         if self.graph is not None and (found is not before or changed_prompt):
             self._leave_graph()
             self.state.graph = "a callback changed the model or the prompt"
@@ -161,7 +159,7 @@ class Denoiser:
         self._steps = index + 1
         if self.graph is not None:
             return self.graph.run(index, latents)
-        self.predictions = self.predict(latents.to(self.dtype) if self.state.precise_sampler else latents)
+        self.predictions = self.predict(latents.to(self.dtype) if self.state.options.precise_sampler else latents)
         if self.own_step is not None:
             velocity = guided(self.predictions, self.task.true_cfg_scale)["noise_pred"]
             latents = self.own_step(velocity, t, latents)
@@ -187,7 +185,8 @@ class Denoiser:
         except torch.OutOfMemoryError:
             if len(self.packs) == len(self.task.prompts):
                 raise
-            logger.warning("memory is too short for one forward of both predictions: they follow one another.")
+            logger.warning("memory was too short for one forward of both predictions: they come one after the other.")
+            self.state.calls["packed transformer out of memory"] += 1
             self.packs = self._pack(together=False)
         torch.cuda.empty_cache()
         return self._packed(latents, timestep)
@@ -293,6 +292,8 @@ def sampler_step(
 
 def fits_in_memory(rows: int, model: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the activations of a forward over so many token rows fit into free GPU memory. True on the CPU."""
-    free = free_bytes(device)
+    if device.type != "cuda":
+        return True
     # Residual twice, norm, branch, attended, query, key and value, four times the width in the MLP; and some room.
-    return free is None or 1.25 * 12 * rows * model.inner_dim * dtype.itemsize < free
+    needed = 1.25 * 12 * rows * model.inner_dim * dtype.itemsize
+    return needed < free_bytes(device, enough=needed)

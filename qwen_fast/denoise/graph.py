@@ -21,10 +21,9 @@ from ..common.stages import stage
 from ..common.state import logger
 from ..transformer.attention import chosen_backend
 from ..transformer.call import ATTACHED, Call, PromptBatch
-from ..transformer.conditions import TableConditions
-from ..transformer.host_weights import host_bytes
 from ..transformer.layout import build_layout, check_image_shapes
-from ..transformer.modulation import ModulationTable
+from ..transformer.modulation import FromRow, ModulationTable
+from ..transformer.modulation_weights import host_bytes
 
 if TYPE_CHECKING:
     from .denoiser import Denoiser
@@ -54,11 +53,11 @@ def capacity(length: int, negative: bool = False) -> int:
 def reason_against(denoiser: "Denoiser") -> str | None:
     """Why the steps of this call do not go through a `StepGraph`, or None."""
     state, model, found = denoiser.state, denoiser.model, denoiser.call and denoiser.call.survey
-    if state.cuda_graph is False:
+    if state.options.cuda_graph is False:
         return "cuda_graph=False"
     if denoiser.device.type not in DEVICES:
         return f"the device is {denoiser.device}"
-    if state.cuda_graph == "auto" and not AUTO:
+    if state.options.cuda_graph == "auto" and not AUTO:
         return "auto: not before a GPU has shown that the NaN of first light is gone; cuda_graph=True captures"
     if denoiser.packs is None:
         return "hooks, caches, compiled blocks or custom attention processors"
@@ -70,14 +69,14 @@ def reason_against(denoiser: "Denoiser") -> str | None:
         return "layers that wait for the device"
     if any(chosen_backend(block.attn.processor) is not None for block in model.transformer_blocks):
         return "an attention backend chosen in diffusers"
-    if state.attention not in ("auto", "triton"):
-        return f"attention={state.attention!r} cannot read true prompt lengths on the device"
+    if state.options.attention not in ("auto", "triton"):
+        return f"attention={state.options.attention!r} cannot read true prompt lengths on the device"
     attn = model.transformer_blocks[0].attn
     if not attention_is_right(denoiser.device, denoiser.dtype, attn.inner_dim // attn.heads):
         return "the attention kernel is wrong on this GPU"
-    if denoiser.call.conditions is None and host_bytes(model):
+    if denoiser.call.source is None and host_bytes(model):
         return "the modulation weights stay on the host"
-    if state.cuda_graph == "auto" and denoiser.packs[0].layout.img_rows > _FEW_TOKENS:
+    if state.options.cuda_graph == "auto" and denoiser.packs[0].layout.img_rows > _FEW_TOKENS:
         return f"auto: {denoiser.packs[0].layout.img_rows} image tokens a step are not limited by launches"
     return None
 
@@ -148,13 +147,11 @@ class StepGraph:
         layout = build_layout(model.pos_embed, shapes, _capacities(denoiser), device)
         text = torch.zeros(layout.txt_rows, model.inner_dim, dtype=self._dtype, device=device)
         self.prompts = PromptBatch(replace(layout, padded=True), pack.embeds.new_empty(0), pack.copies, text)
-        self._source, self._table = None, None
-        if denoiser.call.conditions is not None:
-            layers = len(model.transformer_blocks)
-            rows = torch.empty(1, layers, 2, 6, model.inner_dim, dtype=self._dtype, device=device)
-            norm_out = torch.empty(1, 1, 2, model.inner_dim, dtype=self._dtype, device=device)
-            self._source = TableConditions(model, None, None, self.step_index)
-            self._source.table = ModulationTable(rows, norm_out, rows.new_empty(1, model.inner_dim))
+        self._source: FromRow | None = None
+        self._table: ModulationTable | None = None
+        if denoiser.call.source is not None:
+            denoiser.call.source.begin(denoiser.timesteps[:1])
+            self._source = FromRow(denoiser.call.source.table.row_buffer())
 
     def load(self, denoiser: "Denoiser", latents: torch.Tensor) -> None:
         """Put a call's latents, guidance and prompts into the buffers."""
@@ -177,10 +174,12 @@ class StepGraph:
             self.prompts.text[place : place + length] = pack.text[start : start + length]
             layout.rope[place : place + length] = pack.layout.rope[start : start + length]
             start += length
-        source = denoiser.call.conditions
+        source = denoiser.call.source
         if source is not None:
             source.begin(denoiser.timesteps[:1])
             self._table = source.table
+            if source.zero_row is not None:
+                self._source.table.values[1:].copy_(source.table.values[source.zero_row :])
 
     def run(self, index: int, latents: torch.Tensor) -> torch.Tensor:
         """One step.
@@ -197,9 +196,7 @@ class StepGraph:
         self.sigmas.copy_(schedule.sigmas[index : index + 2])
         self.timestep.copy_(self._denoiser.timesteps[index : index + 1])
         if self._table is not None:
-            own = self._source.table
-            own.rows.copy_(self._table.rows[index : index + 1])
-            own.norm_out.copy_(self._table.norm_out[index : index + 1])
+            self._source.table.values[:1].copy_(self._table.values[index : index + 1])
         if self._replay is not None:
             self._replay()
         elif not self.captures or self._calls < 2:
@@ -312,7 +309,7 @@ def _key(denoiser: "Denoiser", latents: torch.Tensor) -> tuple[Any, ...]:
         _capacities(denoiser),
         str(denoiser.task.img_shapes),
         denoiser.guidance is None,
-        (state.attention, denoiser.call.conditions is None),
+        (state.options.attention, denoiser.call.source is None),
         (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
         tuple(map(type, found.modules)),
         found.adapters,

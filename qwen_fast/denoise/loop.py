@@ -25,14 +25,14 @@ def denoise(pipe: Any, latents: torch.Tensor, task: Task, callback: Any, callbac
     own_step = pipe.own_step()
     denoiser = Denoiser(pipe, task, latents)
     if own_step is None:
-        if state.precise_sampler:
+        if state.options.precise_sampler:
             latents = latents.float()
         # Callbacks read the scheduler, so it shows what stock's would.
         scheduler.sigmas, scheduler.timesteps = schedule.sigmas, schedule.timesteps
         scheduler.num_inference_steps = schedule.num_inference_steps
         scheduler._step_index, scheduler._begin_index = None, 0
 
-    pace, check = _Pace(latents.device), FiniteCheck(latents, schedule.timesteps) if state.check_nan else None
+    pace, check = _Pace(latents.device), FiniteCheck(latents, schedule.timesteps) if state.options.check_nan else None
     watched = callback is not None and not {"latents", "prompt_embeds"}.issuperset(callback_inputs)
     running = denoiser.running(latents, own_step, watched)
     with running, pipe.progress_bar(total=schedule.num_inference_steps) as progress_bar:

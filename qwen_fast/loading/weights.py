@@ -2,7 +2,7 @@
 
 diffusers and transformers map safetensors files and hand out views of them, as long as the dtype is the file's; asked for
 another, they first build the whole model in it in host memory. So here they load in the file's own dtype, and each tensor
-is cast where it arrives. The modulation weights of a transformer with a modulation table stay on the host.
+is cast where it arrives. Modulation weights that rest in host memory never leave it.
 """
 
 import functools
@@ -34,7 +34,7 @@ def load(
     *,
     device: torch.device | str,
     dtype: torch.dtype | None = None,
-    modulation_on_host: bool = False,
+    modulation_may_rest: bool = False,
     **kwargs: Any,
 ) -> Any:
     """A pipeline on `device`, its weights as `from_pretrained(path, dtype=dtype).to(device)` would leave them, bit for bit.
@@ -43,11 +43,11 @@ def load(
     there.
 
     Args:
-        from_pretrained: of a pipeline's class; what it builds may keep its modulation weights on the host.
+        from_pretrained: of a pipeline's class. A pipeline of ours is asked where its modulation weights rest before they go.
         path: a checkpoint's folder or hub id.
         device: where the models go.
         dtype: of all models; None: fp32, as diffusers has it.
-        modulation_on_host: whether `from_pretrained` does that, so that they need no memory on the device.
+        modulation_may_rest: whether it may leave them on the host, so that too little memory for them is no reason to refuse.
         kwargs: for `from_pretrained`. Components given there stay as and where they are.
     Returns:
         The pipeline. Loading is the stage "load".
@@ -71,11 +71,13 @@ def load(
             check_folder(path, hub_ids=True)
             path = diffusers.DiffusionPipeline.download(path, **{name: kwargs[name] for name in _DOWNLOAD if name in kwargs})
         headers = check_folder(path, variant=kwargs.get("variant"), skip=kwargs)
-        check_memory(headers, device, dtype, modulation_on_host)
+        check_memory(headers, device, dtype, modulation_may_rest)
         # A dtype that the files do not have in common, or that belongs to quantised weights, is left to the loader.
         stored = {name: _stored_dtype(Path(path, name), header) or dtype for name, header in headers.items()}
         argument = "torch_dtype" if Version(diffusers.__version__) < Version("0.40") else "dtype"
         pipe = from_pretrained(path, **{argument: {**stored, "default": dtype}}, **kwargs)
+        if hasattr(pipe, "about_to_move"):
+            pipe.about_to_move(device, dtype)
         for name in headers:
             place(getattr(pipe, name), device, dtype)
     return pipe
@@ -100,12 +102,12 @@ def place(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     module._apply(arrive)
 
 
-def check_memory(headers: Mapping[str, Headers], device: torch.device, dtype: torch.dtype, modulation_on_host: bool) -> None:
+def check_memory(headers: Mapping[str, Headers], device: torch.device, dtype: torch.dtype, modulation_may_rest: bool) -> None:
     """Raise a RuntimeError with what each component needs where the weights do not fit into a GPU's free memory."""
-    free = free_bytes(device)
+    needed = {name: device_bytes(header, dtype, modulation_may_rest) for name, header in headers.items()}
+    free = free_bytes(device, enough=sum(needed.values()))
     if free is None:
         return
-    needed = {name: device_bytes(header, dtype, modulation_on_host) for name, header in headers.items()}
     if sum(needed.values()) > free:
         parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in needed.items())
         raise RuntimeError(
@@ -115,11 +117,11 @@ def check_memory(headers: Mapping[str, Headers], device: torch.device, dtype: to
         )
 
 
-def device_bytes(header: Headers, dtype: torch.dtype, modulation_on_host: bool) -> int:
+def device_bytes(header: Headers, dtype: torch.dtype, modulation_may_rest: bool) -> int:
     """Bytes of a model's weights on the device, cast to `dtype`, from its files' headers."""
     total = 0
     for name, entry in header.items():
-        if modulation_on_host and (".img_mod." in name or ".txt_mod." in name):
+        if modulation_may_rest and (".img_mod." in name or ".txt_mod." in name):
             continue
         begin, end = entry["data_offsets"]
         total += math.prod(entry["shape"]) * dtype.itemsize if entry["dtype"] in _FLOATS else end - begin

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 
 from ..common import proofs
-from ..common.hardware import check_device
+from ..common.hardware import check_device, indexed
 from ..common.own import foreign_methods
 from ..common.pickled import PickledAsStock
 from ..common.state import STATE, State, logger
 from ..text import encoding as text
-from ..transformer.attach import attach, detach
+from ..transformer.attach import attach, detach, settle_modulation
+from ..transformer.call import ATTACHED
 from ..vae import pictures as fast_vae
 
 
@@ -35,15 +36,36 @@ class AcceleratedPipeline(PickledAsStock):
         return self.__dict__[STATE]
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """As diffusers', but a CUDA device where there is none is refused before anything moves."""
-        for value in (*args, kwargs.get("device")):
-            if isinstance(value, (str, torch.device)):
-                check_device(value)
+        """As diffusers', but a CUDA device where there is none is refused before anything moves, modulation weights that have
+        no room there are not sent, and nothing that qwen_fast keeps is left behind."""
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, (str, torch.device, torch.dtype))]
+        dtype = next((value for value in given if isinstance(value, torch.dtype)), None)
+        device = next((value for value in given if not isinstance(value, torch.dtype)), None)
+        if device is not None:
+            self.about_to_move(check_device(device), dtype)
         super().to(*args, **kwargs)
-        if self.fast_state.texts.resting:
+        state, device = self.fast_state, indexed(self._execution_device)
+        if state.texts.resting:
             text.rest(self)  # it went along
-        self.fast_state.texts.cache.leave(self._execution_device)
+        state.texts.cache.leave(device)
+        if state.transformer is not None:
+            state.transformer.__dict__[ATTACHED].leave(device)
         return self
+
+    def about_to_move(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Decide where the modulation weights rest, before any weights go to `device`, where they become `dtype`."""
+        model = self.fast_state.transformer
+        if model is None:
+            return
+        device = indexed(device)
+
+        def coming() -> int:
+            modules = {id(one): one for one in self.components.values() if isinstance(one, torch.nn.Module)}.values()
+            tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+            sizes = (dtype.itemsize if dtype and one.is_floating_point() else one.element_size() for one in tensors)
+            return sum(one.numel() * size for one, size in zip(tensors, sizes, strict=True) if one.device != device)
+
+        settle_modulation(model, device, coming)
 
     def encode_prompt(
         self,
@@ -112,7 +134,9 @@ class AcceleratedPipeline(PickledAsStock):
             ValueError: the text encoder was freed.
         """
         if self.text_encoder is None and self.fast_state.texts.freed:
-            raise ValueError("text_encoder='free' has dropped the text encoder: set `pipe.text_encoder` again before saving.")
+            raise ValueError(
+                "text_encoder_mode='free' has dropped the text encoder: set `pipe.text_encoder` again before saving."
+            )
         return super().save_pretrained(*args, **kwargs)
 
     @property
@@ -124,26 +148,27 @@ class AcceleratedPipeline(PickledAsStock):
             return self.transformer.device
         return super().device
 
-    def install_transformer(self) -> str | None:
-        """Attach to the transformer that the pipeline has now; returns why it cannot be, or None."""
+    def install_transformer(self, device: torch.device | None = None) -> str | None:
+        """Attach to the transformer that the pipeline has now, which runs on `device`; returns why it cannot be, or None."""
         state, model = self.fast_state, self.transformer
         if state.transformer is not None and state.transformer is not model:
-            self.remove_transformer()  # the user put another in
+            self.remove_transformer(forced=False)  # the user put another in
         if model is None:
             return None
         parts = (model, *getattr(model, "transformer_blocks", ()))
         if any(part.__dict__.get("_compiled_call_impl") is not None for part in parts):
-            self.remove_transformer()  # what was compiled is stock's forward, which needs all its weights on the device
+            self.remove_transformer(forced=False)  # what was compiled is stock's forward, which needs its weights on the device
             return "torch.compile of the transformer or its blocks"
         reason = attach(model, state)
         state.transformer = model if reason is None else None
+        self.about_to_move(self._execution_device if device is None else device)
         return reason
 
     def require_kernels(self, dtype: torch.dtype, device: torch.device) -> None:
         """Let all kernels of a call prove themselves that have not yet done so on this device, in one go."""
         state, model = self.fast_state, self.transformer
         flags = proofs.ScheduleFlags.of(self.scheduler.config)
-        problems = [*proofs.sampler_problems(dtype, model.config.in_channels, flags, state.precise_sampler)]
+        problems = [*proofs.sampler_problems(dtype, model.config.in_channels, flags, state.options.precise_sampler)]
         if state.transformer is not None:
             config = model.config
             problems += proofs.transformer_problems(dtype, config.num_attention_heads, config.attention_head_dim)
@@ -158,27 +183,16 @@ class AcceleratedPipeline(PickledAsStock):
             self.fast_state.fall_back(reason)
         return fast_vae.images(self.vae, self.fast_state) if self.fast_state.vae is not None else contextlib.nullcontext()
 
-    def remove_transformer(self) -> None:
-        """Give the transformer back as it was."""
+    def remove_transformer(self, *, forced: bool = True) -> None:
+        """Give the transformer back as it was; without `forced` it is kept where its weights do not fit back."""
         state = self.fast_state
-        if state.transformer is not None:
-            detach(state.transformer, state)
+        if state.transformer is not None and detach(state.transformer, state, forced=forced):
             state.transformer = None
-
-    def give_transformer_back(self) -> None:
-        """`remove_transformer` for a call on stock; where memory is too short for all its weights they stay on the host.
-
-        Stock's forward works there too: it brings each block's modulation weights along, which is slow.
-        """
-        try:
-            self.remove_transformer()
-        except RuntimeError as error:
-            logger.warning("stock's forward will bring the modulation weights along each time, which is slow: %s", error)
 
     def install_vae(self) -> str | None:
         """Attach to the VAE that the pipeline has now, if the option says so; returns why it cannot be, or None."""
         state, vae = self.fast_state, self.vae
-        wanted = state.vae_option == "image"
+        wanted = state.options.vae_mode == "image"
         if state.vae is not None and (state.vae is not vae or not wanted):
             self.remove_vae()
         reason = fast_vae.attach(vae, state) if wanted and vae is not None else None
@@ -196,7 +210,9 @@ class AcceleratedPipeline(PickledAsStock):
         state = self.fast_state
         text.bring_back(self, state)
         if state.texts.freed and self.text_encoder is None:
-            logger.warning("text_encoder='free' has dropped the text encoder: set `pipe.text_encoder` to encode new prompts.")
+            logger.warning(
+                "text_encoder_mode='free' has dropped the text encoder: set `pipe.text_encoder` to encode new prompts."
+            )
 
     def install_scheduler(self) -> None:
         """Put our scheduler in, where the pipeline's own loop calls `scheduler.step`."""

@@ -75,22 +75,25 @@ def report(pipe: Any) -> Report:
     memory = {name: _bytes(module) for name, module in components.items() if isinstance(module, torch.nn.Module)}
     replaced = []
     if state is not None and not alone:
-        precision = "fp32 latents" if state.precise_sampler else "stock's roundings"
+        precision = "fp32 latents" if state.options.precise_sampler else "stock's roundings"
         loop = "scheduler step" if state.stock_scheduler is not None else "denoising loop, CFG and Euler step"
         replaced = ["schedule (on the device, once per call)", f"{loop} ({precision})"]
         if state.transformer is not None:
-            modulation = f"layers, since {state.no_table}" if state.no_table else state.modulation
-            replaced.append(f"transformer (fused blocks, modulation {modulation}, attention {state.attention})")
-            if state.attention == "auto":
+            modulation = f"layers, since {state.no_table}" if state.no_table else state.options.modulation
+            memory |= state.transformer.fast_memory()
+            if modulation == "auto":
+                resting = memory["modulation weights that stay on the host"]
+                modulation = f"auto: weights {'in host memory' if resting else 'where the model is'}"
+            replaced.append(f"transformer (fused blocks, modulation {modulation}, attention {state.options.attention})")
+            if state.options.attention == "auto":
                 replaced += attention.described()
             if state.stock_scheduler is None:
-                graphs = f"no CUDA graph: {state.graph}" if state.graph else f"CUDA graph {state.cuda_graph}"
+                graphs = f"no CUDA graph: {state.graph}" if state.graph else f"CUDA graph {state.options.cuda_graph}"
                 replaced.append(f"steps ({graphs})")
-            memory |= state.transformer.fast_memory()
         if state.texts is not None:
             replaced.append(f"text encoding (no logits; {_prompts(state.texts)}; text encoder: {state.texts.placement})")
             memory["prompt cache"] = state.texts.cache.nbytes
-        if state.check_nan:
+        if state.options.check_nan:
             replaced.append(f"check for NaN after each step (last call: {state.nan_note or 'none yet'})")
     verdicts = state.verdicts if state is not None else {}
     wrong = {problem: verdict for problem, verdict in verdicts.items() if not verdict.right}

@@ -13,8 +13,8 @@ from ..common.own import foreign_methods, foreign_on
 from ..common.stages import staged
 from ..text.encoding import of_call as texts_of_call
 from ..transformer.call import ATTACHED, Call, accelerated, entered
-from ..transformer.conditions import TableConditions
-from ..transformer.modulation import TableCache, table_reason
+from ..transformer.modulation import FromScheduledTable
+from ..transformer.modulation_weights import table_reason
 from . import scheduler as fast_scheduler
 from .base import AcceleratedPipeline, without_no_grad
 from .foreign import SCHEDULER, note_foreign, scheduler_reason
@@ -32,7 +32,7 @@ def _stock_loop(stock: type) -> Callable[..., Any]:
     def on_stock(self, reason, *args, **kwargs):
         self.fast_state.fall_back(reason)
         self.remove_scheduler()  # whose step is a kernel
-        self.give_transformer_back()  # stock's forward needs all its weights on the device
+        self.remove_transformer(forced=False)  # stock's forward needs all its weights on the device
         return in_stages(self, *args, **kwargs)
 
     @torch.no_grad()
@@ -47,7 +47,7 @@ def _stock_loop(stock: type) -> Callable[..., Any]:
         check_call(self, bound.arguments)
         check_components(self, bound.arguments)
         device = self._execution_device
-        check_attention(self.fast_state.attention, device)
+        check_attention(self.fast_state.options.attention, device)
         note_foreign(self, stock, self.fast_state)
         reason = unsupported_reason(device)
         if reason is not None:
@@ -57,7 +57,7 @@ def _stock_loop(stock: type) -> Callable[..., Any]:
         reason = self.install_scheduler()
         if reason is not None:
             self.fast_state.fall_back(reason)
-        reason = self.install_transformer()
+        reason = self.install_transformer(device)
         if reason is not None:
             self.fast_state.fall_back(reason)
             return in_stages(*bound.args, **bound.kwargs)
@@ -70,8 +70,8 @@ def _stock_loop(stock: type) -> Callable[..., Any]:
             if callback is not None:
                 bound.arguments["callback_on_step_end"] = _watched(callback, forwards)
             result = in_stages(*bound.args, **bound.kwargs)
-            if forwards.conditions is not None:
-                forwards.conditions.check()
+            if forwards.source is not None:
+                forwards.source.check()
             return result
 
     return call
@@ -83,9 +83,9 @@ def _settle(pipe: Any, call: Call) -> None:
     for reason in call.survey.foreign:
         state.fall_back(reason)
     state.no_table = call.survey.modulation or table_reason(model)
-    call.conditions = None
-    if state.modulation == "table" and state.no_table is None:
-        call.conditions = _ConditionsOfTimesteps(model, model.__dict__[ATTACHED].tables, pipe)
+    call.source = None
+    if state.options.modulation != "layers" and state.no_table is None:
+        call.source = FromScheduledTable(model, model.__dict__[ATTACHED].tables, pipe)
 
 
 def _watched(callback: Callable[..., Any], call: Call) -> Callable[..., Any]:
@@ -101,47 +101,6 @@ def _watched(callback: Callable[..., Any], call: Call) -> Callable[..., Any]:
         return result
 
     return called
-
-
-class _ConditionsOfTimesteps(TableConditions):
-    """A table of the scheduler's timesteps, for the pipelines that keep diffusers' own loop.
-
-    The row is found by the timestep of the forward, on the device, so it does not matter how a scheduler counts its steps.
-    """
-
-    def __init__(self, model: torch.nn.Module, tables: TableCache, pipe: diffusers.DiffusionPipeline):
-        self._model, self._tables, self._pipe = model, tables, pipe
-        self._scheduled: torch.Tensor | None = None
-        self._found: torch.Tensor | None = None
-
-    def begin(self, timestep: torch.Tensor) -> bool:
-        scheduler = self._pipe.scheduler
-        scheduled = scheduler.timesteps
-        if self._scheduled is not scheduled:
-            self._scheduled, self.table = scheduled, None
-            self._known = (scheduled.to(timestep.dtype) / 1000).to(timestep.device)
-            self.timesteps = self._known.cpu()  # the key of the table: the one time that the host reads the device
-        same = self._known == timestep[0]
-        found = same.any() & (timestep == timestep[0]).all()
-        if timestep.device.type == "cpu" and not found:
-            return False
-        self._found = found if self._found is None else self._found & found
-        super().begin(timestep)
-        # A row of -1 makes the output NaN; `check` says so after the loop, for the host does not wait for each step.
-        self.step_index = torch.where(found, same.to(torch.int8).argmax(), -1).to(torch.int32).reshape(1)
-        return True
-
-    def check(self) -> None:
-        """After the loop: was every forward's timestep one of the scheduler's?
-
-        Raises:
-            RuntimeError: it was not, and the picture is NaN.
-        """
-        if self._found is not None and not self._found:
-            raise RuntimeError(
-                "the transformer was called with a timestep that `pipe.scheduler.timesteps` does not hold, so there was no "
-                "row of modulations for it; use modulation='layers', which computes them in each forward."
-            )
 
 
 class _SchedulerPipeline(AcceleratedPipeline):

@@ -4,7 +4,6 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -15,7 +14,7 @@ from diffusers.pipelines.qwenimage import QwenImagePipelineOutput
 from packaging.version import Version
 
 from ..common.hardware import unsupported_reason
-from ..common.options import check_options, check_text_options, check_vae_memory, writable_folder
+from ..common.options import NAMES, Options, takes_options, unknown_options
 from ..common.own import foreign_methods
 from ..common.stages import stage, staged
 from ..common.state import STATE, State, logger
@@ -42,16 +41,14 @@ class QwenImagePipeline(AcceleratedPipeline, STOCK):
     diffusers' own, and a folder it saves loads in stock diffusers.
 
     Args:
-        precise_sampler (bool): keep latents and step size in fp32 between steps; callbacks and `output_type="latent"`
-            then see fp32 latents.
-        modulation, modulation_cache, attention, cuda_graph, prompt_cache, vae_memory, check_nan, strict: see `enable`.
-        vae_option, text_encoder_option: its `vae` and `text_encoder`.
+        options: of `enable`, by the same names. With `precise_sampler` callbacks and `output_type="latent"` see fp32 latents.
     """
 
     STANDS_FOR = STOCK
     supports_precise_sampler = True
     supports_check_nan = True
 
+    @takes_options
     def __init__(
         self,
         scheduler: diffusers.FlowMatchEulerDiscreteScheduler,
@@ -59,27 +56,12 @@ class QwenImagePipeline(AcceleratedPipeline, STOCK):
         text_encoder: transformers.Qwen2_5_VLForConditionalGeneration,
         tokenizer: transformers.Qwen2Tokenizer,
         transformer: diffusers.QwenImageTransformer2DModel,
-        *,
-        precise_sampler: bool = False,
-        modulation: str = "table",
-        modulation_cache: str | Path | None = None,
-        attention: str = "auto",
-        cuda_graph: bool | str = "auto",
-        vae_option: str = "image",
-        prompt_cache: str | Path | None = "memory",
-        text_encoder_option: str = "keep",
-        vae_memory: int | str | None = "auto",
-        check_nan: bool = False,
-        strict: bool = False,
+        **options: Any,
     ):
-        check_options(vae=vae_option)
-        prompt_cache = check_text_options(prompt_cache, text_encoder_option)
-        options = check_options(modulation=modulation, attention=attention, cuda_graph=cuda_graph, check_nan=check_nan)
-        options |= {"vae_option": vae_option, "vae_memory": check_vae_memory("vae_memory", vae_memory)}
-        options["modulation_cache"] = writable_folder("modulation_cache", modulation_cache)
+        options = Options.of(options)
         super().__init__(scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer)
-        self.__dict__[STATE] = State(precise_sampler=precise_sampler, strict=strict, **options)
-        configure_texts(self, self.fast_state, prompt_cache, text_encoder_option)
+        self.__dict__[STATE] = State(options)
+        configure_texts(self, self.fast_state)
         self.install_transformer()
         self.install_vae()
 
@@ -88,18 +70,23 @@ class QwenImagePipeline(AcceleratedPipeline, STOCK):
         """As diffusers'; a local folder is checked first, so that a missing, truncated or corrupt file is named.
 
         Args:
-            device (torch.device or str): load straight onto it: see `qwen_fast.loading.load`. The modulation weights,
-                a third of the transformer, never reach it with modulation="table".
+            device (torch.device or str): load straight onto it: see `qwen_fast.loading.load`. Modulation weights, a third of
+                the transformer, never reach it where `modulation` leaves them in host memory.
+        Raises:
+            TypeError: a keyword that is neither an option nor known to diffusers, which would pass over it.
         """
-        check_options(**{name: kwargs[name] for name in ("modulation", "attention", "cuda_graph") if name in kwargs})
         given = {"scheduler", "vae", "text_encoder", "tokenizer", "transformer"} & kwargs.keys()
+        unknown = kwargs.keys() - given - set(NAMES) - _known_to_diffusers()
+        if unknown:
+            raise TypeError(f"{unknown_options(unknown)}.")
+        options = Options.of({name: kwargs[name] for name in NAMES if name in kwargs})
         if "dtype" in kwargs and Version(diffusers.__version__) < Version("0.40"):
             kwargs["torch_dtype"] = kwargs.pop("dtype")  # the older name; under the new one it would be ignored
         if device is not None:
             kwargs["dtype"] = kwargs.pop("torch_dtype", kwargs.get("dtype"))
-            on_host = kwargs.get("modulation", "table") == "table"
+            may_rest = options.modulation in ("auto", "host")
             return load(
-                super().from_pretrained, pretrained_model_name_or_path, device=device, modulation_on_host=on_host, **kwargs
+                super().from_pretrained, pretrained_model_name_or_path, device=device, modulation_may_rest=may_rest, **kwargs
             )
         check_folder(pretrained_model_name_or_path, variant=kwargs.get("variant"), skip=given, hub_ids=True)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -114,12 +101,12 @@ class QwenImagePipeline(AcceleratedPipeline, STOCK):
             check_call(self, bound.arguments)
             check_components(self, bound.arguments)
             device = self._execution_device  # asks every module for its hooks: once a call
-            check_attention(self.fast_state.attention, device)
+            check_attention(self.fast_state.options.attention, device)
             note_foreign(self, STOCK, self.fast_state)
             reason = unsupported_reason(device)
         if reason is not None:
             self.fast_state.fall_back(reason)
-            self.give_transformer_back()  # stock's forward needs all its weights on the device
+            self.remove_transformer(forced=False)  # stock's forward needs all its weights on the device
             with staged(self):
                 return without_no_grad(STOCK.__call__)(self, *args, **kwargs)
         arguments = dict(bound.arguments)
@@ -235,17 +222,15 @@ class QwenImagePipeline(AcceleratedPipeline, STOCK):
         # Whole numbers of numpy or torch are sizes in stock too; ours are plain ones.
         grid_size = (1, *(whole(side) // self.vae_scale_factor // 2 for side in (height, width)))
         with stage("schedule"):
-            schedule, host_schedule = self._schedule(num_inference_steps, sigmas, latents.shape[1], device)
-            host_timesteps = host_schedule.model_timesteps(latents.dtype)
+            schedule = self._schedule(num_inference_steps, sigmas, latents.shape[1], device)
         self._num_timesteps = schedule.num_inference_steps
 
-        reason = self.install_transformer()
+        reason = self.install_transformer(device)
         if reason is not None:
             self.fast_state.fall_back(reason)
         prompts = [(prompt_embeds, prompt_embeds_mask), (negative_prompt_embeds, negative_prompt_embeds_mask)]
         task = Task(
             schedule=schedule,
-            host_timesteps=host_timesteps,
             prompts=prompts if do_true_cfg else prompts[:1],
             true_cfg_scale=float(true_cfg_scale) if do_true_cfg else None,
             guidance=self._guidance(guidance_scale, latents),
@@ -286,8 +271,8 @@ class QwenImagePipeline(AcceleratedPipeline, STOCK):
         self.maybe_free_model_hooks()
         return QwenImagePipelineOutput(images=image) if return_dict else (image,)
 
-    def _schedule(self, num_inference_steps, sigmas, image_seq_len, device) -> tuple[Schedule, Schedule]:
-        """The schedule on the device, and the host's own copy, which names the modulation table without asking the device.
+    def _schedule(self, num_inference_steps, sigmas, image_seq_len, device) -> Schedule:
+        """The schedule on the device.
 
         A scheduler that is not diffusers' own sets its timesteps itself, as in stock.
         """
@@ -295,12 +280,10 @@ class QwenImagePipeline(AcceleratedPipeline, STOCK):
         if reason is not None:
             self.fast_state.fall_back(reason)
         elif not scheduling_is_foreign(STOCK):
-            scheduled = functools.partial(
-                Schedule.from_scheduler, self.scheduler, num_inference_steps, image_seq_len=image_seq_len, sigmas=sigmas
-            )
-            schedule = scheduled(device=device)
             self.fast_state.calls["flow_match_schedule"] += 1
-            return schedule, schedule if device.type == "cpu" else scheduled()
+            return Schedule.from_scheduler(
+                self.scheduler, num_inference_steps, image_seq_len=image_seq_len, sigmas=sigmas, device=device
+            )
         home, config = sys.modules[STOCK.__module__], self.scheduler.config
         mu = home.calculate_shift(
             image_seq_len,
@@ -318,8 +301,7 @@ class QwenImagePipeline(AcceleratedPipeline, STOCK):
             raise IndexError(
                 f"`retrieve_timesteps` gave {len(timesteps)} timesteps for {len(tables)} sigmas, the last one's end."
             )
-        schedule = Schedule(mu, tables, timesteps)
-        return schedule, Schedule(mu, tables, timesteps.cpu())
+        return Schedule(mu, tables, timesteps)
 
     def _wants_true_cfg(self, true_cfg_scale, negative_prompt, negative_prompt_embeds) -> bool:
         """Stock's rule, and its two warnings where only half of what CFG needs is given."""
@@ -362,3 +344,10 @@ class QwenImagePipeline(AcceleratedPipeline, STOCK):
 def _first_sigmas(num_inference_steps, sigmas):
     """What stock hands to the scheduler."""
     return np.linspace(1.0, 1 / num_inference_steps, num_inference_steps) if sigmas is None else sigmas
+
+
+def _known_to_diffusers() -> set[str]:
+    """Every name that the code of diffusers' `from_pretrained` mentions: it takes its keywords out of a dict one by one."""
+    functions = (diffusers.DiffusionPipeline.from_pretrained, diffusers.DiffusionPipeline.download)
+    constants = (inspect.unwrap(function).__code__.co_consts for function in functions)
+    return {constant for own in constants for constant in own if isinstance(constant, str)}

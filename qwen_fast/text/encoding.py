@@ -99,27 +99,28 @@ class Texts:
                 f"the tokenizer makes {found} tokens of the prompt template's prefix, but `prompt_template_encode_start_idx` "
                 f"is {drop}: prompts lose their first words or carry the template's; give the tokenizer of the checkpoint"
             )
-            if pipe.fast_state.strict:
+            if pipe.fast_state.options.strict:
                 raise ValueError(f"{message}.")
             logger.warning("%s. diffusers does not notice, and its result is kept.", message)
         self._checked = known
 
 
-def configure(pipe: Any, state: State, prompt_cache: Any, text_encoder: str) -> None:
-    """Set the two options of `enable`, already checked; the cache stays where its option does."""
+def configure(pipe: Any, state: State) -> None:
+    """Follow the two options that are about prompts; the cache stays where its option does."""
+    prompt_cache, placement = state.options.prompt_cache, state.options.text_encoder_mode
     option, folder = prompt_cache, None
     if prompt_cache not in ("memory", None):
         option, folder = "disk", prompt_cache
     texts = state.texts
     if texts is None or (texts.option, texts.cache.folder) != (option, folder):
         cache = PromptCache(folder=folder) if option is not None else PromptCache(max_bytes=0)
-        fresh = Texts(option, cache, text_encoder)
+        fresh = Texts(option, cache, placement)
         if texts is not None:
             fresh.resting, fresh.freed, fresh.content, fresh.dtype = texts.resting, texts.freed, texts.content, texts.dtype
             fresh.watch = texts.watch
         state.texts = fresh
-    state.texts.placement = text_encoder
-    if text_encoder != "offload":
+    state.texts.placement = placement
+    if placement != "offload":
         bring_back(pipe, state)
 
 
@@ -260,8 +261,8 @@ def _encode(pipe: Any, lists: list[list[str]], device: torch.device) -> list[lis
         unknown = [text for own, prompts in zip(rows, lists, strict=True) for row, text in zip(own, prompts, strict=True)
                    if row not in encoded]  # fmt: skip
         raise RuntimeError(
-            f"text_encoder='free' has dropped the text encoder, and the prompt {unknown[0]!r} is not in the prompt cache; "
-            "set `pipe.text_encoder` to one again, or use text_encoder='offload'."
+            f"text_encoder_mode='free' has dropped the text encoder, and the prompt {unknown[0]!r} is not in the prompt cache; "
+            "set `pipe.text_encoder` to one again, or use text_encoder_mode='offload'."
         )
     for group in missing.values():
         for (row, digest), hidden in zip(group.items(), _hidden_states(pipe, list(group), device), strict=True):

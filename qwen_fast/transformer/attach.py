@@ -1,13 +1,16 @@
 """Give a pipeline's transformer the fused classes in place, and take them away again."""
 
+from collections.abc import Callable
+
 import torch
 
 from ..common.hooks import rebind_forward
-from ..common.state import State
+from ..common.state import State, logger
 from .call import ATTACHED, Attachment
-from .host_weights import keep_on_host, return_to_device
 from .model import STOCK, STOCK_BLOCK, QwenImageTransformer2DModel, QwenImageTransformerBlock, swap_blocks
-from .modulation import TableCache
+from .modulation_weights import keep_on_host, offloaded, rests_on_host, return_to_device, settle
+
+_WISHES = ("layers", "device", "auto", "host")  # of pipelines that share a model the last of these counts
 
 
 def attach(model: torch.nn.Module, state: State) -> str | None:
@@ -21,23 +24,45 @@ def attach(model: torch.nn.Module, state: State) -> str | None:
         rebind_forward(model)
         swap_blocks(model, STOCK_BLOCK, QwenImageTransformerBlock)
     attachment.users.add(state)
-    if state.modulation_cache != attachment.tables.folder:
-        attachment.tables = TableCache(folder=state.modulation_cache)
-    if state.modulation == "table":
-        keep_on_host(model)
     return None
 
 
-def detach(model: torch.nn.Module, state: State) -> None:
-    """Take the pipeline of `state` off `model`; the last one makes it stock again and brings its weights back."""
+def settle_modulation(model: torch.nn.Module, device: torch.device, coming: Callable[[], int]) -> None:
+    """See `modulation_weights.settle`; a call that finds all as it was decided for decides nothing."""
+    attachment = model.__dict__[ATTACHED]
+    wish = max((user.options.modulation for user in attachment.users), key=_WISHES.index)
+    asked = wish, device, offloaded(model)
+    if attachment.settled != asked:
+        settle(model, wish, device, coming)
+        attachment.settled = asked
+    elif rests_on_host(model):
+        keep_on_host(model)  # brings home what strayed: a LoRA loaded since
+
+
+def detach(model: torch.nn.Module, state: State, *, forced: bool = True) -> bool:
+    """Take the pipeline of `state` off `model`; the last one makes it stock again and brings its weights back.
+
+    Args:
+        forced: False: where memory is too short for that, leave all as it is, say so and return False.
+    Raises:
+        RuntimeError: memory is too short, and then nothing has changed.
+    """
     attachment = model.__dict__.get(ATTACHED)
     if attachment is None:
-        return
-    if not any(user.modulation == "table" for user in attachment.users if user is not state):
-        return_to_device(model)  # raises where memory is too short, and then nothing has changed
+        return True
+    if not any(user.options.modulation in ("auto", "host") for user in attachment.users if user is not state):
+        try:
+            return_to_device(model)
+        except RuntimeError as error:
+            if forced:
+                raise
+            logger.warning("stock's forwards bring the modulation weights from host memory each time: %s", error)
+            return False
+        attachment.settled = None
     attachment.users.discard(state)
     if not attachment.users and attachment.own is None:
         del model.__dict__[ATTACHED]
         model.__class__ = STOCK
         rebind_forward(model)
         swap_blocks(model, QwenImageTransformerBlock, STOCK_BLOCK)
+    return True

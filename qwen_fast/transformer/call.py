@@ -16,9 +16,8 @@ from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 
 from ..common.state import State
 from .blocks import TableRows
-from .conditions import Conditions
 from .layout import Layout
-from .modulation import TableCache
+from .modulation import ModulationSource, TableCache
 from .survey import Survey
 
 ATTACHED = "_qwen_fast_attachment"  # the one attribute that an attached model carries
@@ -38,6 +37,14 @@ class Attachment:
     survey: Survey | None = None
     lock: Any = field(default_factory=threading.Lock)
     own: State | None = None  # of a model that was built as ours and accelerates every forward
+    settled: tuple | None = None  # what the place of the modulation weights was decided for
+
+    def leave(self, device: torch.device) -> None:
+        """Forget what is not on `device`, to which the model has gone."""
+        self.tables.leave(device)
+        for kept in (self.layouts, self.graphs):
+            for key in [key for key in kept if device not in key]:
+                del kept[key]
 
     def __deepcopy__(self, memo: dict) -> "Attachment":
         users = weakref.WeakSet(copy.deepcopy(user, memo) for user in self.users)
@@ -70,7 +77,7 @@ class Call:
     """What an accelerated pipeline tells its transformer for the forwards of one call.
 
     Attributes:
-        conditions: where modulations come from; None: computed in each forward from its timestep, as stock does.
+        source: where modulations come from; None: computed in each forward from its timestep, as stock does.
         survey: what of the model is stock's own; None: looked at in each forward.
         prompts: set while a forward is asked for several predictions.
         forward: set while the blocks of a forward run.
@@ -79,7 +86,7 @@ class Call:
 
     model: torch.nn.Module
     state: State
-    conditions: Conditions | None = None
+    source: ModulationSource | None = None
     survey: Survey | None = None
     prompts: PromptBatch | None = None
     forward: "SharedForward | None" = None
@@ -100,7 +107,7 @@ class SharedForward:
 
     layout: Layout
     rows: TableRows
-    conditions: Conditions
+    source: ModulationSource
     arguments: dict[str, Any]
 
     def gave(self, arguments: dict[str, Any]) -> bool:

@@ -21,16 +21,16 @@ from diffusers.models.transformers import transformer_qwenimage
 from qwen_fast_kernels import ada_layer_norm
 
 from ..common.hooks import OURS, rebind_forward
+from ..common.options import Options
 from ..common.pickled import EqualsStock, PickledAsStock
 from ..common.proofs import require_transformer
 from ..common.state import State
 from .blocks import TableRows, TokenStream, as_batches
 from .call import ATTACHED, CALL, Attachment, Call, PromptBatch, SharedForward, entered, lora_scale
-from .conditions import Conditions, LayerConditions
-from .host_weights import host_bytes
 from .layout import ImageShapes, Layout, build_layout, check_image_shapes, lay_out
 from .linear import linear_into
-from .modulation import BlockModulation
+from .modulation import BlockModulation, FromLayers, ModulationSource
+from .modulation_weights import host_bytes
 from .survey import FUSED, BlockPlan, Survey, survey
 
 STOCK = diffusers.QwenImageTransformer2DModel
@@ -83,7 +83,7 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
     @functools.wraps(STOCK.__init__)  # the configuration is read from this signature
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.__dict__[ATTACHED] = Attachment(own=State(modulation="layers"))
+        self.__dict__[ATTACHED] = Attachment(own=State(Options(modulation="layers")))
         swap_blocks(self, STOCK_BLOCK, QwenImageTransformerBlock)
 
     @functools.wraps(STOCK.forward)  # pipelines read its signature
@@ -142,9 +142,9 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
         image = residual[layout.txt_rows :].unflatten(0, (prompts.copies, -1))
         linear_into(found.img_in, hidden_states.flatten(0, 1), image[0])
         image[1:] = image[0]
-        conditions = self._conditions(call, found, timestep, hidden_states, None)
-        stream = self._stream(call, residual, layout, TableRows(conditions.step_index, None))
-        output = self._run(call, found, stream, conditions)
+        source = self._source(call, found, timestep, hidden_states, None)
+        stream = self._stream(call, residual, layout, TableRows(source.step_index, None))
+        output = self._run(call, found, stream, source)
         call.state.calls["packed transformer" if prompts.copies > 1 else "transformer"] += 1
         return output.unflatten(0, (prompts.copies * hidden_states.shape[0], -1))
 
@@ -216,8 +216,8 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
             linear_into(found.txt_in, text, residual[: layout.txt_rows])
 
         image = residual[layout.txt_rows :].unflatten(0, (batch, -1))
-        conditions = self._conditions(call, found, timestep, image, additional_t_cond)
-        rows = self.table_rows(conditions, layout, shapes)
+        source = self._source(call, found, timestep, image, additional_t_cond)
+        rows = self.table_rows(source, layout, shapes)
         layout = layout.with_key_mask(mask)
         stream = self._stream(call, residual, layout, rows, batch)
         if any(found.plan(block) is not FUSED for block in self.transformer_blocks) or found.norm_out is not None:
@@ -227,28 +227,28 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
                 )
             others = {name: value for name, value in (attention_kwargs or {}).items() if name != "scale"}
             others = None if attention_kwargs is None else others
-            stream.arguments = self._block_arguments(layout, conditions, shapes, mask, batch, frequencies) | {
+            stream.arguments = self._block_arguments(layout, source, shapes, mask, batch, frequencies) | {
                 "joint_attention_kwargs": others
             }
-            call.forward = SharedForward(layout, rows, conditions, stream.arguments)
+            call.forward = SharedForward(layout, rows, source, stream.arguments)
         try:
-            output = self._run(call, found, stream, conditions, controlnet_block_samples)
+            output = self._run(call, found, stream, source, controlnet_block_samples)
         finally:
             call.forward = None
         return output.unflatten(0, (batch, -1))
 
     def _stream(self, call: Call, residual, layout, rows, batch: int | None = None) -> TokenStream:
         heads, width = self.config.num_attention_heads, self.inner_dim
-        return TokenStream(residual, layout, rows, width // heads, call.state.attention, batch)
+        return TokenStream(residual, layout, rows, width // heads, call.state.options.attention, batch)
 
-    def _conditions(self, call: Call, found: Survey, timestep, hidden_states, additional_t_cond) -> Conditions:
+    def _source(self, call: Call, found: Survey, timestep, hidden_states, additional_t_cond) -> ModulationSource:
         timestep = timestep.to(hidden_states.dtype)
-        table = call.conditions if additional_t_cond is None and found.modulation is None else None
+        table = call.source if additional_t_cond is None and found.modulation is None else None
         if table is not None and table.begin(timestep):
             return table
-        return LayerConditions(self, found.order, timestep, hidden_states, additional_t_cond)
+        return FromLayers(self, found.order, timestep, hidden_states, additional_t_cond)
 
-    def _run(self, call: Call, found: Survey, stream: TokenStream, conditions: Conditions, controlnet=None) -> torch.Tensor:
+    def _run(self, call: Call, found: Survey, stream: TokenStream, source: ModulationSource, controlnet=None) -> torch.Tensor:
         """Joint token rows `[R, C]` through all blocks, norm_out and proj_out: `[R_img, C_out]`."""
         blocks = list(self.transformer_blocks)
         plans = [found.plan(block) for block in blocks]
@@ -261,10 +261,10 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
                 following = None
                 drop = index == last and found.modulation is None and not found.foreign  # else as many calls as in stock
                 if controlnet is None and index < last:
-                    following = _following(conditions, index + 1, plans[index + 1])
+                    following = _following(source, index + 1, plans[index + 1])
                 elif controlnet is None and drop and found.norm_out is None and stream.rows.token_rows is None:
-                    following = conditions.out
-                work = functools.partial(_through, stream, found.parts[id(block)], index, conditions, following, plan, drop)
+                    following = source.out
+                work = functools.partial(_through, stream, found.parts[id(block)], index, source, following, plan, drop)
                 if plan.placed:
                     stream.pending = work
                     block(stream, None, None, None)
@@ -272,9 +272,9 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
                     work()
             if controlnet is not None:
                 stream.residual[stream.split :] += controlnet[index // every].flatten(0, 1)
-        return self._out(found, stream, conditions)
+        return self._out(found, stream, source)
 
-    def _out(self, found: Survey, stream: TokenStream, conditions: Conditions) -> torch.Tensor:
+    def _out(self, found: Survey, stream: TokenStream, source: ModulationSource) -> torch.Tensor:
         """norm_out and proj_out of the image rows."""
         image, layout = stream.normed, stream.layout
         if image is None:
@@ -284,12 +284,12 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
                 temb = temb.chunk(2)[0] if self.zero_cond_t else temb
                 image = self.norm_out(image.unflatten(0, (stream.batch, -1)), temb).flatten(0, 1)
             else:
-                shift, scale = conditions.out()
+                shift, scale = source.out()
                 token_rows = None
-                if conditions.samples > 1:
+                if source.samples > 1:
                     # The output norm takes a sample's own timestep for its reference tokens too, as in stock.
-                    token_rows = stream.all_rows.token_rows[layout.txt_rows :] % conditions.samples
-                image = ada_layer_norm(image, shift, scale, conditions.step_index, 0, token_rows)
+                    token_rows = stream.all_rows.token_rows[layout.txt_rows :] % source.samples
+                image = ada_layer_norm(image, shift, scale, source.step_index, 0, token_rows)
         return found.proj_out(image, stream.batch)
 
     def _call_block(self, call: Call, block: torch.nn.Module, plan: BlockPlan, stream: TokenStream) -> None:
@@ -300,7 +300,7 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
         text, image = block(hidden_states=image, encoder_hidden_states=text, **stream.arguments)
         stream.residual = torch.cat([text.flatten(0, 1), image.flatten(0, 1)])
 
-    def _block_arguments(self, layout, conditions, shapes, mask, batch, frequencies) -> dict[str, Any]:
+    def _block_arguments(self, layout, source, shapes, mask, batch, frequencies) -> dict[str, Any]:
         """What stock hands to its blocks beside the two streams."""
         modulate_index = None
         if self.zero_cond_t:
@@ -312,7 +312,7 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
             )
         return {
             "encoder_hidden_states_mask": mask,
-            "temb": conditions.temb(batch),
+            "temb": source.temb(batch),
             "image_rotary_emb": frequencies,
             "joint_attention_kwargs": None,
             "modulate_index": modulate_index,
@@ -337,25 +337,25 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
             lambda: build_layout(self.pos_embed, shapes, text_positions, device),
         )
 
-    def table_rows(self, conditions: Conditions, layout: Layout, shapes: Sequence[ImageShapes]) -> TableRows:
+    def table_rows(self, source: ModulationSource, layout: Layout, shapes: Sequence[ImageShapes]) -> TableRows:
         """Which rows of the conditions' tables the tokens of `layout` take."""
 
         def token_rows() -> torch.Tensor | None:
             """Own rows for samples with timesteps of their own, and for reference pictures at timestep 0."""
-            if conditions.samples == 1 and conditions.zero_row is None:
+            if source.samples == 1 and source.zero_row is None:
                 return None
-            per_sample = range(layout.sequences) if conditions.samples > 1 else [-1] * layout.sequences
+            per_sample = range(layout.sequences) if source.samples > 1 else [-1] * layout.sequences
             text = [own for own, length in zip(per_sample, layout.txt_lengths, strict=True) for _ in range(length)]
             image = []
             for n, (own, entry) in enumerate(zip(per_sample, shapes, strict=True)):
-                zero = conditions.zero_row if conditions.samples == 1 else conditions.samples + n
+                zero = source.zero_row if source.samples == 1 else source.samples + n
                 for i, shape in enumerate(entry):
-                    reference = i > 0 and conditions.zero_row is not None
+                    reference = i > 0 and source.zero_row is not None
                     image += [zero if reference else own] * math.prod(shape)
             return torch.tensor(text + image, dtype=torch.int32, device=layout.rope.device)
 
-        key = ("token rows", tuple(shapes), layout.txt_lengths, conditions.samples, conditions.zero_row, layout.rope.device)
-        return TableRows(conditions.step_index, self._kept(key, token_rows))
+        key = ("token rows", tuple(shapes), layout.txt_lengths, source.samples, source.zero_row, layout.rope.device)
+        return TableRows(source.step_index, self._kept(key, token_rows))
 
     def _kept(self, key: tuple, build) -> Any:
         kept = self.__dict__[ATTACHED].layouts
@@ -394,18 +394,18 @@ def _call_of(model: torch.nn.Module) -> Call | None:
     return Call(model, attachment.own, survey=model.look())
 
 
-def _through(stream, parts, index, conditions, following, plan, is_last) -> None:
+def _through(stream, parts, index, source, following, plan, is_last) -> None:
     # The modulation is asked for here, and not before: its layers are where a hook brings the block's weights.
-    stream.through(parts, conditions.block(index), following, plan, drop_text=is_last)
+    stream.through(parts, source.block(index), following, plan, drop_text=is_last)
 
 
-def _following(conditions: Conditions, index: int, plan: BlockPlan):
+def _following(source: ModulationSource, index: int, plan: BlockPlan):
     """Shift and scale of the first norm of the next block, where that is ours and need not be called to have its weights."""
-    if plan.called is not None or plan.stock is not None or (plan.placed and isinstance(conditions, LayerConditions)):
+    if plan.called is not None or plan.stock is not None or (plan.placed and isinstance(source, FromLayers)):
         return None
 
     def shift_and_scale() -> tuple[torch.Tensor, torch.Tensor]:
-        modulation = conditions.block(index)
+        modulation = source.block(index)
         return modulation.shift1, modulation.scale1
 
     return shift_and_scale
@@ -428,12 +428,12 @@ def _fused_block(
     if layout is None or sizes != (layout.sequences, layout.txt_lengths[0], layout.img_lengths[0]) or text.dtype != image.dtype:
         return None
     if ours:
-        rows, modulation = shared.rows, shared.conditions.block(index)
+        rows, modulation = shared.rows, shared.source.block(index)
     else:
         rows, modulation = _modulation_given(block, layout, arguments["temb"])
     residual = torch.cat([text.flatten(0, 1), image.flatten(0, 1)])
     head_dim = block.attn.inner_dim // block.attn.heads
-    stream = TokenStream(residual, layout, rows, head_dim, call.state.attention, sizes[0])
+    stream = TokenStream(residual, layout, rows, head_dim, call.state.options.attention, sizes[0])
     stream.arguments = arguments
     stream.through(found.parts[id(block)], modulation, None, plan)
     call.state.calls["transformer block"] += 1

@@ -1,25 +1,41 @@
-"""Modulation tables: what img_mod, txt_mod and norm_out give for every step of a schedule, computed once.
+"""The modulations of a whole schedule, computed at once: what img_mod, txt_mod and norm_out give for each of its timesteps.
 
-The modulation of a block depends on the timestep alone. Stock computes it again at every step and for both CFG branches
-from 13.6 GB of weights; here it is one table of 4.4 MB a step, kept as long as timesteps and weights are the same.
+They depend on the timestep alone. Stock computes them again at every step and for both CFG branches, which reads 13.6 GB of
+weights each time; here every module is called once with all timesteps, and its results are the rows of a table of 4.4 MB a
+step. With the weights on the device it is computed anew in each call, which takes milliseconds; where they have to be fetched
+from host memory the last tables are kept.
+
+A forward does not know where its modulations come from. It asks a `ModulationSource`: the model's own layers, a table, or one
+row of a table.
 """
 
-import hashlib
+import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import diffusers
 import torch
+from diffusers.hooks import layerwise_casting
+from diffusers.models import embeddings
+from diffusers.models.transformers import transformer_qwenimage
 from torch import nn
 
-from ..common.files import read_checked, write_whole
 from ..common.fingerprint import Signature, modules_signature
-from ..common.options import writable_folder
-from ..common.placement import bringing_hook, on_device, on_device_in_turn
-from .host_weights import disk_reason, modulation_modules
+from ..common.hardware import indexed
+from ..common.hooks import is_hooked
+from ..common.placement import on_device, on_device_in_turn
+from ..common.stages import stage
+from .modulation_weights import HostSequential, disk_reason, modulation_modules, table_modules
+
+# Modules that give each row of their input what it would get alone, and so may take all rows at once. Any other, such as a
+# quantised linear with one scale for all its activations, may not: that moved a row from 1.5 % to 101 % of error.
+_ROW_BY_ROW = {nn.Sequential, HostSequential, nn.ModuleDict, nn.ParameterDict, nn.Identity, nn.Dropout, nn.SiLU, nn.Linear}
+_ROW_BY_ROW |= {nn.Embedding, embeddings.Timesteps, embeddings.TimestepEmbedding}
+_ROW_BY_ROW |= {transformer_qwenimage.QwenTimestepProjEmbeddings}
+_ADAPTERS = {"peft.tuners.lora.layer.Linear", "peft.tuners.lora.dora.DoraLinearLayer"}  # by name: peft need not be there
+_CASTS = (layerwise_casting.LayerwiseCastingHook, layerwise_casting.PeftInputAutocastDisableHook)
 
 
 class BlockModulation(NamedTuple):
@@ -38,221 +54,340 @@ class ModulationTable:
     """All modulations of a schedule of T timesteps; T + 1 rows where timestep 0 has one too.
 
     Attributes:
-        rows (Tensor): `[T(+1), L, 2, 6, C]` in the model's dtype; streams image, text; shift1, scale1, gate1, shift2,
-            scale2, gate2 as stock cuts them.
-        norm_out (Tensor): `[T(+1), 1, 2, C]`, scale before shift, as stock cuts it.
-        temb (Tensor): `[T(+1), C]`, the timestep embeddings.
+        values (Tensor): `[T(+1), (12 * L + 3) * C]`, a row for each timestep: of every block the image's and the text's shift1,
+            scale1, gate1, shift2, scale2, gate2; of norm_out scale and shift, as stock cuts them; the timestep embedding.
+        width (int): C.
         zero_row (int | None): row of timestep 0, which a transformer with zero_cond_t gives to reference images; else None.
     """
 
-    rows: torch.Tensor
-    norm_out: torch.Tensor
-    temb: torch.Tensor
+    values: torch.Tensor
+    width: int
     zero_row: int | None = None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the three tensors."""
-        return self.rows.nbytes + self.norm_out.nbytes + self.temb.nbytes
-
-    def block(self, layer: int) -> BlockModulation:
-        """What block `layer` needs, as views `[T(+1), 2, C]` with adjacent channels: nothing is copied."""
-        return BlockModulation(*self.rows[:, layer].unbind(2))
+    def block(self, index: int) -> BlockModulation:
+        """What block `index` needs, as views: nothing is copied."""
+        start = 12 * self.width * index
+        return BlockModulation(*self.values[:, start : start + 12 * self.width].unflatten(1, (2, 6, -1)).unbind(2))
 
     def out(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(shift, scale) of norm_out, views `[T(+1), 1, C]`."""
-        return self.norm_out[:, :, 1], self.norm_out[:, :, 0]
+        scale, shift = self.values[:, None, -3 * self.width : -self.width].chunk(2, dim=-1)
+        return shift, scale
+
+    @property
+    def temb(self) -> torch.Tensor:
+        """`[T(+1), C]`, the timestep embeddings, a view."""
+        return self.values[:, -self.width :]
+
+    def row_buffer(self) -> "ModulationTable":
+        """A table of one row, and that of timestep 0 where there is one, for `row_into`; its address may be kept."""
+        rows = 1 if self.zero_row is None else 2
+        return ModulationTable(self.values.new_empty(rows, self.values.shape[1]), self.width, rows - 1 or None)
+
+    def row_into(self, buffer: "ModulationTable", step_index: torch.Tensor) -> None:
+        """Copy the row of `step_index` (`[1]` on the device, which the host does not read) into one of `row_buffer`."""
+        torch.index_select(self.values, 0, step_index, out=buffer.values[:1])
+        if self.zero_row is not None:
+            buffer.values[1:].copy_(self.values[self.zero_row :])
 
 
-def table_reason(transformer: nn.Module) -> str | None:
-    """Why a table costs more than it saves, or cannot be computed, with the hooks on `transformer` now; None: it can."""
-    modules = (module for _, module in _modules(transformer))
-    return disk_reason(transformer) or next(filter(None, map(bringing_hook, modules)), None)
+def compute_table(transformer: nn.Module, timesteps: torch.Tensor, device: torch.device | str) -> ModulationTable:
+    """The table of a schedule, on `device`.
 
-
-def compute_table(
-    transformer: nn.Module,
-    model_timesteps: torch.Tensor,
-    *,
-    device: torch.device | str,
-    guidance: float | torch.Tensor | None = None,
-    additional_t_cond: int | torch.Tensor | None = None,
-) -> ModulationTable:
-    """The table of a schedule, every row equal to the bit to what a stock forward of batch 1 computes on `device`.
-
-    The modules are called as stock calls them, hooks, LoRA layers and all, one row at a time. Weights that are elsewhere
-    are brought to `device` one layer after the other, and no module is changed.
+    The modules are called as stock calls them, hooks, LoRA layers and all; once with all timesteps if that cannot make one
+    row depend on another, else once for each. A product of T rows rounds otherwise than T products of one: no better and no
+    worse, against float64. Weights that are elsewhere are brought one module after the other, and no module is changed.
 
     Args:
-        transformer (QwenImageTransformer2DModel): LoRA layers are taken at their present scale: `attention_kwargs` with
-            a scale has to be applied before, as its forward does.
-        model_timesteps (Tensor): `[T]` in the model's dtype: what stock's forward gets as `timestep`, 1 for pure noise.
-        device: where the table is computed and stays.
-        guidance: embedded guidance scale of a guidance-distilled model, one for all rows.
-        additional_t_cond: index of the additional condition (QwenImageLayeredPipeline), one for all rows.
+        timesteps (Tensor): `[T]` in the model's dtype: what stock's forward gets as `timestep`, 1 for pure noise.
     Raises:
-        ValueError: timesteps of another shape or type, a condition that is not one value, weights that are on disk, or
-            a module that gives another dtype than the model's.
-        TypeError: guidance where the embedding takes none; that of diffusers 0.42.1 never does, so stock raises it too.
+        ValueError: timesteps of another shape or type, weights that are on disk, or a module that gives another dtype than
+            the model's.
     """
-    if model_timesteps.dim() != 1 or len(model_timesteps) == 0 or not model_timesteps.is_floating_point():
-        shape = f"{tuple(model_timesteps.shape)} {model_timesteps.dtype}"
-        raise ValueError(f"`model_timesteps` is {shape}; [T] in the model's floating-point dtype is needed, T at least 1.")
+    if timesteps.dim() != 1 or len(timesteps) == 0 or not timesteps.is_floating_point():
+        shape = f"{tuple(timesteps.shape)} {timesteps.dtype}"
+        raise ValueError(f"`timesteps` is {shape}; [T] in the model's floating-point dtype is needed, T at least 1.")
     reason = disk_reason(transformer)
     if reason is not None:
         raise ValueError(f"no modulation table can be computed: {reason}.")
     with torch.inference_mode(False), torch.no_grad():
-        timesteps = model_timesteps.to(device)
-        device, dtype = timesteps.device, timesteps.dtype
-        conditions = [timesteps.new_empty(0)]  # the hidden states, of which only the dtype counts
-        if guidance is not None:
-            conditions.insert(0, _one("guidance", guidance, torch.float32, device).to(dtype) * 1000)
-        index = additional_t_cond
-        conditions.append(None if index is None else _one("additional_t_cond", index, torch.long, device))
-        embed = on_device(transformer.time_text_embed, device)
-        # `[1, C]`, or `[2, C]` with zero_cond_t: the step's embedding and that of timestep 0 in one product, as in stock.
-        tembs = [embed(torch.cat([t, t * 0]) if transformer.zero_cond_t else t, *conditions) for t in timesteps.split(1)]
-        steps, width = len(tembs), tembs[0].shape[-1]
-        temb = torch.cat([step[:1] for step in tembs] + [tembs[0][1:]])
-        rows = temb.new_empty(len(temb), len(transformer.transformer_blocks), 2, 6, width)
-        norm_out = temb.new_empty(len(temb), 1, 2, width)
+        timesteps = timesteps.to(device)
+        device, dtype, zero_row = timesteps.device, timesteps.dtype, None
+        if transformer.zero_cond_t:
+            zero_row, timesteps = len(timesteps), torch.cat([timesteps, timesteps[:1] * 0])
+        embed, norm = transformer.time_text_embed, transformer.norm_out
+        # After the timesteps stand the hidden states, of which only the dtype counts.
+        temb = _of_rows(embed, on_device(embed, device), timesteps, timesteps.new_empty(0))
+        width, modules = temb.shape[1], [module for _, module in modulation_modules(transformer)]
+        values = temb.new_empty(len(temb), (6 * len(modules) + 3) * width)
 
-        blocks = ((block.img_mod, block.txt_mod) for block in transformer.transformer_blocks)
-        for layer, (image, text) in enumerate(on_device_in_turn(blocks, device)):
-            for row, step in enumerate(tembs):
-                both = image(step)
-                _fill(rows[row, layer, 0], both[:1])
-                _fill(rows[row, layer, 1], text(step[:1]))
-            if transformer.zero_cond_t:  # stock gives text no such row; here no row of the table is left undefined
-                _fill(rows[steps, layer, 0], both[1:])
-                _fill(rows[steps, layer, 1], text(step[1:]))
-        linear = on_device(transformer.norm_out.linear, device)
-        for row, step in enumerate(temb.split(1)):
-            _fill(norm_out[row, 0], linear(transformer.norm_out.silu(step).to(dtype)))
-    return ModulationTable(rows, norm_out, temb, steps if transformer.zero_cond_t else None)
+        def fill(start: int, found: torch.Tensor) -> None:
+            if found.dtype != values.dtype:
+                raise ValueError(f"a modulation is {found.dtype} in a model of {values.dtype}: the table would round it.")
+            values[:, start : start + found.shape[1]] = found
+
+        for place, call in enumerate(on_device_in_turn(modules, device)):
+            fill(6 * width * place, _of_rows(modules[place], call, temb))
+        fill(6 * width * len(modules), _of_rows(norm.linear, on_device(norm.linear, device), norm.silu(temb).to(dtype)))
+        fill(values.shape[1] - width, temb)
+    return ModulationTable(values, width, zero_row)
 
 
 def weights_signature(transformer: nn.Module) -> Signature:
-    """A fingerprint of every module that a table depends on: types, tensors, adapters and sampled content.
-
-    Of each tensor its type, shape, dtype and at least 128 elements (all, if it has fewer than 512), spread over its
-    memory by a stride that passes through rows and columns, are read; on CUDA with one copy to the host. `_version` is
-    not asked: it does not see writes through `.data`, which is how PEFT fuses a LoRA.
-
-    What a sample can miss: an edit of some elements that leaves every sampled one as it was; in practice one of less
-    than a few hundredths of one single tensor. A fused LoRA changes all tensors it targets, each nearly everywhere. It
-    sees neither attributes of a quantised layer that are no tensors nor what a hook does.
-    """
-    return modules_signature(_modules(transformer), readable=disk_reason(transformer) is None)
+    """A fingerprint of every module that a table depends on, see `modules_signature`; on CUDA one copy to the host."""
+    return modules_signature(table_modules(transformer), readable=disk_reason(transformer) is None)
 
 
 class TableCache:
-    """The last few tables, by timesteps and weights; also on disk where a folder is given. A copy starts empty.
+    """The tables used last, of weights that rest in host memory, by all that they depend on. A copy starts empty.
 
-    Args:
-        max_bytes: of the tables kept; a larger one is returned, but not kept. 50 steps of Qwen-Image take 221 MB in bf16.
-        max_entries: tables kept, the least recently used goes first.
-        folder: keep tables there too, one file each, for other processes. Files are never removed.
+    Two threads may ask: one computes at a time, and a table that another stream has computed is waited for on the device.
+
     Attributes:
-        hits, misses: calls of `get` so far; a table read from the folder is a hit.
-    Raises:
-        ValueError: a folder that cannot be made or written.
+        max_bytes: of the tables kept, the least recently used goes first; 50 steps of Qwen-Image take 221 MB in bf16.
+        hits, misses: calls of `get` so far.
     """
 
-    def __init__(self, *, max_bytes: int = 2**30, max_entries: int = 4, folder: Path | str | None = None):
-        self.max_bytes, self.max_entries = max_bytes, max_entries
-        self.folder = writable_folder("folder", folder)
-        self.hits = self.misses = 0
-        self._tables: OrderedDict[tuple[str, torch.device], ModulationTable] = OrderedDict()
+    def __init__(self, max_bytes: int = 2**30):
+        self.max_bytes, self.hits, self.misses = max_bytes, 0, 0
+        self._tables: OrderedDict[tuple, tuple] = OrderedDict()  # with the stream of each, and an event when it is done
+        self._lock = threading.RLock()
+
+    def __reduce__(self) -> tuple:
+        return TableCache, (self.max_bytes,)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tables in memory."""
-        return sum(table.nbytes for table in self._tables.values())
+        """Bytes of the tables kept."""
+        return sum(table.values.nbytes for table, _, _ in self._tables.values())
 
-    def clear(self) -> None:
-        """Forget the tables in memory."""
-        self._tables.clear()
+    def leave(self, device: torch.device) -> None:
+        """Forget the tables that are not on `device`."""
+        with self._lock:
+            for key in [key for key, (table, _, _) in self._tables.items() if table.values.device != device]:
+                del self._tables[key]
 
-    def get(
-        self,
-        transformer: nn.Module,
-        model_timesteps: torch.Tensor,
-        *,
-        device: torch.device | str,
-        guidance: float | torch.Tensor | None = None,
-        additional_t_cond: int | torch.Tensor | None = None,
-    ) -> ModulationTable:
-        """`compute_table` of these arguments, or a table kept since an equal call.
+    def get(self, transformer: nn.Module, timesteps: torch.Tensor, device: torch.device | str) -> ModulationTable:
+        """`compute_table` of these arguments, or the table kept since an equal call.
 
-        The key holds the weights by content and not by address, so that offloading, which moves them, does not miss.
-        Arguments on the CPU cost no synchronisation; the signature of weights on CUDA costs one.
+        The key holds the weights by content and not by address, so that offloading, which moves them, does not miss. Timesteps
+        and weights that are on CUDA cost a synchronisation each.
         """
-        device = torch.empty(0, device=device).device  # with its index
-        conditions = {"guidance": guidance, "additional_t_cond": additional_t_cond}
+        device = indexed(device)
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        with self._lock:
+            key = self._key(transformer, timesteps, device)
+            kept = self._tables.get(key)
+            self.hits, self.misses = self.hits + (kept is not None), self.misses + (kept is None)
+            if kept is None:
+                table = compute_table(transformer, timesteps, device)
+                kept = table, stream, None if stream is None else stream.record_event()
+            elif kept[1] != stream:
+                stream.wait_event(kept[2])
+                kept[0].values.record_stream(stream)
+            if key is not None:
+                self._tables[key] = kept
+                self._tables.move_to_end(key)
+            while self.nbytes > self.max_bytes:
+                self._tables.popitem(last=False)
+        return kept[0]
+
+    def _key(self, transformer: nn.Module, timesteps: torch.Tensor, device: torch.device) -> tuple | None:
         content = weights_signature(transformer).content
         if content is None or device.type == "meta":
-            self.misses += 1
-            return compute_table(transformer, model_timesteps, device=device, **conditions)
-        digest = _digest(content, model_timesteps, device, bool(transformer.zero_cond_t), *conditions.values())
-        table = self._tables.get((digest, device))
-        if table is None and self.folder is not None:
-            table = _read(self.folder / f"{digest}.safetensors", device)
-        self.hits += table is not None
-        if table is None:
-            self.misses += 1
-            table = compute_table(transformer, model_timesteps, device=device, **conditions)
-            if self.folder is not None:
-                _write(table, self.folder / f"{digest}.safetensors")
-        self._tables[digest, device] = table
-        self._tables.move_to_end((digest, device))
-        while len(self._tables) > self.max_entries or self.nbytes > self.max_bytes:
-            self._tables.popitem(last=False)
-        return table
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_tables": OrderedDict(), "hits": 0, "misses": 0}
+            return None
+        autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+        schedule = tuple(timesteps.tolist()), timesteps.dtype, bool(transformer.zero_cond_t)
+        return content, schedule, device, autocast, torch.get_float32_matmul_precision()
 
 
-def _modules(transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of all that a table depends on."""
-    yield "time_text_embed", transformer.time_text_embed
-    yield from modulation_modules(transformer)
-    yield "norm_out.linear", transformer.norm_out.linear
+class ModulationSource(Protocol):
+    """Rows of modulations for one forward.
+
+    Attributes:
+        step_index (Tensor): `[1]` on the device, the row of tokens that have none of their own.
+        samples (int): 1, or B where each sample has its own row.
+        zero_row (int | None): first row of timestep 0, for reference pictures (`zero_cond_t`).
+    """
+
+    step_index: torch.Tensor
+    samples: int
+    zero_row: int | None
+
+    def begin(self, timestep: torch.Tensor) -> bool:
+        """Called at the beginning of a forward with its timestep `[B]`, rounded as the model sees it. False: this source
+        cannot serve it."""
+
+    def block(self, index: int) -> BlockModulation: ...
+
+    def out(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shift and scale `[T, 1, C]` of the output norm."""
+
+    def temb(self, batch: int) -> torch.Tensor:
+        """Timestep embedding `[B, C]`, twice that with `zero_cond_t`, as stock hands it to its blocks."""
 
 
-def _one(name: str, value: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    tensor = torch.as_tensor(value)
-    if tensor.numel() != 1:
-        raise ValueError(f"`{name}` holds {tensor.numel()} values; a table has one for all its rows.")
-    return tensor.reshape(1).to(device, dtype)
+class FromLayers:
+    """Computed by the model's own layers from the timestep of one forward, as stock does.
+
+    Args:
+        model: the transformer.
+        blocks: its blocks.
+        timestep: `[B]` in the model's dtype, over 1000.
+        hidden_states: `[B, S_img, C]`, of which only dtype and device count.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: list[nn.Module],
+        timestep: torch.Tensor,
+        hidden_states: torch.Tensor,
+        additional_t_cond: torch.Tensor | None,
+    ):
+        self.samples = timestep.shape[0]
+        self.zero_row = self.samples if model.zero_cond_t else None
+        if model.zero_cond_t:
+            timestep = torch.cat([timestep, timestep * 0])
+        self._temb = model.time_text_embed(timestep, hidden_states, additional_t_cond)
+        self._model, self._blocks, self._computed = model, blocks, (None, None)
+        self.step_index = torch.zeros(1, dtype=torch.int32, device=hidden_states.device)
+
+    def begin(self, timestep: torch.Tensor) -> bool:
+        return True
+
+    def block(self, index: int) -> BlockModulation:
+        if self._computed[0] != index:
+            block = self._blocks[index]
+            image, text = block.img_mod(self._temb), block.txt_mod(self._temb[: self.samples])
+            if self.zero_row is not None:
+                text = torch.cat([text, text])  # no text token takes the rows of timestep 0
+            rows = torch.stack([image, text], dim=1).unflatten(-1, (6, -1))
+            self._computed = index, BlockModulation(*rows.unbind(2))
+        return self._computed[1]
+
+    def out(self) -> tuple[torch.Tensor, torch.Tensor]:
+        norm = self._model.norm_out
+        rows = norm.linear(norm.silu(self._temb).to(self._temb.dtype))
+        scale, shift = rows[:, None].chunk(2, dim=-1)
+        return shift, scale
+
+    def temb(self, batch: int) -> torch.Tensor:
+        return self._temb if self.samples == batch else self._temb.repeat_interleave(batch, dim=0)
 
 
-def _fill(row: torch.Tensor, values: torch.Tensor) -> None:
-    """`values` `[1, n * C]` into `row` `[n, C]`, unrounded."""
-    if values.dtype != row.dtype:
-        raise ValueError(f"a modulation is {values.dtype} in a model of {row.dtype}: the table would round it.")
-    row.copy_(values.view_as(row))
+class FromRow:
+    """One row of a table, in a buffer that somebody else fills: see `ModulationTable.row_into`."""
+
+    samples = 1
+
+    def __init__(self, table: ModulationTable):
+        self.table = table
+        self.step_index = torch.zeros(1, dtype=torch.int32, device=table.values.device)
+
+    @property
+    def zero_row(self) -> int | None:
+        return self.table.zero_row
+
+    def begin(self, timestep: torch.Tensor) -> bool:
+        return True
+
+    def block(self, index: int) -> BlockModulation:
+        return self.table.block(index)
+
+    def out(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.table.out()
+
+    def temb(self, batch: int) -> torch.Tensor:
+        # An index of -1 shows in the output norm, whose rows are NaN then; here it would be a device-side assertion.
+        rows = self.table.temb.index_select(0, self.step_index.clamp(min=0)).expand(batch, -1)
+        return rows if self.zero_row is None else torch.cat([rows, self.table.temb[self.zero_row].expand(batch, -1)])
 
 
-def _digest(content: str, timesteps: torch.Tensor, device: torch.device, *conditions: Any) -> str:
-    """Name of a table: the same in every process that would compute the same bits."""
-    values = timesteps.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    conditions = [value.tolist() if isinstance(value, torch.Tensor) else value for value in conditions]
-    versions = torch.__version__, diffusers.__version__, torch.get_float32_matmul_precision()
-    return hashlib.sha256(repr((content, values, str(timesteps.dtype), kind, conditions, versions)).encode()).hexdigest()
+class FromTable(FromRow):
+    """Rows of a table of the whole schedule, which is computed, or found in the cache, at the first forward.
+
+    Args:
+        model: the transformer.
+        tables: of the model; asked where its modulation weights are not on the device.
+        timesteps: `[T]` in the model's dtype and over 1000. On the device's own tensor stock's division was made: in fp32 it
+            differs from the host's, by a last digit.
+        step_index: `[1]` int32 on the device; whoever advances it moves all forwards to the next row.
+    """
+
+    table: ModulationTable | None = None
+
+    def __init__(self, model: nn.Module, tables: TableCache, timesteps: torch.Tensor, step_index: torch.Tensor):
+        self._model, self._tables = model, tables
+        self.timesteps, self.step_index = timesteps, step_index
+
+    def begin(self, timestep: torch.Tensor) -> bool:
+        if self.table is None:
+            # Here and not earlier: before its first forward the weights of an offloaded model are not on the device.
+            with stage("modulation"):
+                self.table = self._computed(timestep.device)
+        return True
+
+    def _computed(self, device: torch.device) -> ModulationTable:
+        weights = (next(module.parameters(), None) for _, module in modulation_modules(self._model))
+        if any(weight is not None and weight.device != device for weight in weights):
+            return self._tables.get(self._model, self.timesteps, device)
+        return compute_table(self._model, self.timesteps, device)
 
 
-def _write(table: ModulationTable, path: Path) -> None:
-    tensors = {"rows": table.rows, "norm_out": table.norm_out, "temb": table.temb}
-    write_whole(tensors, {"zero_row": str(table.zero_row)}, path, "modulation table")
+class FromScheduledTable(FromTable):
+    """A table of a scheduler's timesteps, for the pipelines that keep diffusers' own loop.
+
+    The row is found by the timestep of the forward, on the device, so it does not matter how a scheduler counts its steps.
+    """
+
+    def __init__(self, model: nn.Module, tables: TableCache, pipe: diffusers.DiffusionPipeline):
+        super().__init__(model, tables, None, None)
+        self._pipe = pipe
+        self._scheduled: torch.Tensor | None = None
+        self._found: torch.Tensor | None = None
+
+    def begin(self, timestep: torch.Tensor) -> bool:
+        scheduled = self._pipe.scheduler.timesteps
+        if self._scheduled is not scheduled:
+            self._scheduled, self.table = scheduled, None
+            self.timesteps = scheduled.to(timestep.device, timestep.dtype) / 1000
+        same = self.timesteps == timestep[0]
+        found = same.any() & (timestep == timestep[0]).all()
+        if timestep.device.type == "cpu" and not found:
+            return False
+        self._found = found if self._found is None else self._found & found
+        super().begin(timestep)
+        # A row of -1 makes the output NaN; `check` says so after the loop, for the host does not wait for each step.
+        self.step_index = torch.where(found, same.to(torch.int8).argmax(), -1).to(torch.int32).reshape(1)
+        return True
+
+    def check(self) -> None:
+        """After the loop: was every forward's timestep one of the scheduler's?
+
+        Raises:
+            RuntimeError: it was not, and the picture is NaN.
+        """
+        if self._found is not None and not self._found:
+            raise RuntimeError(
+                "the transformer was called with a timestep that `pipe.scheduler.timesteps` does not hold, so there was no "
+                "row of modulations for it; use modulation='layers', which computes them in each forward."
+            )
 
 
-def _read(path: Path, device: torch.device) -> ModulationTable | None:
-    found = read_checked(path, ("rows", "norm_out", "temb"))
-    if found is None:
-        return None
-    tensors, metadata = found
-    zero_row = None if metadata["zero_row"] == "None" else int(metadata["zero_row"])
-    return ModulationTable(**{name: tensor.to(device) for name, tensor in tensors.items()}, zero_row=zero_row)
+def _of_rows(module: nn.Module, call: Callable[..., torch.Tensor], rows: torch.Tensor, *others: Any) -> torch.Tensor:
+    """What `call`, which is `module` on the device, gives each of `rows`."""
+    if all(map(_row_by_row, module.modules())):
+        return call(rows, *others)
+    return torch.cat([call(row, *others) for row in rows.split(1)])
+
+
+def _row_by_row(part: nn.Module) -> bool:
+    kind, hooks = type(part), getattr(part.__dict__.get("_diffusers_hook"), "hooks", {})
+    if kind not in _ROW_BY_ROW and f"{kind.__module__}.{kind.__qualname__}" not in _ADAPTERS:
+        return False
+    casts = bool(hooks) and all(type(hook) in _CASTS for hook in hooks.values())
+    if is_hooked(part) and (not casts or part._forward_hooks or part._forward_pre_hooks):
+        return False
+    tensors = (*part._parameters.values(), *part._buffers.values())
+    return all(type(tensor) in (nn.Parameter, torch.Tensor, type(None)) for tensor in tensors)

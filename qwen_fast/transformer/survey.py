@@ -192,7 +192,15 @@ class _Look:
     def _key(self) -> tuple:
         """All that `result` depends on; the modules themselves, held and compared by identity."""
         odd = [_ODD[kind](module.__dict__) for module in self.modules if (kind := type(module)) in _ODD]
-        return self.modules, self.attached, tuple(self.foreign), self.whole, odd, self.adapters, self.random
+        # Where the weights of plain layers are, and how often they were written: what a table was made from.
+        places = [
+            (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+            for module in self.modules
+            if type(module) is nn.Linear
+            for tensor in module.__dict__["_parameters"].values()
+            if type(tensor) is nn.Parameter
+        ]
+        return self.modules, self.attached, tuple(self.foreign), self.whole, odd, self.adapters, self.random, places
 
     def reason(self, module: Any) -> str | None:
         """Why `module` has to be called with stock's arguments, or None. A hook that brings weights is no reason."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..common.hardware import free_bytes
 from .layers import Layer, Stream, channels_last
 
 # Elements of a tensor on CUDA: torch's upsampling counts in 32 bits, and older cuDNN does.
@@ -183,11 +184,13 @@ def _in_bands(layers: list[Layer], kept: torch.Tensor, plan: Plan, shape: torch.
     return out
 
 
-def memory_limit(option: int | str | None, device: torch.device) -> int | None:
-    """Bytes that the activations may take: what the option says, on CUDA what is free, or None for no limit."""
+def memory_limit(option: int | str | None, device: torch.device, enough: float = math.inf) -> int | None:
+    """Bytes that the activations may take: what the option says, on CUDA what is free, or None for no limit.
+
+    Args:
+        enough: more need not be counted, see `free_bytes`.
+    """
     if option != "auto":
         return option
-    if device.type != "cuda":
-        return None
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(USABLE * (torch.cuda.mem_get_info(device)[0] + cached))
+    free = free_bytes(device, enough=enough / USABLE)
+    return None if free is None else int(USABLE * free)

@@ -20,12 +20,12 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import nn
 
 from ..common.hooks import OURS, rebind_forward
-from ..common.options import check_vae_memory
+from ..common.options import Options, check_vae_memory
 from ..common.own import foreign_forward, foreign_functions, foreign_methods
 from ..common.pickled import EqualsStock, PickledAsStock
 from ..common.proofs import require_vae
 from ..common.state import STATE, State, logger
-from .bands import MOST_ON_CUDA, choose, memory_limit, run, whole_peak
+from .bands import MOST_ON_CUDA, Plan, choose, memory_limit, run, whole_peak
 from .layers import Layer, decoder_layers, encoder_layers
 
 STOCK = diffusers.AutoencoderKLQwenImage
@@ -158,18 +158,12 @@ def _readable(vae: nn.Module, read: Callable[..., list[Layer]], x: torch.Tensor)
 
 
 def _in_memory(what: str, layers: list[Layer], x: torch.Tensor, state: State) -> torch.Tensor:
-    """`[B, C, H, W]` through the layers, picture by picture or in bands where the memory is short."""
-    limit = memory_limit(state.vae_memory, x.device)
-    plan = choose(layers, x.shape, x.element_size(), limit, MOST_ON_CUDA if x.is_cuda else None)
-    if plan.bands > 1 and len(x) > 1:
-        return torch.cat([_in_memory(what, layers, one, state) for one in x.split(1)])
-    state.vae_note = f"{what}: {x.shape[-2]}x{x.shape[-1]} whole, {plan.peak / 2**20:.1f} MiB by estimate"
-    if plan.bands > 1:
-        state.calls["vae bands"] += plan.bands
-        state.vae_note = (
-            f"{what}: {x.shape[-2]}x{x.shape[-1]} in {plan.bands} bands of {plan.rows} rows from {layers[plan.first].name} to "
-            f"{layers[plan.last - 1].name}, {plan.peak / 2**20:.1f} MiB by estimate, {plan.overhead:.1%} computed twice"
-        )
+    """`[B, C, H, W]` through the layers, picture by picture or in bands where the memory is short.
+
+    A plan for which the memory is too short all the same is given up, and one made that takes half of it.
+    """
+    limit = memory_limit(state.options.vae_memory, x.device, enough=whole_peak(layers, x.shape, x.element_size()))
+    plan = _plan(layers, x, limit)
     if limit is not None and plan.peak > limit:
         logger.warning(
             "the VAE cannot %s a picture of this size in %.1f MiB; it takes %.1f MiB in its smallest bands.",
@@ -177,7 +171,35 @@ def _in_memory(what: str, layers: list[Layer], x: torch.Tensor, state: State) ->
             limit / 2**20,
             plan.peak / 2**20,
         )
-    return run(layers, x, plan)
+    while True:
+        if plan.bands > 1 and len(x) > 1:
+            return torch.cat([_in_memory(what, layers, one, state) for one in x.split(1)])
+        state.vae_note = f"{what}: {x.shape[-2]}x{x.shape[-1]} {_told(layers, plan)}"
+        with contextlib.suppress(torch.OutOfMemoryError):
+            found = run(layers, x, plan)
+            if plan.bands > 1:
+                state.calls["vae bands"] += plan.bands
+            return found
+        failed, plan = plan, _plan(layers, x, plan.peak // 2)
+        if plan.peak >= failed.peak:
+            return run(layers, x, plan)  # there is no smaller one: the error is the user's to see
+        state.calls["vae out of memory"] += 1
+        logger.warning(
+            "memory was too short to %s a picture %s; it is coded %s.", what, _told(layers, failed), _told(layers, plan)
+        )
+
+
+def _plan(layers: list[Layer], x: torch.Tensor, limit: int | None) -> Plan:
+    return choose(layers, x.shape, x.element_size(), limit, MOST_ON_CUDA if x.is_cuda else None)
+
+
+def _told(layers: list[Layer], plan: Plan) -> str:
+    if plan.bands == 1:
+        return f"whole, {plan.peak / 2**20:.1f} MiB by estimate"
+    return (
+        f"in {plan.bands} bands of {plan.rows} rows from {layers[plan.first].name} to {layers[plan.last - 1].name}, "
+        f"{plan.peak / 2**20:.1f} MiB by estimate, {plan.overhead:.1%} computed twice"
+    )
 
 
 def _check(x: torch.Tensor, name: str, channels: int) -> None:
@@ -245,7 +267,7 @@ def enable_vae(vae: nn.Module, *, memory: int | str | None = "auto") -> nn.Modul
     if reason is not None:
         raise ValueError(f"`vae` cannot be accelerated: {reason}.")
     vae.__dict__[STATE] = state
-    state.vae, state.vae_memory = vae, memory
+    state.vae, state.options = vae, Options(vae_memory=memory)
     return vae
 
 
@@ -265,7 +287,7 @@ def description(vae: nn.Module, state: State) -> str:
     """For `report`: how pictures are coded, from which size on in bands, and what the last one took."""
     parts = ["one frame through 2-D convolutions"]
     parameter = next(vae.parameters())
-    limit = memory_limit(state.vae_memory, parameter.device)
+    limit = memory_limit(state.options.vae_memory, parameter.device)
     layers = None
     with contextlib.suppress(ValueError):
         layers = decoder_layers(vae)

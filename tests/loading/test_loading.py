@@ -83,13 +83,13 @@ def test_a_loaded_pipeline_draws_and_saves_as_any_other(in_bf16, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("modulation", ["table", "layers"])
-def test_the_modulation_weights_of_a_table_never_reach_the_device(checkpoint, modulation):
+@pytest.mark.parametrize("modulation", ["host", "layers"])
+def test_modulation_weights_that_rest_on_the_host_never_reach_the_device(checkpoint, modulation):
     """On "meta", where a tensor that arrived cannot come back."""
     pipe = qwen_fast.QwenImagePipeline.from_pretrained(checkpoint, device="meta", dtype=torch.bfloat16, modulation=modulation)
     stayed = {name for name, tensor in tensors(pipe.transformer).items() if tensor.device.type == "cpu"}
     modulations = {name for name, _ in pipe.transformer.named_parameters() if ".img_mod." in name or ".txt_mod." in name}
-    assert stayed == (modulations if modulation == "table" else set())
+    assert stayed == (modulations if modulation == "host" else set())
     for name in stayed:
         expected = stock(checkpoint, torch.bfloat16).transformer.get_parameter(name)
         assert torch.equal(pipe.transformer.get_parameter(name), expected)
@@ -98,7 +98,7 @@ def test_the_modulation_weights_of_a_table_never_reach_the_device(checkpoint, mo
     headers = check_folder(checkpoint)
     for name, header in headers.items():
         sent = [t for t in dict(getattr(pipe, name).named_parameters()).values() if t.is_meta]
-        on_host = modulation == "table" and name == "transformer"
+        on_host = modulation == "host" and name == "transformer"
         assert loading.device_bytes(header, torch.bfloat16, on_host) == sum(t.nbytes for t in sent)
 
 
@@ -196,6 +196,8 @@ def test_quantised_weights_are_left_to_the_loader(checkpoint, tmp_path):
         ({"quantization_config": object()}, ValueError, "`quantization_config` is given beside `device`"),
         ({"device": "cuda"}, ValueError, "`device` is cuda, but PyTorch .* sees no CUDA GPU"),
         ({"modulation": "tables"}, ValueError, "`modulation` is 'tables'"),
+        ({"modulations": "host"}, TypeError, "unknown option `modulations`; there are precise_sampler, modulation, attention"),
+        ({"device": None, "vae_option": "image"}, TypeError, "unknown option `vae_option`; there are"),
     ],
 )
 def test_bad_arguments_are_named_before_anything_is_read(checkpoint, arguments, error, message, monkeypatch):
@@ -207,21 +209,21 @@ def test_bad_arguments_are_named_before_anything_is_read(checkpoint, arguments, 
     assert not read
 
 
-@pytest.mark.parametrize("modulation", ["table", "layers"])
+@pytest.mark.parametrize("modulation", ["host", "layers"])
 def test_too_little_memory_is_said_before_anything_is_read(checkpoint, modulation, monkeypatch):
     read = []
     monkeypatch.setattr(diffusers.QwenImagePipeline, "from_pretrained", classmethod(lambda *_, **__: read.append(1)))
     headers = check_folder(checkpoint)
-    on_host = modulation == "table"
+    on_host = modulation == "host"
     needed = sum(loading.device_bytes(header, torch.bfloat16, on_host) for header in headers.values())
-    monkeypatch.setattr(loading, "free_bytes", lambda device: needed - 1)
+    monkeypatch.setattr(loading, "free_bytes", lambda device, **_: needed - 1)
     arguments = {"device": "cpu", "dtype": torch.bfloat16, "modulation": modulation}
     with pytest.raises(
         RuntimeError, match=r"`device` is cpu, which has .* GiB free; the weights need .*\(.*transformer"
     ) as info:
         qwen_fast.QwenImagePipeline.from_pretrained(checkpoint, **arguments)
     assert "enable_model_cpu_offload" in str(info.value) and not read
-    monkeypatch.setattr(loading, "free_bytes", lambda device: needed)
+    monkeypatch.setattr(loading, "free_bytes", lambda device, **_: needed)
     loading.check_memory(headers, torch.device("cpu"), torch.bfloat16, on_host)
 
 

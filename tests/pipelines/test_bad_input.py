@@ -1,11 +1,15 @@
 """Bad arguments: an error that names the argument, the value and what would work; before any work, nothing left patched."""
 
+import dataclasses
+import inspect
+
 import diffusers
 import pytest
 import torch
 
 import qwen_fast
 from benchmarks.shared.stock import assert_same_latents, draw, stock
+from qwen_fast.common.options import NAMES, Options
 from qwen_fast.pipelines.family import ACCELERATED
 from support.pipelines import GUIDED, SMALL
 from support.snapshots import EDITING, snapshot
@@ -82,9 +86,36 @@ def test_enable_refuses_a_subclass_with_a_call_of_its_own(checkpoint):
     assert type(pipe) is Custom and pipe() == "mine"
 
 
-def test_an_unknown_option_is_named(checkpoint):
-    with pytest.raises(TypeError, match="precision"):
-        qwen_fast.enable(stock(checkpoint), precision="fp4")
+@pytest.mark.parametrize("name", ["precision", "vae", "vae_option", "modulation_cache"])
+def test_an_unknown_option_is_named_with_those_that_there_are(checkpoint, name):
+    message = f"unknown option `{name}`; there are precise_sampler, modulation, .*, vae_mode, .*, text_encoder_mode, .*strict"
+    pipe = stock(checkpoint)
+    with pytest.raises(TypeError, match=message):
+        qwen_fast.enable(pipe, **{name: "image"})
+    assert type(pipe) is diffusers.QwenImagePipeline
+    if name not in pipe.components:
+        with pytest.raises(TypeError, match=message):
+            qwen_fast.QwenImagePipeline(**pipe.components, **{name: "image"})
+        with pytest.raises(TypeError, match=message):
+            qwen_fast.QwenImagePipeline.from_pretrained(checkpoint, **{name: "image"})
+
+
+def test_options_have_the_same_names_everywhere(checkpoint):
+    """In `enable`, the constructor and `from_pretrained`, and each is documented."""
+    given = {"vae_mode": "diffusers", "text_encoder_mode": "offload", "modulation": "device", "check_nan": True}
+    pipe = stock(checkpoint)
+    made = [
+        qwen_fast.enable(pipe, **given),
+        qwen_fast.QwenImagePipeline(**pipe.components, **given),
+        qwen_fast.QwenImagePipeline.from_pretrained(checkpoint, **given),
+    ]
+    assert {one.fast_state.options for one in made} == {Options(**given)}
+    for function in (qwen_fast.enable, qwen_fast.QwenImagePipeline.__init__):
+        parameters = inspect.signature(function).parameters
+        assert {name: parameters[name].default for name in NAMES} == dataclasses.asdict(Options())
+    assert all(f"\n        {name}: " in qwen_fast.enable.__doc__ for name in NAMES)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        pipe.fast_state.options.strict = True
 
 
 def test_precise_sampler_where_it_does_not_apply(checkpoint):
@@ -124,7 +155,8 @@ def test_moved_to_unsupported_hardware_after_enable(checkpoint, monkeypatch, cls
     arguments = {"prompt": "a red circle"} | SMALL | EDITING.get(cls, {})
     expected = draw(pipe, **arguments)
     qwen_fast.enable(pipe)
-    monkeypatch.setattr("qwen_fast.pipelines.text_to_image.unsupported_reason", lambda device: "Tesla T4 is sm_75")
+    for home in ("text_to_image", "stock_loop"):
+        monkeypatch.setattr(f"qwen_fast.pipelines.{home}.unsupported_reason", lambda device: "Tesla T4 is sm_75")
     assert torch.equal(draw(pipe, **arguments), expected)
     report = qwen_fast.report(pipe)
     assert report.fallbacks == {"Tesla T4 is sm_75": 1}
@@ -134,13 +166,9 @@ def test_moved_to_unsupported_hardware_after_enable(checkpoint, monkeypatch, cls
     assert len(qwen_fast.report(pipe).calls) > 1
 
 
-def test_a_folder_for_tables_that_cannot_be_written(checkpoint, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="`modulation_cache` is .*file"):
-        qwen_fast.enable(stock(checkpoint), modulation_cache=tmp_path / "file")
-
-
-@pytest.mark.parametrize(("name", "value"), [("modulation", "tables"), ("attention", "flash3"), ("cuda_graph", 1)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("modulation", "table"), ("attention", "flash3"), ("cuda_graph", 1), ("vae_mode", None)]
+)
 def test_unknown_values_of_options(checkpoint, name, value):
     pipe = stock(checkpoint)
     with pytest.raises(ValueError, match=f"`{name}` is {value!r}; use one of"):

@@ -49,7 +49,7 @@ def test_each_picture_is_the_one_drawn_alone(pipe, draw, output_type):
 
 @BOTH
 def test_options_of_the_pipeline_reach_the_decoding(checkpoint, draw):
-    pipe = qwen_fast.enable(stock(checkpoint, torch.bfloat16), precise_sampler=True, vae="diffusers")
+    pipe = qwen_fast.enable(stock(checkpoint, torch.bfloat16), precise_sampler=True, vae_mode="diffusers")
     for index, image, _ in draw(pipe, PROMPTS[:2]):
         assert np.array_equal(np.asarray(image), alone(pipe, PROMPTS[index], index))
     assert "vae decode" not in qwen_fast.report(pipe).calls

@@ -246,7 +246,7 @@ def test_report_reads_well(pipe):
     report = qwen_fast.report(pipe)
     assert report.calls == {"text encoder": 2, "flow_match_schedule": 1, "packed transformer": 4, "cfg_euler_step": 4}
     assert report.fallbacks == {} and report.memory["transformer"] > 10**6
-    assert report.memory["modulation tables"] == 4 * (2 * 12 + 3) * 64 * 4
+    assert report.memory["modulation tables"] == 0, "of weights on the device none is kept"
     for text in ("11 fast calls, 0 on stock", "4 x cfg_euler_step", "lossy:     nothing", "MiB transformer", "fused blocks"):
         assert text in str(report), text
     assert "no CUDA graph: the device is cpu" in str(report)

@@ -200,8 +200,8 @@ def test_a_folder_that_cannot_be_written(checkpoint, tmp_path, caplog, monkeypat
     [
         ({"prompt_cache": ""}, "`prompt_cache` is ''; use 'memory', None or a folder"),
         ({"prompt_cache": True}, "`prompt_cache` is True"),
-        ({"text_encoder": "cpu"}, "`text_encoder` is 'cpu'; use one of 'keep', 'offload', 'free'"),
-        ({"text_encoder": "free", "prompt_cache": None}, "`text_encoder` is 'free' and `prompt_cache` is None"),
+        ({"text_encoder_mode": "cpu"}, "`text_encoder_mode` is 'cpu'; use one of 'keep', 'offload', 'free'"),
+        ({"text_encoder_mode": "free", "prompt_cache": None}, "`text_encoder_mode` is 'free' and `prompt_cache` is None"),
     ],
 )
 def test_unknown_values_of_options(checkpoint, options, message):
@@ -212,7 +212,7 @@ def test_unknown_values_of_options(checkpoint, options, message):
 
 
 def test_a_freed_encoder_leaves_what_is_known(checkpoint, tmp_path, caplog):
-    pipe = qwen_fast.enable(stock(checkpoint), text_encoder="free")
+    pipe = qwen_fast.enable(stock(checkpoint), text_encoder_mode="free")
     encoder = pipe.text_encoder
     expected = draw(pipe, prompt="a cat", **GUIDED)
     assert pipe.text_encoder is None and qwen_fast.report(pipe).calls["text encoder"] == 2
@@ -233,7 +233,7 @@ def test_a_freed_encoder_leaves_what_is_known(checkpoint, tmp_path, caplog):
 
 
 def test_a_failed_call_frees_nothing(checkpoint, monkeypatch):
-    pipe = qwen_fast.enable(stock(checkpoint), text_encoder="free")
+    pipe = qwen_fast.enable(stock(checkpoint), text_encoder_mode="free")
     with monkeypatch.context() as patch:
         patch.setattr(text, "_hidden_states", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -257,7 +257,7 @@ def pretend_on_device(monkeypatch, encoder) -> list[str]:
 def test_an_encoder_rests_in_host_memory_between_prompts(checkpoint, monkeypatch):
     pipe = stock(checkpoint)
     expected = encode(pipe, "a cat")
-    qwen_fast.enable(pipe, text_encoder="offload")
+    qwen_fast.enable(pipe, text_encoder_mode="offload")
     weights = {name: (id(p), p.data_ptr()) for name, p in pipe.text_encoder.named_parameters()}
     told = pretend_on_device(monkeypatch, pipe.text_encoder)
     assert torch.equal(encode(pipe, "a cat")[0], expected[0]) and told == ["host"]
@@ -274,7 +274,7 @@ def test_an_encoder_rests_in_host_memory_between_prompts(checkpoint, monkeypatch
     ((module, copies),) = called
     assert module is pipe.text_encoder.model and copies and not any(name.startswith("visual.") for name in copies)
     assert told == ["host"]
-    qwen_fast.enable(pipe, text_encoder="offload", strict=True)
+    qwen_fast.enable(pipe, text_encoder_mode="offload", strict=True)
     assert told == ["host"]
     qwen_fast.disable(pipe)
     assert told == ["host", "cpu"]  # where the transformer is
@@ -282,7 +282,7 @@ def test_an_encoder_rests_in_host_memory_between_prompts(checkpoint, monkeypatch
 
 
 def test_moving_the_pipeline_leaves_a_resting_encoder_at_rest(checkpoint, monkeypatch):
-    pipe = qwen_fast.enable(stock(checkpoint), text_encoder="offload")
+    pipe = qwen_fast.enable(stock(checkpoint), text_encoder_mode="offload")
     told = pretend_on_device(monkeypatch, pipe.text_encoder)
     encode(pipe, "a cat")
     told.append("cuda")  # as `.to` does
@@ -292,7 +292,7 @@ def test_moving_the_pipeline_leaves_a_resting_encoder_at_rest(checkpoint, monkey
 
 @pytest.mark.parametrize("placement", ["offload", "free"])
 def test_what_others_place_is_left_alone(checkpoint, monkeypatch, placement):
-    pipe = qwen_fast.enable(stock(checkpoint), text_encoder=placement)
+    pipe = qwen_fast.enable(stock(checkpoint), text_encoder_mode=placement)
     told = pretend_on_device(monkeypatch, pipe.text_encoder)
     pipe.text_encoder.register_forward_hook(lambda *_: None)
     encode(pipe, "a cat")
@@ -303,9 +303,9 @@ def test_weights_copied_for_a_call_give_the_same(checkpoint, monkeypatch):
     pipe = stock(checkpoint)
     expected = encode(pipe, ["a cat", "two cats on a chair"])
     qwen_fast.enable(pipe)
-    tensors = placement._tensors
-    monkeypatch.setattr(placement, "_is_elsewhere", lambda module, device: True)
-    monkeypatch.setattr(placement, "_tensors", lambda module: {n: t.clone() for n, t in tensors(module).items()})
+    tensors = placement.tensors_of
+    monkeypatch.setattr(placement, "is_elsewhere", lambda module, device: True)
+    monkeypatch.setattr(placement, "tensors_of", lambda module: {n: t.clone() for n, t in tensors(module).items()})
     assert torch.equal(encode(pipe, ["a cat", "two cats on a chair"])[0], expected[0])
 
 
@@ -314,7 +314,7 @@ def test_weights_copied_for_a_call_give_the_same(checkpoint, monkeypatch):
 def test_on_a_gpu(checkpoint, placement):
     pipe = stock(checkpoint).to("cuda")
     expected = draw(pipe, prompt="a cat", generator=torch.Generator("cuda").manual_seed(0), **GUIDED)
-    qwen_fast.enable(pipe, text_encoder=placement)
+    qwen_fast.enable(pipe, text_encoder_mode=placement)
     for _ in range(2):
         actual = draw(pipe, prompt="a cat", generator=torch.Generator("cuda").manual_seed(0), **GUIDED)
         assert actual.is_cuda and (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
@@ -332,7 +332,7 @@ def test_on_a_gpu(checkpoint, placement):
 def test_on_a_gpu_the_memory_of_a_resting_encoder_is_free(checkpoint):
     pipe = stock(checkpoint).to("cuda")
     size = sum(p.nbytes for p in pipe.text_encoder.parameters())
-    qwen_fast.enable(pipe, text_encoder="offload")
+    qwen_fast.enable(pipe, text_encoder_mode="offload")
     before = torch.cuda.memory_allocated()
     encode(pipe, "a cat")
     assert torch.cuda.memory_allocated() <= before - size // 2

@@ -1,26 +1,30 @@
-"""A modulation table holds stock's values to the bit, and its signature sees every change of weights.
+"""A modulation table holds stock's values up to the rounding of a product of several rows; its signature sees what changes.
 
-The device is the CPU here. That weights elsewhere are brought along is tested with copies in the place of transfers; the
-transfers themselves, the side stream and CUDA's bits are in the tests marked gpu.
+The device is the CPU or an emulated one here. That weights elsewhere are brought along is tested with copies in the place of
+transfers; CUDA's own products and transfers are in the tests marked gpu.
 """
 
 import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing._internal.two_tensor import TwoTensor
 
-from qwen_fast.common import fingerprint, placement
-from qwen_fast.transformer import host_weights, modulation
-from qwen_fast.transformer.modulation import compute_table, weights_signature
+from qwen_fast.common import fingerprint
+from qwen_fast.transformer.modulation import FromRow, FromTable, TableCache, _of_rows, compute_table, weights_signature
+from qwen_fast.transformer.modulation_weights import keep_on_host
 from qwen_fast_kernels._modulation import check_modulation
+from support.emulated_cuda import notes
 from support.pipelines import DTYPES
 from support.small_transformer import (
     LAYERS,
     WIDTH,
-    assert_equals_stock,
+    assert_as_near_as_stock,
     build,
+    names_of,
     pretend_elsewhere,
+    rows_of,
     stock_values,
     timesteps,
     with_fused_lora,
@@ -38,39 +42,151 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("config", [{}, {"zero_cond_t": True}, {"use_additional_t_cond": True, "zero_cond_t": True}])
-def test_every_row_equals_stock_to_the_bit(dtype, config):
+@pytest.mark.parametrize("config", [{}, {"zero_cond_t": True}], ids=str)
+def test_every_row_is_stocks(dtype, config):
     transformer, steps = build(dtype, **config), timesteps(dtype)
-    condition = {"additional_t_cond": torch.tensor([1])} if "use_additional_t_cond" in config else {}
-    expected = stock_values(transformer, steps, **condition)
-    table = compute_table(transformer, steps, device="cpu", **condition)
-    assert table.zero_row == (3 if config else None)
-    assert table.rows.shape == (4 if config else 3, LAYERS, 2, 6, WIDTH)
-    assert {t.dtype for t in (table.rows, table.norm_out, table.temb)} == {dtype} and not table.rows.requires_grad
-    assert_equals_stock(table, expected)
+    expected = stock_values(transformer, steps)
+    table = compute_table(transformer, steps, "cpu")
+    assert table.zero_row == (3 if config else None) and table.width == WIDTH
+    assert table.values.shape == (4 if config else 3, (12 * LAYERS + 3) * WIDTH)
+    assert table.values.dtype == dtype and not table.values.requires_grad
+    assert_as_near_as_stock(table, transformer, expected, len(steps))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_against_float64_it_is_as_near_as_stock(dtype):
+    """The contract of every fused operator, at the real width, over 8 seeds: RMS 1.05 x stock's, largest error 1.5 x.
+
+    Small whole models are held to it by test_parity. A narrow product alone is not: in fp32 MKL's for several rows has
+    1.3 x the error of its own for one at 256 channels, where both are 4e-8 of the largest value, and 0.5 x at 3072.
+    """
+    ours, theirs = [], []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        linear = torch.nn.Linear(3072, 512)
+        module = torch.nn.Sequential(torch.nn.SiLU(), linear).to(dtype)
+        temb = torch.randn(20, 3072).to(dtype)
+        with torch.no_grad():
+            expected = F.silu(temb).double() @ linear.weight.double().T + linear.bias.double()
+            ours.append(_of_rows(module, module, temb) - expected)
+            theirs.append(torch.cat([module(row) for row in temb.split(1)]) - expected)
+    rms = [torch.stack(errors).square().mean().sqrt() for errors in (ours, theirs)]
+    assert 0 < rms[0] <= 1.05 * rms[1]
+    assert torch.stack(ours).abs().max() <= 1.5 * torch.stack(theirs).abs().max()
+
+
+class Counted:
+    """Numbers of rows that each linear layer of a model got, by its name."""
+
+    def __init__(self, monkeypatch, transformer):
+        self.rows: dict[str, list[int]] = {}
+        names, linear = {id(m.weight): n for n, m in transformer.named_modules() if hasattr(m, "weight")}, F.linear
+
+        def counted(input, weight, bias=None):
+            self.rows.setdefault(names[id(weight)], []).append(len(input))
+            return linear(input, weight, bias)
+
+        monkeypatch.setattr(F, "linear", counted)
+
+
+def test_one_product_for_each_module(monkeypatch):
+    transformer = build(num_layers=5)
+    with_lora(transformer)
+    counted = Counted(monkeypatch, transformer)
+    compute_table(transformer, timesteps(steps=7), "cpu")
+    assert {tuple(rows) for rows in counted.rows.values()} == {(7,)}
+    assert len(counted.rows) == 2 + 10 * 3 + 1  # embedding, base layer and two of the LoRA, norm_out
+
+
+class OneScale(torch.nn.Linear):
+    """A quantised linear: activations in 8 bits, with one scale for all of them."""
+
+    def forward(self, input):
+        scale = input.abs().max() / 127
+        return super().forward((input / scale).round() * scale)
+
+
+def test_what_mixes_its_rows_is_called_for_each(monkeypatch):
+    transformer, steps = build(), timesteps(steps=4)
+    linear = transformer.transformer_blocks[1].txt_mod[1]
+    linear.__class__ = OneScale
+    expected = stock_values(transformer, steps)
+    counted = Counted(monkeypatch, transformer)
+    table = compute_table(transformer, steps, "cpu")
+    assert counted.rows.pop("transformer_blocks.1.txt_mod.1") == [1] * 4
+    assert {tuple(rows) for rows in counted.rows.values()} == {(4,)}
+    assert_as_near_as_stock(table, transformer, expected, 4)
+
+
+@pytest.mark.parametrize("foreign", ["hook", "forward", "wrapper"])
+def test_what_is_not_known_is_called_for_each(monkeypatch, foreign):
+    transformer, seen = build(), []
+    module = transformer.transformer_blocks[0].img_mod
+    if foreign == "hook":
+        module[1].register_forward_hook(lambda m, i, out: seen.append(len(out)))
+    elif foreign == "forward":
+        forward = module[1].forward
+        module[1].forward = lambda x: seen.append(len(x)) or forward(x)
+    else:
+        weight = module[1].weight.detach()
+        module[1].weight = torch.nn.Parameter(TwoTensor(weight, weight.clone()), requires_grad=False)
+        module[0].register_forward_hook(lambda m, i, out: seen.append(len(out)))
+    compute_table(transformer, timesteps(), "cpu")
+    assert seen == [1, 1, 1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_views_are_what_stock_cuts_and_no_copies(dtype):
     transformer, steps = build(dtype), timesteps(dtype)
-    table = compute_table(transformer, steps, device="cpu")
+    table = compute_table(transformer, steps, "cpu")
     zeros, x = torch.zeros(1, 1, WIDTH, dtype=dtype), torch.randn(1, 7, WIDTH).to(dtype)
+    rows = dict(zip(names_of(transformer), rows_of(table), strict=True))
     for layer, block in enumerate(transformer.transformer_blocks):
         views = table.block(layer)
-        for stream, mod in enumerate((block.img_mod, block.txt_mod)):
-            halves = mod(table.temb[1:2]).chunk(2, dim=-1)
+        for stream, mod in enumerate(("img_mod", "txt_mod")):
+            halves = rows[f"transformer_blocks.{layer}.{mod}"][1:2].chunk(2, dim=-1)
             for half, (shift, scale, gate) in zip(halves, (views[:3], views[3:]), strict=True):
                 expected, expected_gate = block._modulate(x, half)
                 assert torch.equal(expected, x * (1 + scale[1, stream]) + shift[1, stream])
                 assert torch.equal(block._modulate(zeros, half)[0][0, 0], shift[1, stream])
                 assert torch.equal(expected_gate[0, 0], gate[1, stream])
         check_modulation(5, WIDTH, views._asdict(), torch.zeros(1, dtype=torch.int64), 2, None, torch.device("cpu"))
-        assert {view.untyped_storage().data_ptr() for view in views} == {table.rows.untyped_storage().data_ptr()}
+        assert {view.untyped_storage().data_ptr() for view in views} == {table.values.untyped_storage().data_ptr()}
     shift, scale = table.out()
-    norm = transformer.norm_out
-    assert torch.equal(norm(x, table.temb[2:3]), norm.norm(x) * (1 + scale[2]) + shift[2])
-    assert shift.shape == (3, 1, WIDTH) and shift.untyped_storage().data_ptr() == table.norm_out.untyped_storage().data_ptr()
-    assert table.nbytes == (3 * LAYERS * 12 + 3 * 3) * WIDTH * dtype.itemsize
+    assert torch.equal(torch.cat([scale, shift], dim=-1)[:, 0], rows["norm_out.linear"]) and shift.shape == (3, 1, WIDTH)
+    assert shift.untyped_storage().data_ptr() == table.values.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("config", [{}, {"zero_cond_t": True}], ids=str)
+def test_one_row_in_a_buffer_serves_as_the_table_does(config):
+    transformer, steps = build(**config), timesteps()
+    index = torch.zeros(1, dtype=torch.int32)
+    whole = FromTable(transformer, TableCache(), steps, index)
+    assert whole.begin(steps[:1])
+    buffer = whole.table.row_buffer()
+    address, row = buffer.values.data_ptr(), FromRow(buffer)
+    for step in (2, 0, 1):
+        index.fill_(step)
+        whole.table.row_into(buffer, index)
+        assert row.begin(steps[:1]) and buffer.values.data_ptr() == address
+        assert torch.equal(row.temb(2), whole.temb(2)) and torch.equal(row.out()[0][0], whole.out()[0][step])
+        for layer in range(LAYERS):
+            assert all(torch.equal(a[0], b[step]) for a, b in zip(row.block(layer), whole.block(layer), strict=True))
+        if config:
+            assert torch.equal(row.block(1).gate1[row.zero_row], whole.block(1).gate1[whole.zero_row])
+    assert row.zero_row == (1 if config else None)
+
+
+def test_a_row_is_copied_by_one_piece_of_work_and_no_wait(emulated_cuda):
+    transformer = build().to("cuda")
+    index = torch.ones(1, dtype=torch.int32, device="cuda")
+    table = compute_table(transformer, timesteps(), "cuda")
+    buffer, graph = table.row_buffer(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        table.row_into(buffer, index)
+    assert len(graph.steps) == 1
+    graph.replay()
+    assert torch.equal(buffer.values[0].cpu(), table.values[1].cpu()) and not emulated_cuda.notes.of(notes.ILLEGAL)
 
 
 def state_of(transformer) -> dict[str, tuple]:
@@ -83,64 +199,54 @@ def state_of(transformer) -> dict[str, tuple]:
 @pytest.mark.parametrize("moved", [False, True])
 def test_modules_are_called_with_adapters_and_hooks(monkeypatch, change, moved):
     dtype = torch.bfloat16
-    plain = compute_table(build(dtype), timesteps(dtype), device="cpu")
+    plain = compute_table(build(dtype), timesteps(dtype), "cpu")
     transformer = CHANGES[change](build(dtype))
     expected = stock_values(transformer, timesteps(dtype))
     before = state_of(transformer)
     calls = pretend_elsewhere(monkeypatch) if moved else None
-    table = compute_table(transformer, timesteps(dtype), device="cpu")
-    assert not moved or len(calls) == 3 * (2 * LAYERS + 2)
-    assert_equals_stock(table, expected)
-    assert not torch.equal(table.rows, plain.rows)
+    table = compute_table(transformer, timesteps(dtype), "cpu")
+    assert not moved or len(calls) == 2 * LAYERS + 2
+    assert_as_near_as_stock(table, transformer, expected, 3)
+    assert not torch.equal(table.values, plain.values)
     after = state_of(transformer)
     if change == "layerwise casting" and not moved:  # diffusers' own casts give a called layer new memory
         before, after = ({n: (i, d, s) for n, (i, _, d, s) in state.items()} for state in (before, after))
     assert after == before
 
 
-def test_weights_travel_to_another_device_layer_by_layer(monkeypatch):
-    transformer, calls = build(), []
-    monkeypatch.setattr(modulation, "on_device", lambda *a: calls.append(a) or placement.on_device(*a))
-    table = compute_table(transformer, timesteps(), device="meta")
-    assert table.rows.is_meta and table.rows.shape == (3, LAYERS, 2, 6, WIDTH)
-    assert all(p.device.type == "cpu" for p in transformer.parameters()) and len(calls) == 2
-
-
-def test_guidance_goes_where_stock_puts_it():
-    class Embedding(torch.nn.Module):
-        def forward(self, timestep, guidance, hidden_states, condition=None):
-            assert guidance.dtype == hidden_states.dtype == torch.bfloat16 and condition is None
-            return (timestep + guidance / 5000).expand(1, WIDTH) if guidance.shape == (1,) else None
-
-    steps, transformer = timesteps(torch.bfloat16), build(torch.bfloat16)
-    with pytest.raises(TypeError) as ours:
-        compute_table(transformer, steps, device="cpu", guidance=3.5)
-    with pytest.raises(TypeError) as stocks:
-        stock_values(transformer, steps, guidance=torch.tensor([3.5]))
-    assert str(ours.value) == str(stocks.value)  # diffusers 0.42.1 cannot run a guidance-distilled model
-    transformer.time_text_embed = Embedding()
-    expected = stock_values(transformer, steps, guidance=torch.tensor([3.5]))
-    assert_equals_stock(compute_table(transformer, steps, device="cpu", guidance=3.5), expected)
-    other = compute_table(transformer, steps, device="cpu", guidance=torch.tensor(3.0))
-    assert not torch.equal(other.temb, expected["time_text_embed"][:, 0])
+def test_weights_stay_where_they_are():
+    transformer = build()
+    table = compute_table(transformer, timesteps(), "meta")
+    assert table.values.is_meta and table.values.shape == (3, (12 * LAYERS + 3) * WIDTH)
+    assert all(p.device.type == "cpu" for p in transformer.parameters())
 
 
 def test_bad_input_is_named():
     transformer = build()
     for bad in (torch.zeros(0), torch.zeros(1, 3), torch.tensor([1, 2])):
-        with pytest.raises(ValueError, match="model_timesteps"):
-            compute_table(transformer, bad, device="cpu")
-    with pytest.raises(ValueError, match="additional_t_cond.*2 values"):
-        compute_table(transformer, timesteps(), device="cpu", additional_t_cond=torch.tensor([0, 1]))
+        with pytest.raises(ValueError, match="timesteps"):
+            compute_table(transformer, bad, "cpu")
     transformer.transformer_blocks[1].txt_mod.register_forward_hook(lambda m, i, out: out.double())
     with pytest.raises(ValueError, match="float64 in a model of torch.float32"):
-        compute_table(transformer, timesteps(), device="cpu")
+        compute_table(transformer, timesteps(), "cpu")
 
 
 def test_a_table_made_in_inference_mode_is_an_ordinary_one():
     with torch.inference_mode():
-        table = compute_table(build(), timesteps(), device="cpu")
-    assert not table.rows.is_inference() and table.rows.isfinite().all()
+        table = compute_table(build(), timesteps(), "cpu")
+    assert not table.values.is_inference() and table.values.isfinite().all()
+
+
+def test_weights_on_the_device_leave_nothing_behind(monkeypatch):
+    """Neither kept, nor digested: the table is computed for each call."""
+    transformer, tables, steps = build(), TableCache(), timesteps()
+    monkeypatch.setattr("qwen_fast.transformer.modulation.modules_signature", lambda *_, **__: pytest.fail("digested"))
+    for factor in (1, 2):
+        transformer.transformer_blocks[0].img_mod[1].weight.data.mul_(factor)
+        source = FromTable(transformer, tables, steps, torch.zeros(1, dtype=torch.int32))
+        source.begin(steps[:1])
+        assert torch.equal(source.table.values, compute_table(transformer, steps, "cpu").values)
+    assert (tables.hits, tables.misses, tables.nbytes) == (0, 0, 0)
 
 
 def test_the_signature_sees_every_tensor_it_depends_on_and_no_other():
@@ -233,9 +339,9 @@ def test_on_cuda_resident_streamed_and_stock_agree(dtype, zero_cond_t, home):
     steps = timesteps(dtype).cuda()
     expected = stock_values(transformer, steps, "cuda")
     if home == "host":
-        assert host_weights.keep_on_host(transformer) == {}
+        assert keep_on_host(transformer) == {}
     transformer.to("cpu" if home == "cpu" else "cuda")
-    assert_equals_stock(compute_table(transformer, steps, device="cuda"), expected)
+    assert_as_near_as_stock(compute_table(transformer, steps, "cuda"), transformer, expected, len(steps))
 
 
 @pytest.mark.gpu

@@ -1,18 +1,18 @@
-"""Tables are kept in memory and on disk: what hits, what misses, what is bounded, and what becomes of a damaged file."""
+"""Tables of weights that rest in host memory are kept: what hits, what misses, what is bounded, and who has to wait."""
 
 import copy
 import pickle
-import tempfile
+import threading
 
 import accelerate
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from qwen_fast.transformer import modulation
-from qwen_fast.transformer.modulation import TableCache, compute_table, table_reason, weights_signature
+from qwen_fast.transformer.modulation import FromTable, TableCache, compute_table, weights_signature
+from qwen_fast.transformer.modulation_weights import keep_on_host, table_reason
+from support.emulated_cuda import notes
 from support.small_transformer import (
-    assert_equals_stock,
+    assert_as_near_as_stock,
     build,
     needs_group_offload,
     stock_values,
@@ -25,14 +25,16 @@ from support.small_transformer import (
 
 def test_a_schedule_computed_twice_hits():
     cache, transformer, steps = TableCache(), build(), timesteps()
-    table = cache.get(transformer, steps, device="cpu")
-    assert cache.get(transformer, steps.clone(), device=torch.device("cpu")) is table
-    assert (cache.hits, cache.misses, cache.nbytes) == (1, 1, table.nbytes)
+    table = cache.get(transformer, steps, "cpu")
+    assert cache.get(transformer, steps.clone(), torch.device("cpu")) is table
+    assert (cache.hits, cache.misses, cache.nbytes) == (1, 1, table.values.nbytes)
     for parameter in transformer.parameters():
         parameter.data = parameter.data.clone()  # as offloading does
-    assert cache.get(transformer, steps, device="cpu") is table
-    cache.clear()
-    assert cache.nbytes == 0 and cache.get(transformer, steps, device="cpu") is not table
+    assert cache.get(transformer, steps, "cpu") is table
+    cache.leave(torch.device("cpu"))
+    assert cache.get(transformer, steps, "cpu") is table
+    cache.leave(torch.device("cuda", 0))
+    assert cache.nbytes == 0 and cache.get(transformer, steps, "cpu") is not table
 
 
 def _write_through_data(transformer):
@@ -52,62 +54,65 @@ MISSES = {
 @pytest.mark.parametrize("change", MISSES)
 def test_changed_weights_miss(change):
     cache, transformer, steps = TableCache(), build(torch.bfloat16), timesteps(torch.bfloat16)
-    first = cache.get(transformer, steps, device="cpu")
+    first = cache.get(transformer, steps, "cpu")
     MISSES[change](transformer)
-    second = cache.get(transformer, steps, device="cpu")
-    assert (cache.hits, cache.misses) == (0, 2) and cache.get(transformer, steps, device="cpu") is second
-    assert_equals_stock(second, stock_values(transformer, steps))
-    assert not all(torch.equal(getattr(first, n), getattr(second, n)) for n in ("rows", "norm_out", "temb"))
+    second = cache.get(transformer, steps, "cpu")
+    assert (cache.hits, cache.misses) == (0, 2) and cache.get(transformer, steps, "cpu") is second
+    assert_as_near_as_stock(second, transformer, stock_values(transformer, steps), 3)
+    assert not torch.equal(first.values, second.values)
 
 
-def test_other_arguments_miss_and_a_lora_taken_away_hits():
-    cache, transformer = TableCache(max_entries=9), build(use_additional_t_cond=True)
-    calls = [
-        {"model_timesteps": timesteps(), "additional_t_cond": 0},
-        {"model_timesteps": timesteps(), "additional_t_cond": 1},
-        {"model_timesteps": timesteps(image_seq_len=25), "additional_t_cond": 0},
-        {"model_timesteps": timesteps(steps=4), "additional_t_cond": 0},
-    ]
-    tables = [cache.get(transformer, device="cpu", **call) for call in calls]
-    assert cache.misses == 4 and len({id(table) for table in tables}) == 4
+def test_other_schedules_miss_and_a_lora_taken_away_hits():
+    cache, transformer = TableCache(), build()
+    schedules = [timesteps(), timesteps(image_seq_len=25), timesteps(steps=4)]
+    tables = [cache.get(transformer, steps, "cpu") for steps in schedules]
+    assert cache.misses == 3 and len({id(table) for table in tables}) == 3
     with_lora(transformer)
-    cache.get(transformer, device="cpu", **calls[0])
+    cache.get(transformer, schedules[0], "cpu")
     transformer.delete_adapters("style")
     transformer.unload_lora()
-    assert [cache.get(transformer, device="cpu", **call) for call in calls] == tables and cache.misses == 5
+    assert [cache.get(transformer, steps, "cpu") for steps in schedules] == tables and cache.misses == 4
+
+
+def test_autocast_does_not_poison():
+    """A table that one call computed under autocast is not that of the next call without."""
+    cache, transformer, steps = TableCache(), build(), timesteps()
+    with torch.autocast("cpu", torch.bfloat16):
+        poisoned = cache.get(transformer, steps, "cpu")
+    table = cache.get(transformer, steps, "cpu")
+    assert poisoned.values.dtype == torch.bfloat16 and table.values.dtype == torch.float32
+    assert torch.equal(table.values, compute_table(transformer, steps, "cpu").values)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cache.get(transformer, steps, "cpu") is poisoned
 
 
 def test_the_same_bytes_in_another_dtype_are_no_hit():
     cache, transformer, steps = TableCache(), build(torch.bfloat16), timesteps(torch.bfloat16)
-    cache.get(transformer, steps, device="cpu")
+    cache.get(transformer, steps, "cpu")
     with pytest.raises(RuntimeError, match="dtype"):  # weights in bf16 do not take fp16
-        cache.get(transformer, steps.view(torch.float16), device="cpu")
+        cache.get(transformer, steps.view(torch.float16), "cpu")
 
 
 def test_bounds_of_the_cache():
     transformer, schedules = build(), [timesteps(steps=steps) for steps in (2, 3, 4)]
-    size = compute_table(transformer, schedules[0], device="cpu").nbytes // 2
-    cache = TableCache(max_entries=2)
-    first, second, third = (cache.get(transformer, steps, device="cpu") for steps in schedules)
-    assert cache.nbytes == second.nbytes + third.nbytes
-    cache.get(transformer, schedules[1], device="cpu")  # now the third is the older one
-    assert cache.get(transformer, schedules[0], device="cpu") is not first
-    assert cache.get(transformer, schedules[1], device="cpu") is second and cache.nbytes == 5 * size
-    small = TableCache(max_bytes=3 * size)
-    small.get(transformer, schedules[0], device="cpu")
-    small.get(transformer, schedules[1], device="cpu")
-    assert small.nbytes == 3 * size
-    assert len(small.get(transformer, schedules[2], device="cpu").rows) == 4 and small.nbytes == 0
+    size = compute_table(transformer, schedules[0], "cpu").values.nbytes // 2
+    cache = TableCache(7 * size)
+    first, second, third = (cache.get(transformer, steps, "cpu") for steps in schedules)
+    assert cache.nbytes == 7 * size
+    cache.get(transformer, schedules[1], "cpu")  # now the third is the older one
+    assert cache.get(transformer, schedules[0], "cpu") is not first
+    assert cache.get(transformer, schedules[1], "cpu") is second and cache.nbytes == 5 * size
+    small = TableCache(3 * size)
+    assert len(small.get(transformer, schedules[2], "cpu").values) == 4 and small.nbytes == 0
 
 
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, copy.copy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_a_copy_starts_empty(tmp_path, twin_of):
-    cache, transformer = TableCache(max_bytes=10**6, max_entries=3, folder=tmp_path), build()
-    table = cache.get(transformer, timesteps(), device="cpu")
+def test_a_copy_starts_empty(twin_of):
+    cache, transformer = TableCache(10**6), build()
+    table = cache.get(transformer, timesteps(), "cpu")
     twin = twin_of(cache)
-    assert twin.nbytes == twin.hits == twin.misses == 0
-    assert (twin.max_bytes, twin.max_entries, twin.folder) == (10**6, 3, tmp_path)
-    assert cache.get(transformer, timesteps(), device="cpu") is table
+    assert twin.nbytes == twin.hits == twin.misses == 0 and twin.max_bytes == 10**6
+    assert cache.get(transformer, timesteps(), "cpu") is table
 
 
 def test_weights_out_of_reach_are_computed_each_time():
@@ -115,7 +120,7 @@ def test_weights_out_of_reach_are_computed_each_time():
     expected = stock_values(transformer, steps)
     accelerate.cpu_offload(transformer, execution_device="cpu")
     for _ in range(2):
-        assert_equals_stock(cache.get(transformer, steps, device="cpu"), expected)
+        assert_as_near_as_stock(cache.get(transformer, steps, "cpu"), transformer, expected, 3)
     assert cache.misses == 2 and cache.nbytes == 0 and "accelerate" in table_reason(transformer)
     assert table_reason(build()) is None
 
@@ -129,77 +134,97 @@ def test_group_offload_on_disk_and_by_leaf_is_named(tmp_path):
     )
     assert "on disk" in table_reason(transformer) and weights_signature(transformer).content is None
     with pytest.raises(ValueError, match="on disk"):
-        compute_table(transformer, timesteps(), device="cpu")
+        compute_table(transformer, timesteps(), "cpu")
     transformer, steps = build(), timesteps()
     expected = stock_values(transformer, steps)
     transformer.enable_group_offload(**options, offload_type="leaf_level")
     assert "leaf-level" in table_reason(transformer)
-    assert_equals_stock(compute_table(transformer, steps, device="cpu"), expected)
+    assert_as_near_as_stock(compute_table(transformer, steps, "cpu"), transformer, expected, 3)
 
 
-@pytest.fixture
-def no_computing(monkeypatch):
-    def fail(*args, **kwargs):
-        raise AssertionError("computed")
-
-    return lambda: monkeypatch.setattr(modulation, "compute_table", fail)
-
-
-def test_another_process_finds_the_table_on_disk(tmp_path, no_computing):
-    transformer, steps = build(torch.bfloat16, zero_cond_t=True), timesteps(torch.bfloat16)
-    table = TableCache(folder=tmp_path / "new").get(transformer, steps, device="cpu")
-    no_computing()
-    other = TableCache(folder=str(tmp_path / "new"))
-    found = other.get(copy.deepcopy(transformer), steps, device="cpu")
-    assert (other.hits, other.misses) == (1, 0) and found.zero_row == 3
-    assert all(torch.equal(getattr(found, n), getattr(table, n)) for n in ("rows", "norm_out", "temb"))
-    assert other.get(transformer, steps, device="cpu") is found
-    (file,) = (tmp_path / "new").iterdir()
-    assert set(load_file(file)) == {"rows", "norm_out", "temb"}
-    with pytest.raises(AssertionError, match="computed"):
-        other.get(transformer, timesteps(torch.bfloat16, 4), device="cpu")
+def on_the_host(dtype=torch.float32, **config):
+    """A transformer on the emulated device, but for its modulation weights."""
+    transformer = build(dtype, **config)
+    keep_on_host(transformer)
+    return transformer.to("cuda")
 
 
-def _flip(path, position):
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1
-    path.write_bytes(content)
+def test_only_weights_that_are_elsewhere_are_kept(emulated_cuda):
+    for transformer, kept in ((build().to("cuda"), False), (on_the_host(), True)):
+        tables, steps = TableCache(), timesteps().to("cuda")
+        for _ in range(2):
+            source = FromTable(transformer, tables, steps, torch.zeros(1, dtype=torch.int32, device="cuda"))
+            source.begin(steps[:1])
+        assert (tables.misses, tables.hits) == ((1, 1) if kept else (0, 0))
+    assert not emulated_cuda.notes.of(notes.RACE, notes.MIXED)
 
 
-DAMAGES = {
-    "empty": lambda path: path.write_bytes(b""),
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
-    "a flipped bit of the data": lambda path: _flip(path, -100),
-    "a flipped bit of the header": lambda path: _flip(path, 12),
-    "something else": lambda path: path.write_text("no table"),
-}
+def test_many_schedules_take_two_buffers_and_one_stream(emulated_cuda, monkeypatch):
+    """Memory that PyTorch keeps belongs to a stream: a new one for each schedule, or buffers for each module, would pile up."""
+    transformer, streams, large = on_the_host(num_layers=6), [], []
+    module = transformer.transformer_blocks[0].img_mod
+    size = sum(-(-parameter.nbytes // 512) * 512 for parameter in module.parameters())
+    made, allocate = torch.cuda.Stream, emulated_cuda.memory.allocate
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *a: streams.append(made(*a)) or streams[-1])
+
+    def allocated(shape, stride, dtype, *others):
+        large.append((shape, others[1])) if dtype == torch.uint8 else None
+        return allocate(shape, stride, dtype, *others)
+
+    monkeypatch.setattr(emulated_cuda.memory, "allocate", allocated)
+    taken = []
+    for steps in range(2, 10):
+        large.clear()
+        expected = compute_table(build(num_layers=6), timesteps(steps=steps), "cpu")
+        emulated_cuda.notes.clear()
+        table = compute_table(transformer, timesteps(steps=steps).to("cuda"), "cuda")
+        assert not emulated_cuda.notes.of(notes.SYNC, notes.EVENT), "the host waited"
+        assert [tuple(shape) for shape, _ in large] == [(size,)] * 2
+        assert {stream for _, stream in large} == {torch.cuda.current_stream()}, "the buffers go back to the stream of the work"
+        assert (table.values.cpu() - expected.values).abs().max() <= 1e-5
+        del table
+        taken.append(emulated_cuda.memory.allocated)
+    assert len(streams) == 1 and len(set(taken)) == 1
+    assert not emulated_cuda.notes.of(notes.RACE, notes.MIXED)
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_named_and_written_anew(tmp_path, caplog, no_computing, damage):
-    transformer, steps = build(), timesteps()
-    table = TableCache(folder=tmp_path).get(transformer, steps, device="cpu")
-    (file,) = tmp_path.iterdir()
-    DAMAGES[damage](file)
-    cache = TableCache(folder=tmp_path)
-    assert torch.equal(cache.get(transformer, steps, device="cpu").rows, table.rows)
-    assert cache.misses == 1 and str(file) in caplog.text and "damaged" in caplog.text
-    no_computing()
-    assert torch.equal(TableCache(folder=tmp_path).get(transformer, steps, device="cpu").rows, table.rows)
-    assert list(tmp_path.iterdir()) == [file]
+def test_a_table_of_another_thread_and_stream_is_waited_for(emulated_cuda):
+    transformer, cache, steps = on_the_host(), TableCache(), timesteps()
+    found, streams = {}, [torch.cuda.Stream() for _ in range(2)]
+
+    def work(number: int) -> None:
+        with torch.cuda.stream(streams[number]):
+            found[number] = cache.get(transformer, steps, "cuda")
+            found[number].values.sum()
+
+    for number in range(2):
+        thread = threading.Thread(target=work, args=(number,))
+        thread.start()
+        thread.join()
+    assert found[0] is found[1] and (cache.misses, cache.hits) == (1, 1)
+    assert not emulated_cuda.notes.of(notes.RACE)
+    block = emulated_cuda.memory.block(found[0].values)
+    assert streams[1].id in block.shared_with, "its memory may be reused while the second stream reads it"
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, caplog, monkeypatch):
-    def refuse(dir):
-        raise PermissionError(f"Permission denied: {dir}")
+def test_two_threads_at_once(emulated_cuda):
+    transformer, cache = on_the_host(), TableCache()
+    expected = {steps: compute_table(build(), timesteps(steps=steps), "cpu").values for steps in (3, 4)}
+    found, barrier = [], threading.Barrier(4)
 
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=str(tmp_path / "file" / "tables")):
-        TableCache(folder=tmp_path / "file" / "tables")
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"{tmp_path}, .*Permission denied"):
-        patch.setattr(tempfile, "TemporaryFile", refuse)  # root, as tests may run, is refused nothing
-        TableCache(folder=tmp_path)
-    cache = TableCache(folder=tmp_path / "gone")
-    (tmp_path / "gone").rmdir()
-    assert cache.get(build(), timesteps(), device="cpu").rows.isfinite().all()
-    assert str(tmp_path / "gone") in caplog.text and cache.nbytes
+    def work(steps: int) -> None:
+        barrier.wait()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(3):
+                found.append((steps, cache.get(transformer, timesteps(steps=steps), "cuda")))
+
+    threads = [threading.Thread(target=work, args=(steps,)) for steps in (3, 4, 3, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 12 and (cache.misses, cache.hits) == (2, 10)
+    torch.cuda.synchronize()
+    for steps, table in found:
+        assert (table.values.cpu() - expected[steps]).abs().max() <= 1e-5
+    assert not emulated_cuda.notes.of(notes.RACE, notes.MIXED)

@@ -9,6 +9,7 @@ import torch
 
 import qwen_fast
 from benchmarks.shared.stock import in_float64
+from qwen_fast.common.options import Options
 from qwen_fast.common.state import State
 from qwen_fast.transformer import model as fused_transformer
 from qwen_fast.transformer.attach import attach, detach
@@ -115,7 +116,7 @@ def test_fp16_is_clipped_where_stock_clips():
 
 
 def test_return_dict_and_dtype():
-    model, state = transformer(torch.bfloat16), State(modulation="layers")
+    model, state = transformer(torch.bfloat16), State(Options(modulation="layers"))
     attach(model, state)
     with accelerated(model, state), torch.no_grad():
         output = model(**inputs(torch.bfloat16) | {"return_dict": True})
@@ -138,7 +139,7 @@ def test_without_a_call_of_its_pipeline_an_attached_model_is_stock_to_the_bit():
 
 
 def test_gradients_run_on_stock():
-    model, state = transformer(), State(modulation="layers")
+    model, state = transformer(), State(Options(modulation="layers"))
     attach(model, state)
     with accelerated(model, state):
         output = model(**inputs())[0]
@@ -168,7 +169,7 @@ def test_attach_and_detach_are_exact_inverses():
     model = transformer()
     before = {name: (type(module), set(vars(module))) for name, module in model.named_modules()}
     keys, pointers = list(model.state_dict()), [p.data_ptr() for p in model.parameters()]
-    one, two = State(), State(modulation="layers")
+    one, two = State(), State(Options(modulation="layers"))
     attach(model, one), attach(model, one), attach(model, two)
     assert list(model.state_dict()) == keys and [p.data_ptr() for p in model.parameters()] == pointers
     detach(model, one)
@@ -194,7 +195,7 @@ def test_weights_that_do_not_fit_back_leave_everything_as_it_was(monkeypatch):
 
 
 def test_a_copy_has_its_own_caches():
-    model, state = transformer(), State(modulation="layers")
+    model, state = transformer(), State(Options(modulation="layers"))
     fused(model, inputs(), state)
     attach(model, state)
     model.__dict__[ATTACHED].layouts["x"] = None
@@ -224,7 +225,7 @@ def test_last_blocks_text_half_is_skipped():
 
 
 def test_rotary_tables_are_made_once_per_size():
-    model, state = transformer(), State(modulation="layers")
+    model, state = transformer(), State(Options(modulation="layers"))
     attach(model, state)
     with mock.patch.object(fused_transformer, "build_layout", side_effect=fused_transformer.build_layout) as made:
         with accelerated(model, state), torch.no_grad():
@@ -270,7 +271,7 @@ def test_fp32_embeddings_in_a_bf16_model_are_taken_as_stock_takes_them():
 
 @pytest.mark.parametrize("kwargs", [{"attention_mask": None}, {"something": 1}], ids=str)
 def test_other_attention_kwargs_run_on_stock_and_are_named(kwargs):
-    model, state = transformer(), State(modulation="layers")
+    model, state = transformer(), State(Options(modulation="layers"))
     attach(model, state)
     with accelerated(model, state), torch.no_grad():
         expected = STOCK.forward(model, **inputs(attention_kwargs=kwargs))[0]

@@ -8,6 +8,7 @@ import torch
 
 import qwen_fast
 from benchmarks.shared.stock import draw, stock
+from qwen_fast.common.options import Options
 from qwen_fast.common.state import State
 from qwen_fast.testing import initialize
 from qwen_fast.vae import pictures as fast_vae
@@ -96,7 +97,7 @@ def test_a_video_goes_stocks_way(vae):
 
 def note(vae, z, **changes):
     """The decoded picture, and what was noted about it."""
-    state = State(**changes)
+    state = State(Options(**changes))
     return decode(vae, z, state), state.vae_note
 
 
@@ -231,7 +232,7 @@ def test_attach_and_detach_leave_no_trace(vae):
 def test_in_a_pipeline(checkpoint, dtype, option):
     pipe = stock(checkpoint, dtype)
     expected = draw(pipe, **PROMPT, **(GUIDED | {"output_type": "pt"}))
-    qwen_fast.enable(pipe, vae=option)
+    qwen_fast.enable(pipe, vae_mode=option)
     actual = draw(pipe, **PROMPT, **(GUIDED | {"output_type": "pt"}))
     assert_ran_fast(pipe)
     assert qwen_fast.report(pipe).calls.get("vae decode", 0) == (option == "image")

@@ -260,9 +260,7 @@ def test_attention_in_parts(rows, monkeypatch):
 
 
 def test_auto_asks_the_gpu_and_nothing_else(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9999))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 500)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 300)
+    monkeypatch.setattr(vae_bands, "free_bytes", lambda device, **_: 1200 if device.type == "cuda" else None)
     assert memory_limit("auto", torch.device("cuda", 0)) == int(vae_bands.USABLE * 1200)
     assert memory_limit("auto", torch.device("cpu")) is None
     assert memory_limit(None, torch.device("cuda", 0)) is None and memory_limit(77, torch.device("cuda", 0)) == 77

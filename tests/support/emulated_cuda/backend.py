@@ -47,6 +47,7 @@ class Backend:
         self.products_vary = products_vary
         self.generator = torch.Generator()  # of the device; the CPU's own is not touched by work on CUDA
         self._pinned = weakref.WeakValueDictionary()  # by address, numpy arrays that hold the memory
+        self.registered: dict[int, int] = {}  # by address, bytes of host memory that cudaHostRegister has pinned
 
     # Tensors ----------------------------------------------------------------------------------------------------------
 
@@ -218,7 +219,7 @@ class Backend:
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:
         storage = tensor.untyped_storage()
-        return storage.nbytes() > 0 and storage.data_ptr() in self._pinned
+        return storage.nbytes() > 0 and (storage.data_ptr() in self._pinned or storage.data_ptr() in self.registered)
 
 
 class _Kept:

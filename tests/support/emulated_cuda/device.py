@@ -18,6 +18,7 @@ from support.emulated_cuda.project import answered
 from support.emulated_cuda.streams import Event, Graph, Stream, Timeline
 
 _OWN_GENERATOR = torch.Generator
+_PAGE = 4096  # bytes
 
 
 class Generator(_OWN_GENERATOR):
@@ -40,6 +41,7 @@ class EmulatedCuda:
 
     Attributes:
         notes: what it saw.
+        lockable: bytes of host memory that `cudaHostRegister` pins before it fails.
         memory: its blocks, with `allocated`, `peak` and `total` bytes.
         launches: of Triton kernels.
         timeline: its streams.
@@ -51,6 +53,7 @@ class EmulatedCuda:
         self.timeline = Timeline(self.notes, self.memory)
         self.backend = Backend(self.memory, self.timeline, products_vary)
         self.launches = Launches(self.backend, launches, capability)
+        self.lockable = 2**62  # bytes of host memory that may be pinned
         self.properties = types.SimpleNamespace(
             name=name,
             major=capability // 10,
@@ -92,6 +95,23 @@ class EmulatedCuda:
                     every[stream] = max(every.get(stream, 0), count)
             timeline.host_waits("torch.cuda.synchronize", {**every, **timeline.stream.clock})
 
+        def register(address: int, nbytes: int, flags: int) -> int:
+            registered, own = self.backend.registered, range(address // _PAGE, (address + nbytes - 1) // _PAGE + 1)
+            pages = (range(one // _PAGE, (one + size - 1) // _PAGE + 1) for one, size in registered.items())
+            if any(max(own[0], other[0]) <= min(own[-1], other[-1]) for other in pages):
+                return 712  # cudaErrorHostMemoryAlreadyRegistered: it pins whole pages
+            if sum(registered.values()) + nbytes > self.lockable:
+                return 2  # cudaErrorMemoryAllocation
+            registered[address] = nbytes
+            return 0
+
+        def unregister(address: int) -> int:
+            return 713 if self.backend.registered.pop(address, None) is None else 0
+
+        cudart = types.SimpleNamespace(
+            cudaError=types.SimpleNamespace(success=0), cudaHostRegister=register, cudaHostUnregister=unregister
+        )
+
         def seed(value: int) -> None:
             self.backend.generator.manual_seed(value)
 
@@ -111,6 +131,8 @@ class EmulatedCuda:
             "get_device_properties": lambda device=None: properties,
             "get_device_name": lambda device=None: properties.name,
             "mem_get_info": mem_get_info,
+            "memory_snapshot": lambda *_, **__: [],  # nothing that is freed is kept
+            "cudart": lambda: cudart,
             "memory_allocated": lambda device=None: memory.allocated,
             "memory_reserved": lambda device=None: memory.allocated,
             "max_memory_allocated": lambda device=None: memory.peak,

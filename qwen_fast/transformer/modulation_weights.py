@@ -1,8 +1,8 @@
-"""Modulation weights that stay in host memory, and modules called on a device on which their weights are not.
+"""Where the weights of `img_mod` and `txt_mod` rest: a third of the transformer, 13.6 of the 40.9 GB of Qwen-Image in bf16.
 
-With a modulation table no step reads the weights of `img_mod` and `txt_mod`: 13.6 of the 40.9 GB of Qwen-Image in bf16.
-`keep_on_host` leaves them on the host whatever moves the model, `return_to_device` undoes it. Parameters, names and order
-stay diffusers' own; a forward of diffusers still works, and brings the weights along for that one call.
+With a modulation table no step reads them. `settle` decides by the memory at hand; `keep_on_host` leaves them in host memory
+whatever moves the model, `return_to_device` undoes it. Parameters, names and order stay diffusers' own; a forward of diffusers
+still works, and brings the weights along for that one call.
 """
 
 import functools
@@ -12,34 +12,47 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..common.hardware import free_bytes
+from ..common.hardware import free_bytes, indexed
 from ..common.pickled import PickledAsStock
 from ..common.placement import (
-    _apply_on_host,
-    _offload_group,
-    _release,
-    _tensors,
-    _to_cpu,
+    apply_on_host,
+    bringing_hook,
     group_keeps_on_disk,
+    is_elsewhere,
+    offload_group,
     on_device,
+    release,
+    tensors_of,
+    to_host,
     weights_reason,
 )
 from ..common.state import logger
 
 _GROUP_MODULES = "_qwen_fast_modules"  # on a group of diffusers' group offloading: the modules it had before
+# Beside the weights, for Qwen-Image in bf16: 0.6 GiB decode a picture of 1024x1024, 2.3 one of 2048x2048, and a forward of both
+# predictions takes half a GiB at 1024x1024; a modulation table has 0.2, and what PyTorch and CUDA keep is not to be known.
+ROOM = 4 * 2**30
+HYSTERESIS = 2**30
 
 
 class HostSequential(PickledAsStock, nn.Sequential):
     """The class of an `img_mod` or `txt_mod` whose weights stay in host memory: `.to()` changes their dtype only."""
 
     STANDS_FOR = nn.Sequential
+    said = False  # once a process
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "HostSequential":
-        return super()._apply(functools.partial(_apply_on_host, fn), recurse)
+        return super()._apply(functools.partial(apply_on_host, fn), recurse)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """As nn.Sequential's, on the input's device."""
         for module in self:
+            if not HostSequential.said and is_elsewhere(module, input.device):
+                HostSequential.said = True
+                logger.warning(
+                    "a forward without a modulation table brings the modulation weights from host memory, where a pipeline "
+                    "with a table has put them: it waits for all of them, each time. modulation='device' leaves them."
+                )
             input = on_device(module, input.device)(input)
         return input
 
@@ -47,13 +60,52 @@ class HostSequential(PickledAsStock, nn.Sequential):
         return nn.Sequential.__name__  # a printed model looks as before
 
 
+def settle(transformer: nn.Module, wish: str, device: torch.device, coming: Callable[[], int]) -> None:
+    """Put the modulation weights where the option says, when their model has come to `device` or is about to go there.
+
+    "device" and "layers" bring them back to the model, "host" takes them off it. "auto" leaves them on a CUDA device if ROOM
+    bytes stay free there for a picture after all weights have come, and takes them off it if not. Once off, they come back
+    only where there is HYSTERESIS more: a few bytes more or less never move them to and fro. Where an offload hook moves the
+    model, they rest on the host too: there they need not travel each time. On a CPU nothing moves.
+
+    It is decided when a pipeline arrives (`enable`, `.to`, loading, the first call under other hooks), not at each call.
+
+    Args:
+        coming: tells how many bytes of the pipeline's weights, these included, are not on `device` yet.
+    Raises:
+        RuntimeError: they do not fit where they have to go; nothing has moved.
+    """
+    resting = rests_on_host(transformer)
+    if wish == "auto":
+        if device.type != "cuda":
+            return
+        missing = ROOM + resting * HYSTERESIS + coming()
+        short = offloaded(transformer) or missing > free_bytes(device, enough=missing)
+        wish = "host" if short else "device"
+    if wish == "host":
+        keep_on_host(transformer)
+    elif resting:
+        return_to_device(transformer, device)
+
+
+def rests_on_host(transformer: nn.Module) -> bool:
+    """Whether `keep_on_host` keeps any of the modulation weights."""
+    return any(isinstance(module, HostSequential) for _, module in modulation_modules(transformer))
+
+
+def offloaded(transformer: nn.Module) -> bool:
+    """Whether a hook of accelerate or diffusers moves the model, or its blocks, to the device for a call and away after it."""
+    hook = transformer.__dict__.get("_hf_hook")
+    moves = any(getattr(one, "execution_device", None) is not None for one in getattr(hook, "hooks", (hook,)))
+    return moves or any(offload_group(part) is not None for part in (transformer, transformer.transformer_blocks[0]))
+
+
 def keep_on_host(transformer: nn.Module) -> dict[str, str]:
     """Move the weights of every block's `img_mod` and `txt_mod` to host memory, and make them stay there.
 
     They stay under `.to()`, `.cuda()`, accelerate's model offload and diffusers' block-level group offload; a change of
-    dtype still applies. Pinned where CUDA is available, which takes host memory in powers of two (128 MiB for one weight
-    of 108). Calling it again is cheap and brings home what strayed: a LoRA loaded since, weights that
-    `load_state_dict(assign=True)` put elsewhere, a group offload enabled since.
+    dtype still applies. Pinned where CUDA is available. Calling it again is cheap and brings home what strayed: a LoRA loaded
+    since, weights that `load_state_dict(assign=True)` put elsewhere, a group offload enabled since.
 
     Args:
         transformer (QwenImageTransformer2DModel): changed in place; parameter objects, names and order stay.
@@ -66,9 +118,9 @@ def keep_on_host(transformer: nn.Module) -> dict[str, str]:
         if reason is not None:
             left[name] = reason
             continue
+        to_host(module)
         module.__class__ = HostSequential
-        module._apply(_to_cpu)
-    for group in filter(None, map(_offload_group, transformer.transformer_blocks)):
+    for group in filter(None, map(offload_group, transformer.transformer_blocks)):
         _leave_out(group)
     return left
 
@@ -90,9 +142,9 @@ def return_to_device(transformer: nn.Module, device: torch.device | str | None =
         return 0
     if device is None:  # the first parameters are those of the timestep embedding
         device = next((parameter.device for parameter in transformer.parameters() if not parameter.is_meta), "cpu")
-    device = torch.device(device)
+    device = indexed(device)
     needed = 0 if device.type == "cpu" else host_bytes(transformer)
-    free = free_bytes(device)
+    free = free_bytes(device, enough=needed)
     logger.info("modulation weights return to %s: %d bytes are needed there.", device, needed)
     if free is not None and needed > free:
         raise RuntimeError(
@@ -101,8 +153,8 @@ def return_to_device(transformer: nn.Module, device: torch.device | str | None =
         )
     for module in modules:
         module.__class__ = nn.Sequential
-        module._apply(functools.partial(_release, device))
-    for group in filter(None, map(_offload_group, transformer.transformer_blocks)):
+        module._apply(functools.partial(release, device))
+    for group in filter(None, map(offload_group, transformer.transformer_blocks)):
         group.modules = group.__dict__.pop(_GROUP_MODULES, group.modules)
     return needed
 
@@ -110,7 +162,7 @@ def return_to_device(transformer: nn.Module, device: torch.device | str | None =
 def host_bytes(transformer: nn.Module) -> int:
     """Bytes of modulation weights that `keep_on_host` keeps in host memory: what the device does not have to hold."""
     modules = (module for _, module in modulation_modules(transformer) if isinstance(module, HostSequential))
-    return sum(tensor.nbytes for module in modules for tensor in _tensors(module).values() if tensor.device.type == "cpu")
+    return sum(tensor.nbytes for module in modules for tensor in tensors_of(module).values() if tensor.device.type == "cpu")
 
 
 def disk_reason(transformer: nn.Module) -> str | None:
@@ -118,6 +170,19 @@ def disk_reason(transformer: nn.Module) -> str | None:
     if any(map(group_keeps_on_disk, (transformer, *transformer.transformer_blocks))):
         return "diffusers' group offload keeps its weights on disk"
     return None
+
+
+def table_reason(transformer: nn.Module) -> str | None:
+    """Why a table costs more than it saves, or cannot be computed, with the hooks on `transformer` now; None: it can."""
+    modules = (module for _, module in table_modules(transformer))
+    return disk_reason(transformer) or next(filter(None, map(bringing_hook, modules)), None)
+
+
+def table_modules(transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of all that a modulation table depends on."""
+    yield "time_text_embed", transformer.time_text_embed
+    yield from modulation_modules(transformer)
+    yield "norm_out.linear", transformer.norm_out.linear
 
 
 def modulation_modules(transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
