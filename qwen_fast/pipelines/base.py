@@ -13,6 +13,7 @@ from ..common.pickled import PickledAsStock
 from ..common.state import STATE, State, logger
 from ..text import encoding as text
 from ..transformer.attach import attach, detach
+from ..transformer.call import ATTACHED
 from ..vae import pictures as fast_vae
 
 
@@ -39,7 +40,12 @@ class AcceleratedPipeline(PickledAsStock):
         for value in (*args, kwargs.get("device")):
             if isinstance(value, (str, torch.device)):
                 check_device(value)
+        model = self.transformer
+        before = None if model is None else model.device
         super().to(*args, **kwargs)
+        attachment = None if model is None else model.__dict__.get(ATTACHED)
+        if attachment is not None and model.device != before:
+            attachment.forget()
         if self.fast_state.texts.resting:
             text.rest(self)  # it went along
         self.fast_state.texts.cache.leave(self._execution_device)
@@ -164,6 +170,14 @@ class AcceleratedPipeline(PickledAsStock):
         if state.transformer is not None:
             detach(state.transformer, state)
             state.transformer = None
+
+    def drop_unwanted_graphs(self) -> None:
+        """Free the CUDA graphs of a transformer whose pipelines all want none; each holds the activations of a step."""
+        model = self.fast_state.transformer
+        if model is not None:
+            attachment = model.__dict__[ATTACHED]
+            if all(user.cuda_graph is False for user in attachment.users):
+                attachment.forget(graphs_only=True)
 
     def give_transformer_back(self) -> None:
         """`remove_transformer` for a call on stock; where memory is too short for all its weights they stay on the host.

@@ -105,6 +105,7 @@ def enable(
     reason = pipe.install_transformer()
     if reason is not None:
         logger.warning("the transformer stays as it is: %s.", reason)
+    pipe.drop_unwanted_graphs()
     pipe.install_vae()
     pipe.install_scheduler()
     return pipe

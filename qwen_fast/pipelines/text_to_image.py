@@ -1,5 +1,6 @@
 """The accelerated pipelines: diffusers' own, with our schedule and sampler in the denoising loop."""
 
+import difflib
 import functools
 import inspect
 import sys
@@ -17,7 +18,7 @@ from packaging.version import Version
 from ..common.hardware import unsupported_reason
 from ..common.options import check_options, check_text_options, check_vae_memory, writable_folder
 from ..common.own import foreign_methods
-from ..common.stages import stage, staged
+from ..common.stages import on_device, stage, staged
 from ..common.state import STATE, State, logger
 from ..denoise.denoiser import Task
 from ..denoise.loop import denoise
@@ -90,7 +91,10 @@ class QwenImagePipeline(AcceleratedPipeline, STOCK):
         Args:
             device (torch.device or str): load straight onto it: see `qwen_fast.loading.load`. The modulation weights,
                 a third of the transformer, never reach it with modulation="table".
+        Raises:
+            TypeError: an argument that neither diffusers nor we have, before weights are read; diffusers ignores it.
         """
+        _check_known(kwargs)
         check_options(**{name: kwargs[name] for name in ("modulation", "attention", "cuda_graph") if name in kwargs})
         given = {"scheduler", "vae", "text_encoder", "tokenizer", "transformer"} & kwargs.keys()
         if "dtype" in kwargs and Version(diffusers.__version__) < Version("0.40"):
@@ -124,7 +128,7 @@ class QwenImagePipeline(AcceleratedPipeline, STOCK):
                 return without_no_grad(STOCK.__call__)(self, *args, **kwargs)
         arguments = dict(bound.arguments)
         arguments.pop("self")
-        with texts_of_call(self, arguments):
+        with texts_of_call(self, arguments), on_device(device):
             return self._sample(device, **arguments)
 
     def _call_reason(self) -> str | None:
@@ -136,7 +140,8 @@ class QwenImagePipeline(AcceleratedPipeline, STOCK):
 
     def _fallback_reason(self, device: torch.device) -> str | None:
         """Why a call would not run in our loop, or None."""
-        return self._call_reason() or unsupported_reason(device)
+        with torch.no_grad():  # as in a call
+            return self._call_reason() or unsupported_reason(device)
 
     def own_step(self) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None:
         """None where our kernel takes the steps; else the step of the pipeline's scheduler, called in stock's way.
@@ -357,6 +362,19 @@ class QwenImagePipeline(AcceleratedPipeline, STOCK):
         latents = latents / inverse_std + per_channel(self.vae.config.latents_mean)
         image = self.vae.decode(latents, return_dict=False)[0][:, :, 0]
         return self.image_processor.postprocess(image, output_type=output_type)
+
+
+def _check_known(arguments: dict[str, Any]) -> None:
+    """Refuse what no loader takes: an option that was mistyped would be ignored for the minutes that loading takes."""
+    own = inspect.signature(QwenImagePipeline.__init__).parameters
+    loaders = [inspect.unwrap(getattr(diffusers.DiffusionPipeline, name)) for name in ("from_pretrained", "download")]
+    # They take their arguments out of **kwargs, by names that are constants of their code.
+    known = {*own, *(word for loader in loaders for word in loader.__code__.co_consts if isinstance(word, str))}
+    for name in arguments:
+        if name not in known:
+            near = difflib.get_close_matches(name, own, 1)
+            hint = f"; did you mean `{near[0]}`?" if near else "."
+            raise TypeError(f"`{name}` is no argument of QwenImagePipeline.from_pretrained{hint}")
 
 
 def _first_sigmas(num_inference_steps, sigmas):

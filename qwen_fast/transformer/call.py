@@ -36,6 +36,12 @@ class Attachment:
     graphs: OrderedDict = field(default_factory=OrderedDict)
     own: State | None = None  # of a model that was built as ours and accelerates every forward
 
+    def forget(self, *, graphs_only: bool = False) -> None:
+        """Free what is kept of sizes on the device that the model has left, or only the graphs, which nobody wants any more."""
+        self.graphs.clear()
+        if not graphs_only:
+            self.layouts.clear()
+
     def __deepcopy__(self, memo: dict) -> "Attachment":
         users = weakref.WeakSet(copy.deepcopy(user, memo) for user in self.users)
         return Attachment(users=users, own=copy.deepcopy(self.own, memo))
