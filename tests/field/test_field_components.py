@@ -135,14 +135,17 @@ def saved(value):
 @pytest.mark.parametrize("way", [pickled, saved, copy.deepcopy])
 @CLASSES
 def test_a_pipeline_as_a_whole(field, cls, way, order):
-    """For spawned workers; the copy draws the same, and the original still does."""
+    """For spawned workers; the copy draws the same, and the original still does.
+
+    Before the first call: transformers puts a hook into a text encoder that has encoded, which cannot be pickled.
+    """
 
     def act(run):
         copied = way(run.pipe)
         copied.set_progress_bar_config(disable=True)
         return [draw(copied, **guided(cls)), draw(run.pipe, **guided(cls))]
 
-    compare(field, None, order, cls=cls, act=act, moves=False)
+    compare(field, None, order, cls=cls, act=act, moves=False, first=way is copy.deepcopy)
 
 
 @pytest.mark.parametrize("way", [pickled, saved])
@@ -157,7 +160,7 @@ def test_a_part_as_a_whole(field, way, part):
         run.pipe.register_modules(**{part: way(getattr(run.pipe, part))})
         return [draw(pipe, **guided(output_type="pt")) for pipe in (stock, run.pipe)]
 
-    compare(field, None, act=act, moves=False, tolerance=1e-5)
+    compare(field, None, act=act, moves=False, tolerance=1e-5, first=part != "text_encoder")
 
 
 UNPICKLE = """
@@ -181,13 +184,13 @@ torch.save(picture, sys.argv[-1])
 def test_what_was_pickled_is_stocks_where_qwen_fast_is_not_installed(field, tmp_path):
     """Transformer, VAE and the pipeline of a machine with qwen_fast, read on one without it."""
     pipe = qwen_fast.enable(field.pipe())
+    (tmp_path / "pipe").write_bytes(pickle.dumps(pipe))
+    draw(pipe, **GUIDED | {"output_type": "pt"})
+    for name in ("transformer", "vae"):
+        (tmp_path / name).write_bytes(pickle.dumps(getattr(pipe, name)))
+    files = [str(tmp_path / name) for name in ("transformer", "vae", "pipe", "picture")]
     expected = draw(field.pipe(), **GUIDED)
-    draw(pipe, **GUIDED)
-    names = []
-    for name, part in (("transformer", pipe.transformer), ("vae", pipe.vae), ("pipe", pipe)):
-        names.append(str(tmp_path / name))
-        (tmp_path / name).write_bytes(pickle.dumps(part))
-    command = [sys.executable, "-c", UNPICKLE, *names, str(tmp_path / "picture")]
+    command = [sys.executable, "-c", UNPICKLE, *files]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert_same(torch.load(tmp_path / "picture"), expected)

@@ -10,7 +10,7 @@ from diffusers.models.transformers import transformer_qwenimage as stock
 from torch import nn
 
 import qwen_fast
-from support.field import GUIDED, ORDERS, assert_named, assert_same, assert_strict_raises, compare, draw, guided
+from support.field import GUIDED, ORDERS, assert_not_stocks_own, assert_same, compare, draw, guided
 
 HALF, MORE = (lambda result: result * 0.5), (lambda result: result * 1.1)
 AXES = [4, 14, 14]
@@ -313,13 +313,8 @@ OWN = INSIDE | {f"rope, {name}": value for name, value in ROPES.items()} | {f"bl
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_strict_a_part_of_ones_own_raises(field, name):
-    assert_strict_raises(field, *OWN[name])
-
-
-@pytest.mark.parametrize("name", OWN)
-def test_strict_a_part_of_ones_own_is_named_in_the_report(field, name):
-    assert_named(field, *OWN[name])
+def test_strict_a_part_of_ones_own_is_named_and_raises(field, name):
+    assert_not_stocks_own(field, *OWN[name])
 
 
 @pytest.mark.parametrize("situation", [other_theta, fewer_blocks, a_block_twice, exchanged_blocks])

@@ -1,21 +1,13 @@
 """Schedulers: their step wrapped or replaced, other tables, subclasses, other samplers."""
 
+import functools
+
 import diffusers
 import pytest
 import torch
 
 import qwen_fast
-from support.field import (
-    IMAGE_TO_IMAGE,
-    INPAINT,
-    ORDERS,
-    TEXT_TO_IMAGE,
-    assert_named,
-    assert_strict_raises,
-    compare,
-    draw,
-    guided,
-)
+from support.field import IMAGE_TO_IMAGE, INPAINT, ORDERS, TEXT_TO_IMAGE, assert_not_stocks_own, compare, draw, guided
 
 EULER = diffusers.FlowMatchEulerDiscreteScheduler
 BOTH = pytest.mark.parametrize("cls", [TEXT_TO_IMAGE, IMAGE_TO_IMAGE], ids=["text", "img2img"])
@@ -55,6 +47,7 @@ def other_set_timesteps(run):
     """A schedule of one's own in the scheduler's place."""
     scheduler, old = run.pipe.scheduler, run.pipe.scheduler.set_timesteps
 
+    @functools.wraps(old)  # stock reads from the signature whether it takes sigmas
     def set_timesteps(*args, **kwargs):
         run.note("set_timesteps", **{name: value for name, value in kwargs.items() if name in ("mu", "device")})
         old(*args, **kwargs)
@@ -67,6 +60,7 @@ def other_set_timesteps(run):
 def set_timesteps_of_the_class(run):
     old = EULER.set_timesteps
 
+    @functools.wraps(old)
     def set_timesteps(self, *args, **kwargs):
         old(self, *args, **kwargs)
         self.sigmas = self.sigmas**1.2
@@ -103,9 +97,13 @@ def test_a_method_of_the_scheduler(field, name, cls, order):
 @BOTH
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("situation", [watched_step, watched_set_timesteps])
-@pytest.mark.parametrize("options", [{}, {"modulation": "layers"}], ids=["table", "layers"])
-def test_a_wrapper_that_changes_nothing(field, situation, cls, order, options):
-    compare(field, situation, order, cls=cls, moves=False, options=options)
+def test_a_wrapper_that_changes_nothing(field, situation, cls, order):
+    compare(field, situation, order, cls=cls, moves=False)
+
+
+@BOTH
+def test_a_wrapper_that_changes_nothing_with_modulation_in_layers(field, cls):
+    compare(field, watched_step, "before", cls=cls, moves=False, options={"modulation": "layers"})
 
 
 def test_inpainting_with_a_wrapped_step(field):
@@ -237,16 +235,14 @@ def test_another_scheduler_before_enable(field, name):
 
 @BOTH
 @pytest.mark.parametrize("name", STEPS)
-def test_strict_a_method_of_the_scheduler_raises_and_is_named(field, name, cls):
-    assert_named(field, *STEPS[name], cls=cls)
-    assert_strict_raises(field, *STEPS[name], cls=cls)
+def test_strict_a_method_of_the_scheduler_is_named_and_raises(field, name, cls):
+    assert_not_stocks_own(field, *STEPS[name], cls=cls)
 
 
 @pytest.mark.parametrize("name", ["UniPC", "stochastic", "subclass"])
 def test_strict_another_scheduler_raises(field, name):
     word = {"UniPC": "UniPCMultistepScheduler", "stochastic": "stochastic_sampling", "subclass": "Weaker"}[name]
-    assert_named(field, sampled_with(name), word)
-    assert_strict_raises(field, sampled_with(name), word)
+    assert_not_stocks_own(field, sampled_with(name), word)
 
 
 @pytest.mark.parametrize("name", ["beta", "karras", "static shift", "linear"])
