@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,7 @@ def _destination(out: str, total: int, overwrite: bool) -> tuple[Path, Path | No
     if path.is_dir() or not path.suffix:
         if path.exists() and not path.is_dir():
             raise FileExistsError(f"--out {out} is a file without .png; name a folder or a .png.")
+        _check_writable(out, path)
         return path, None
     if path.suffix.lower() != ".png":
         raise ValueError(f"--out {out}: PNGs carry the settings; use a name ending in .png, or a folder.")
@@ -209,7 +211,17 @@ def _destination(out: str, total: int, overwrite: bool) -> tuple[Path, Path | No
         raise ValueError(f"--out {out} is one file for {total} pictures; name a folder.")
     if path.exists() and not overwrite:
         raise FileExistsError(f"--out {out} exists; --overwrite replaces it, and a folder gets a free name.")
+    _check_writable(out, path.parent)
     return path.parent, path
+
+
+def _check_writable(out: str, folder: Path) -> None:
+    """Before weights are loaded: could `folder` be made, and written in? Nothing is left behind."""
+    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise ValueError(f"--out {out}: nothing can be written in {there}: {error.strerror or error}.") from None
 
 
 def _slug(prompt: str) -> str:

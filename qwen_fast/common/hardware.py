@@ -80,8 +80,10 @@ def indexed(device: torch.device | str) -> torch.device:
 
 
 def check_device(device: torch.device | str) -> torch.device:
-    """`device` as a torch.device, or a ValueError when it is a CUDA device and this machine has none."""
+    """`device` as a torch.device, or a ValueError when it is a CUDA device that this machine does not have."""
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"`device` is {device}, but PyTorch {torch.__version__} sees no CUDA GPU here; use 'cpu'.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"`device` is {device}, but there are {torch.cuda.device_count()} CUDA GPUs here, counted from 0.")
     return device

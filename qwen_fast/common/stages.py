@@ -111,12 +111,15 @@ def record(*, steps: bool = False) -> Iterator[Recorder]:
         recorder._end = time.perf_counter()
 
 
+_DEVICE: ContextVar[torch.device | None] = ContextVar("qwen_fast_stage_device", default=None)
+
+
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[None]:
     """One stage: a range "qwen_fast::name" for profilers, and a span for the recorder if there is one.
 
-    A recorder waits for the current CUDA stream where the stage ends, so that a span holds the work it started; without
-    one nothing waits.
+    A recorder waits where the stage ends for the current CUDA stream, that of `on_device`'s device if there is one, so that
+    a span holds the work it started; without a recorder nothing waits.
     """
     recorder = _RECORDER.get()
     with _range(name):
@@ -128,11 +131,21 @@ def stage(name: str) -> Iterator[None]:
             yield
         finally:
             if torch.cuda.is_available() and torch.cuda.is_initialized():
-                torch.cuda.current_stream().synchronize()
+                torch.cuda.current_stream(_DEVICE.get()).synchronize()
             span = Span(name, begin, time.perf_counter(), threading.get_ident())
             while recorder is not None:
                 recorder.spans.append(span)
                 recorder = recorder.outer
+
+
+@contextlib.contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """Inside, stages wait for `device`, where a pipeline works, which need not be the current one."""
+    token = _DEVICE.set(device if device.type == "cuda" else None)
+    try:
+        yield
+    finally:
+        _DEVICE.reset(token)
 
 
 def steps(items: Iterable[Item]) -> Iterator[Item]:

@@ -189,6 +189,14 @@ class AcceleratedPipeline(PickledAsStock):
         if state.transformer is not None and detach(state.transformer, state, forced=forced):
             state.transformer = None
 
+    def drop_unwanted_graphs(self) -> None:
+        """Free the CUDA graphs of a transformer whose pipelines all want none; each holds the activations of a step."""
+        model = self.fast_state.transformer
+        if model is not None:
+            attachment = model.__dict__[ATTACHED]
+            if all(user.options.cuda_graph is False for user in attachment.users):
+                attachment.graphs.clear()
+
     def install_vae(self) -> str | None:
         """Attach to the VAE that the pipeline has now, if the option says so; returns why it cannot be, or None."""
         state, vae = self.fast_state, self.vae

@@ -84,6 +84,7 @@ def enable(pipe: Pipeline, **options: Any) -> Pipeline:
     reason = pipe.install_transformer()
     if reason is not None:
         logger.warning("the transformer stays as it is: %s.", reason)
+    pipe.drop_unwanted_graphs()
     pipe.install_vae()
     pipe.install_scheduler()
     return pipe

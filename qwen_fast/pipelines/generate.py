@@ -10,7 +10,7 @@ import diffusers
 import torch
 
 from ..common.hooks import is_hooked
-from ..common.stages import Recorder, record, stage
+from ..common.stages import Recorder, on_device, record, stage
 from .text_to_image import QwenImagePipeline
 
 # Stock's decode takes 5.25 GiB at 1024x1024 in bf16 (reported by users): more than ours, which is the room to spare.
@@ -78,6 +78,7 @@ def _beside(pipe: Any, prompts: list[str], seed: int, settings: dict[str, Any]) 
                 stack.enter_context(torch.cuda.stream(stream))
                 stream.wait_event(written)
                 latents.record_stream(stream)
+            stack.enter_context(on_device(device))
             stack.enter_context(stage("vae"))
             stack.enter_context(pipe._images())
             images = pipe._decode(latents, height, width, settings.get("output_type", "pil"))
@@ -87,7 +88,7 @@ def _beside(pipe: Any, prompts: list[str], seed: int, settings: dict[str, Any]) 
             return images
 
     def decoded(index: int, future: Future, recorder: Recorder) -> Picture:
-        with stage("vae"):  # as far as it has to be waited for
+        with on_device(device), stage("vae"):  # as far as it has to be waited for
             images = future.result()
         return _picture(index, images[0], recorder)
 

@@ -46,6 +46,8 @@ def load_pipeline(
     """
     import diffusers
 
+    loras = loras or []
+    sources = [_lora_source(name, Path(model)) for name, _ in loras]  # before minutes of loading
     from .. import QwenImagePipeline
     from ..common.stages import stage
     from ..loading import check_folder, load
@@ -59,28 +61,34 @@ def load_pipeline(
     else:
         pipe = QwenImagePipeline.from_pretrained(model, device=device, dtype=dtype, precise_sampler=precise_sampler)
     with stage("load"):
-        for i, (name, _) in enumerate(loras or []):
-            _load_lora(pipe, name, f"lora_{i}", Path(model))
+        for i, ((name, _), source) in enumerate(zip(loras, sources, strict=True)):
+            _load_lora(pipe, name, f"lora_{i}", *source)
         if loras:
             pipe.set_adapters([f"lora_{i}" for i in range(len(loras))], [scale for _, scale in loras])
     return pipe
 
 
-def _load_lora(pipe: Any, name: str, adapter: str, checkpoint: Path) -> None:
-    path, keywords = Path(name), {}
+def _lora_source(name: str, checkpoint: Path) -> tuple[str, dict[str, str]]:
+    """What `load_lora_weights` takes for a --lora.
+
+    Raises:
+        FileNotFoundError: nothing is there by that name. Whether a hub id exists shows when it is loaded.
+    """
+    path = Path(name).expanduser()
     if not path.exists() and (checkpoint / name).is_dir():
         path = checkpoint / name  # one that comes with the model, such as the demo's "lightning"
     repository = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/(.+))?", name)
     if path.is_file():
-        source, keywords["weight_name"] = str(path.parent), path.name
-    elif path.is_dir():
-        source = str(path)
-    elif repository and not name.startswith("."):
-        source = repository[1]
-        if repository[2]:
-            keywords["weight_name"] = repository[2]
-    else:
-        raise FileNotFoundError(f"--lora {name}: no such file or folder.")
+        return str(path.parent), {"weight_name": path.name}
+    if path.is_dir():
+        return str(path), {}
+    is_file = repository and not repository[2] and Path(name).suffix in (".safetensors", ".bin", ".pt")
+    if repository and not name.startswith(".") and not is_file:
+        return repository[1], {"weight_name": repository[2]} if repository[2] else {}
+    raise FileNotFoundError(f"--lora {name}: no such file or folder.")
+
+
+def _load_lora(pipe: Any, name: str, adapter: str, source: str, keywords: dict[str, str]) -> None:
     try:
         pipe.load_lora_weights(source, adapter_name=adapter, **keywords)
     except Exception as error:  # a wrong file surfaces as anything from KeyError to SafetensorError

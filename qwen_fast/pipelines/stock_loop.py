@@ -10,7 +10,7 @@ import torch
 
 from ..common.hardware import unsupported_reason
 from ..common.own import foreign_methods, foreign_on
-from ..common.stages import staged
+from ..common.stages import on_device, staged
 from ..text.encoding import of_call as texts_of_call
 from ..transformer.call import ATTACHED, Call, accelerated, entered
 from ..transformer.modulation import FromScheduledTable
@@ -64,7 +64,7 @@ def _stock_loop(stock: type) -> Callable[..., Any]:
         if self.transformer.dtype.is_floating_point:  # else it is known in the forward, which asks too
             self.require_kernels(self.transformer.dtype, self._execution_device)
         texts = texts_of_call(self, bound.arguments)
-        with texts, self._images(), accelerated(self.transformer, self.fast_state) as forwards:
+        with texts, on_device(device), self._images(), accelerated(self.transformer, self.fast_state) as forwards:
             _settle(self, forwards)
             callback = bound.arguments.get("callback_on_step_end")
             if callback is not None:

@@ -16,7 +16,7 @@ from packaging.version import Version
 from ..common.hardware import unsupported_reason
 from ..common.options import NAMES, Options, takes_options, unknown_options
 from ..common.own import foreign_methods
-from ..common.stages import stage, staged
+from ..common.stages import on_device, stage, staged
 from ..common.state import STATE, State, logger
 from ..denoise.denoiser import Task
 from ..denoise.loop import denoise
@@ -111,7 +111,7 @@ class QwenImagePipeline(AcceleratedPipeline, STOCK):
                 return without_no_grad(STOCK.__call__)(self, *args, **kwargs)
         arguments = dict(bound.arguments)
         arguments.pop("self")
-        with texts_of_call(self, arguments):
+        with texts_of_call(self, arguments), on_device(device):
             return self._sample(device, **arguments)
 
     def _call_reason(self) -> str | None:
@@ -123,7 +123,8 @@ class QwenImagePipeline(AcceleratedPipeline, STOCK):
 
     def _fallback_reason(self, device: torch.device) -> str | None:
         """Why a call would not run in our loop, or None."""
-        return self._call_reason() or unsupported_reason(device)
+        with torch.no_grad():  # as in a call
+            return self._call_reason() or unsupported_reason(device)
 
     def own_step(self) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None:
         """None where our kernel takes the steps; else the step of the pipeline's scheduler, called in stock's way.

@@ -190,7 +190,9 @@ def stock_reason(pipe: Any) -> str | None:
         return f"text_encoder is a {type(encoder).__name__}, not a {STOCK.__name__}"
     if encoder is not None:
         found += foreign_methods(STOCK, ("forward",)) + foreign_methods(type(encoder.model), ("forward",))
-        found += foreign_forward(encoder) + foreign_forward(encoder.model)
+        found += [name for part in (encoder, encoder.model, encoder.lm_head) for name in foreign_forward(part)]
+        if encoder.lm_head._forward_hooks or encoder.lm_head._forward_pre_hooks:
+            found.append("a hook on its lm_head")  # which a picture does not need
     return f"{', '.join(found)}: not diffusers' or transformers' own" if found else None
 
 

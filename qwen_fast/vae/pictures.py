@@ -105,12 +105,15 @@ class _Pictures(PickledAsStock):
         """Whether somebody replaced what stock would run: then all runs as in stock, and is counted as a fallback."""
         kinds = {type(module) for module in self.modules()} - {type(self)}
         found = [name for kind in kinds for name in foreign_methods(kind, ("forward",))]
-        found += [name for module in self.modules() for name in foreign_forward(module)]
+        for name, module in self.named_modules():
+            found += foreign_forward(module)
+            if module is not self and (module._forward_hooks or module._forward_pre_hooks):
+                found.append(f"a hook on {name}")  # which sees the arguments that stock gives
         found += foreign_methods(type(self), ("_encode", "_decode"))
         found += foreign_functions(sys.modules[STOCK_CONV.__module__], ("unpatchify", "patchify"))
         found += foreign_functions(F, ("conv2d", "conv3d", "pad", "silu", "normalize", "scaled_dot_product_attention"))
         if found:
-            state.fall_back(f"the VAE codes as in stock: {', '.join(sorted(found))}: not diffusers' or torch's own")
+            state.fall_back(f"the VAE codes as in stock, for what is not diffusers' or torch's own: {', '.join(sorted(found))}")
         return bool(found)
 
     def _code(

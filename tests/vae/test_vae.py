@@ -103,17 +103,16 @@ def note(vae, z, **changes):
 
 @pytest.mark.parametrize("name", ["decoder", "decoder.mid_block.attentions.0", "decoder.up_blocks.1.resnets.0.conv1"])
 def test_a_hooked_module_is_called(vae, name):
-    """And so are all the others: their convolutions take one tap, and nothing is kept for frames that do not come."""
-    z, called, hooked = latents(), [], vae.get_submodule(name)
-    expected = decode(vae, z)
-    handle = hooked.register_forward_hook(lambda module, args, output: called.append(len(args)))
-    actual, said = note(vae, z)
-    assert (
-        called == [1]
-        and (actual - expected).abs().max() <= 1e-5
-        and said == f"decode: along diffusers' modules, since a hook on {name}"
+    """As stock calls it, with its arguments, and so are all the others."""
+    z, called, hooked, state = latents(), [], vae.get_submodule(name), State()
+    handle = hooked.register_forward_hook(
+        lambda module, args, kwargs, output: called.append((len(args), sorted(kwargs))), with_kwargs=True
     )
-    assert not any(part is not None for part in getattr(vae, "_feat_map", ()))
+    expected = decode(vae, z)
+    assert torch.equal(decode(vae, z, state), expected) and called[0] == called[1] and len(called) == 2
+    assert any(f"a hook on {name}" in reason for reason in state.fallbacks)
+    with pytest.raises(RuntimeError, match=f"strict=True.*a hook on {name}"):
+        decode(vae, z, State(strict=True))
     handle.remove()
     assert "whole" in note(vae, z)[1]
 
