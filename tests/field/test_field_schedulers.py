@@ -87,11 +87,15 @@ STEPS = {
 }
 
 
-@BOTH
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", STEPS)
-def test_a_method_of_the_scheduler(field, name, cls, order):
-    compare(field, STEPS[name][0], order, cls=cls)
+def test_a_method_of_the_scheduler(field, name, order):
+    compare(field, STEPS[name][0], order)
+
+
+@pytest.mark.parametrize(("name", "order"), list(zip(STEPS, ORDERS * len(STEPS), strict=False)))
+def test_a_method_of_the_scheduler_in_image_to_image(field, name, order):
+    compare(field, STEPS[name][0], order, cls=IMAGE_TO_IMAGE)
 
 
 @BOTH
@@ -219,10 +223,14 @@ def seeded(cls):
     return act
 
 
-@BOTH
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_another_scheduler(field, name, cls):
-    compare(field, sampled_with(name), "after", cls=cls, act=seeded(cls), moves=False)
+def test_another_scheduler(field, name):
+    compare(field, sampled_with(name), "after", act=seeded(TEXT_TO_IMAGE), moves=False)
+
+
+@pytest.mark.parametrize("name", ["UniPC", "Heun", "LCM", "beta", "static shift", "stochastic", "subclass"])
+def test_another_scheduler_in_image_to_image(field, name):
+    compare(field, sampled_with(name), "after", cls=IMAGE_TO_IMAGE, act=seeded(IMAGE_TO_IMAGE), moves=False)
 
 
 @pytest.mark.parametrize("name", ["UniPC", "LCM", "beta", "subclass"])
