@@ -156,13 +156,14 @@ def test_a_callback_changes_the_scheduler(field, change, cls):
 
 @BOTH
 def test_a_callback_puts_another_scheduler_in(field, cls):
-    """The loop goes on with the timesteps it has; the steps are the new scheduler's."""
+    """The loop goes on with the timesteps that it has; the steps are the new scheduler's."""
 
     def act(run):
         def callback(pipe, step, timestep, tensors):
             if step == 0:
-                other = EULER.from_config(pipe.scheduler.config)
-                other.set_timesteps(sigmas=[1.0, 0.5, 0.2], mu=0.5)
+                old, other = pipe.scheduler, EULER.from_config(pipe.scheduler.config)
+                other.timesteps, other.sigmas = old.timesteps, old.sigmas**1.2
+                other.set_begin_index(int(old.step_index))
                 pipe.scheduler = other
             return {}
 

@@ -316,7 +316,8 @@ def distance(actual: Any, expected: Any) -> float:
 
 def assert_same_calls(actual: dict[str, list], expected: dict[str, list]) -> None:
     """The user's code was called as often as in stock, with the same names, shapes and plain values, in the same order."""
-    assert {name: len(calls) for name, calls in actual.items()} == {name: len(calls) for name, calls in expected.items()}
+    ours, theirs = ({name: len(calls) for name, calls in seen.items()} for seen in (actual, expected))
+    assert ours == theirs, f"calls by name: {ours}, in stock {theirs}"
     for name, calls in expected.items():
         for index, (ours, theirs) in enumerate(zip(actual[name], calls, strict=True)):
-            assert ours == theirs, f"call {index} of {name}"
+            assert ours == theirs, f"call {index} of {name}: {ours}, in stock {theirs}"
