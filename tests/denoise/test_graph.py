@@ -48,7 +48,7 @@ def pair(checkpoint):
     return stock(checkpoint), qwen_fast.enable(stock(checkpoint), cuda_graph=True)
 
 
-@pytest.mark.parametrize("modulation", ["table", "layers"])
+@pytest.mark.parametrize("modulation", ["auto", "layers"])
 @pytest.mark.parametrize("arguments", [SMALL, GUIDED, GUIDED | {"num_inference_steps": 1, "sigmas": [0.9]}], ids=len)
 def test_the_picture_is_stocks(pair, captures, arguments, modulation):
     qwen_fast.enable(pair[1], cuda_graph=True, modulation=modulation)
@@ -413,7 +413,7 @@ def test_every_step_reads_the_same_addresses(pair, captures, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("modulation", ["table", "layers"])
+@pytest.mark.parametrize("modulation", ["auto", "layers"])
 def test_a_captured_step_draws_what_the_eager_loop_draws(checkpoint, device, modulation):
     arguments = GUIDED | {"num_inference_steps": 8, "generator": None}
     latents = torch.randn(1, 24, 64, generator=torch.Generator().manual_seed(3)).to(device, torch.bfloat16)

@@ -11,6 +11,7 @@ import qwen_fast
 from benchmarks.shared.stock import in_float64
 from qwen_fast.common.options import Options
 from qwen_fast.common.state import State
+from qwen_fast.transformer import blocks
 from qwen_fast.transformer import model as fused_transformer
 from qwen_fast.transformer.attach import attach, detach
 from qwen_fast.transformer.call import ATTACHED, accelerated
@@ -216,12 +217,25 @@ def test_a_subclass_of_the_transformer_is_refused_by_name():
 
 def test_last_blocks_text_half_is_skipped():
     model = transformer()
-    called = []
+    used, linear_into = [], blocks.linear_into
+    spy = mock.patch.object(blocks, "linear_into", lambda layer, *args: used.append(layer.module) or linear_into(layer, *args))
+    with spy:
+        fused(model, inputs())
+    first, *_, last = model.transformer_blocks
+    assert any(module is first.attn.to_add_out for module in used)
+    assert not any(module is last.attn.to_add_out for module in used)
+
+
+def test_what_hangs_on_the_last_blocks_text_half_is_called_as_in_stock():
+    model, called = transformer(), []
     last = model.transformer_blocks[-1]
-    for module in (last.attn.to_add_out, last.txt_mlp.net[2], model.transformer_blocks[0].attn.to_add_out):
+    for module in (last.attn.to_add_out, last.txt_mlp.net[2]):
         module.register_forward_hook(lambda module, args, output: called.append(module))
-    fused(model, inputs())
-    assert called == [model.transformer_blocks[0].attn.to_add_out]
+    state = State(Options(modulation="layers"))
+    attach(model, state)
+    with torch.no_grad(), accelerated(model, state):
+        model(**inputs())
+    assert called == [last.attn.to_add_out, last.txt_mlp.net[2]] and state.calls["transformer"] == 1
 
 
 def test_rotary_tables_are_made_once_per_size():
