@@ -8,6 +8,7 @@ from ..common.hardware import unsupported_reason
 from ..common.options import Options, takes_options
 from ..common.state import STATE, State, logger
 from ..text.encoding import configure as configure_texts
+from . import cache_dit
 from .family import ACCELERATED
 
 Pipeline = TypeVar("Pipeline")
@@ -79,6 +80,7 @@ def enable(pipe: Pipeline, **options: Any) -> Pipeline:
     if state is None:
         state = pipe.__dict__[STATE] = State()
         pipe.__class__ = ours
+    cache_dit.enabled(pipe, ours)
     state.options = options
     configure_texts(pipe, state)
     reason = pipe.install_transformer()
@@ -103,7 +105,9 @@ def disable(pipe: Pipeline) -> Pipeline:
         pipe.remove_vae()
         pipe.remove_texts()
         del pipe.__dict__[STATE]
-        pipe.__class__ = next(stock for stock, ours in ACCELERATED.items() if ours is type(pipe))
+        ours = type(pipe)
+        pipe.__class__ = next(stock for stock, one in ACCELERATED.items() if one is ours)
+        cache_dit.disabled(pipe, ours, type(pipe))
     return pipe
 
 

@@ -15,64 +15,77 @@ from ..text.encoding import of_call as texts_of_call
 from ..transformer.call import ATTACHED, Call, accelerated, entered
 from ..transformer.modulation import FromScheduledTable
 from ..transformer.modulation_weights import table_reason
+from . import cache_dit
 from . import scheduler as fast_scheduler
 from .base import AcceleratedPipeline, without_no_grad
 from .foreign import SCHEDULER, note_foreign, scheduler_reason
 from .inputs import check_attention, check_call, check_components, whole
 
 
-def _stock_loop(stock: type) -> Callable[..., Any]:
-    """`__call__` of a pipeline that keeps diffusers' denoising loop and gets its speed from our scheduler."""
+def in_stocks_loop(pipe: Any, stock: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call of `pipe` by the `__call__` of diffusers' class, with our schedule, step, transformer, text and VAE below it.
+
+    Where somebody has replaced that `__call__`, it is the replacement that is called.
+    """
+    state = pipe.fast_state
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with staged(pipe):
+            return without_no_grad(stock.__call__)(*args, **kwargs)
+
+    def on_stock(reason: str) -> Any:
+        state.fall_back(reason)
+        pipe.remove_scheduler()  # whose step is a kernel
+        pipe.remove_transformer(forced=False)  # stock's forward needs all its weights on the device
+        return run(pipe, *args, **kwargs)
+
+    if torch.is_grad_enabled():  # not by a call, but by the function under its torch.no_grad
+        return on_stock("gradients are asked for")
+    if foreign_methods(stock, ("__call__",)) and not cache_dit.wraps(stock):
+        state.fall_back(f"{stock.__name__}.__call__ is not diffusers' own")
     signature = inspect.signature(stock.__call__)
+    if "prompt" not in signature.parameters:
+        return on_stock(f"the arguments of {stock.__name__}.__call__ are not known")
+    bound = signature.bind(pipe, *args, **kwargs)
+    bound.apply_defaults()
+    check_call(pipe, bound.arguments)
+    check_components(pipe, bound.arguments)
+    device = pipe._execution_device
+    check_attention(state.options.attention, device)
+    note_foreign(pipe, stock, state)
+    reason = unsupported_reason(device)
+    if reason is not None:
+        return on_stock(reason)
+    for name in ("height", "width"):
+        bound.arguments[name] = whole(bound.arguments[name])
+    reason = pipe.install_scheduler()
+    if reason is not None:
+        state.fall_back(reason)
+    reason = pipe.install_transformer(device)
+    if reason is not None:
+        state.fall_back(reason)
+        return run(*bound.args, **bound.kwargs)
+    if pipe.transformer.dtype.is_floating_point:  # else it is known in the forward, which asks too
+        pipe.require_kernels(pipe.transformer.dtype, device)
+    texts = texts_of_call(pipe, bound.arguments)
+    with texts, on_device(device), pipe._images(), accelerated(pipe.transformer, state) as call:
+        _settle(pipe, call)
+        callback = bound.arguments.get("callback_on_step_end")
+        if callback is not None:
+            bound.arguments["callback_on_step_end"] = _watched(callback, call)
+        result = run(*bound.args, **bound.kwargs)
+        if call.source is not None:
+            call.source.check()
+        return result
 
-    def in_stages(self, *args, **kwargs):
-        with staged(self):
-            return without_no_grad(stock.__call__)(self, *args, **kwargs)
 
-    def on_stock(self, reason, *args, **kwargs):
-        self.fast_state.fall_back(reason)
-        self.remove_scheduler()  # whose step is a kernel
-        self.remove_transformer(forced=False)  # stock's forward needs all its weights on the device
-        return in_stages(self, *args, **kwargs)
+def _stock_loop(stock: type) -> Callable[..., Any]:
+    """`__call__` of a pipeline that keeps diffusers' denoising loop."""
 
     @torch.no_grad()
     @functools.wraps(stock.__call__)
     def call(self, *args, **kwargs):
-        if torch.is_grad_enabled():  # not by a call, but by the function under its torch.no_grad
-            return on_stock(self, "gradients are asked for", *args, **kwargs)
-        if foreign_methods(stock, ("__call__",)):
-            return on_stock(self, f"{stock.__name__}.__call__ is not diffusers' own", *args, **kwargs)
-        bound = signature.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        check_call(self, bound.arguments)
-        check_components(self, bound.arguments)
-        device = self._execution_device
-        check_attention(self.fast_state.options.attention, device)
-        note_foreign(self, stock, self.fast_state)
-        reason = unsupported_reason(device)
-        if reason is not None:
-            return on_stock(self, reason, *args, **kwargs)
-        for name in ("height", "width"):
-            bound.arguments[name] = whole(bound.arguments[name])
-        reason = self.install_scheduler()
-        if reason is not None:
-            self.fast_state.fall_back(reason)
-        reason = self.install_transformer(device)
-        if reason is not None:
-            self.fast_state.fall_back(reason)
-            return in_stages(*bound.args, **bound.kwargs)
-        if self.transformer.dtype.is_floating_point:  # else it is known in the forward, which asks too
-            self.require_kernels(self.transformer.dtype, self._execution_device)
-        texts = texts_of_call(self, bound.arguments)
-        with texts, on_device(device), self._images(), accelerated(self.transformer, self.fast_state) as forwards:
-            _settle(self, forwards)
-            callback = bound.arguments.get("callback_on_step_end")
-            if callback is not None:
-                bound.arguments["callback_on_step_end"] = _watched(callback, forwards)
-            result = in_stages(*bound.args, **bound.kwargs)
-            if forwards.source is not None:
-                forwards.source.check()
-            return result
+        return in_stocks_loop(self, stock, args, kwargs)
 
     return call
 

@@ -25,10 +25,12 @@ from ..schedule import Schedule
 from ..text.encoding import configure as configure_texts
 from ..text.encoding import of_call as texts_of_call
 from ..text.encoding import repeated
+from . import cache_dit
 from .base import AcceleratedPipeline, without_no_grad
 from .callbacks import Callback
 from .foreign import note_foreign, scheduler_reason, scheduling_is_foreign
 from .inputs import check_attention, check_call, check_components, whole
+from .stock_loop import in_stocks_loop
 
 STOCK = diffusers.QwenImagePipeline
 _SIGNATURE = inspect.signature(STOCK.__call__)
@@ -94,16 +96,16 @@ class QwenImagePipeline(AcceleratedPipeline, STOCK):
     @torch.no_grad()
     @functools.wraps(diffusers.QwenImagePipeline.__call__)
     def __call__(self, *args, **kwargs):
-        reason = self._call_reason()
-        if reason is None:
-            bound = _SIGNATURE.bind(self, *args, **kwargs)
-            bound.apply_defaults()
-            check_call(self, bound.arguments)
-            check_components(self, bound.arguments)
-            device = self._execution_device  # asks every module for its hooks: once a call
-            check_attention(self.fast_state.options.attention, device)
-            note_foreign(self, STOCK, self.fast_state)
-            reason = unsupported_reason(device)
+        if torch.is_grad_enabled() or self._call_was_replaced():
+            return in_stocks_loop(self, STOCK, args, kwargs)
+        bound = _SIGNATURE.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        check_call(self, bound.arguments)
+        check_components(self, bound.arguments)
+        device = self._execution_device  # asks every module for its hooks: once a call
+        check_attention(self.fast_state.options.attention, device)
+        note_foreign(self, STOCK, self.fast_state)
+        reason = self._fallback_reason(device)
         if reason is not None:
             self.fast_state.fall_back(reason)
             self.remove_transformer(forced=False)  # stock's forward needs all its weights on the device
@@ -114,17 +116,16 @@ class QwenImagePipeline(AcceleratedPipeline, STOCK):
         with texts_of_call(self, arguments), on_device(device):
             return self._sample(device, **arguments)
 
-    def _call_reason(self) -> str | None:
-        if torch.is_grad_enabled():  # not by a call, but by the function under its torch.no_grad
-            return "gradients are asked for"
-        if foreign_methods(STOCK, ("__call__",)):
-            return f"{STOCK.__name__}.__call__ is not diffusers' own"
-        return None
+    def _call_was_replaced(self) -> bool:
+        """Whether somebody's `__call__` stands on diffusers' class; cache-dit's counts where this pipeline is cached."""
+        foreign = foreign_methods(STOCK, ("__call__",))
+        return bool(foreign) and (cache_dit.is_cached(self) or not cache_dit.wraps(STOCK))
 
     def _fallback_reason(self, device: torch.device) -> str | None:
         """Why a call would not run in our loop, or None."""
-        with torch.no_grad():  # as in a call
-            return self._call_reason() or unsupported_reason(device)
+        if self._call_was_replaced():
+            return f"{STOCK.__name__}.__call__ is not diffusers' own"
+        return unsupported_reason(device)
 
     def own_step(self) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None:
         """None where our kernel takes the steps; else the step of the pipeline's scheduler, called in stock's way.
