@@ -8,6 +8,7 @@ import torch
 
 from ..common.stages import steps
 from ..common.state import logger
+from ..schedule import Schedule
 from ..transformer.call import CALL, accelerated, lora_scale
 from . import graph
 from .denoiser import Forwards, Task, sampler_step
@@ -31,10 +32,7 @@ def denoise(pipe: Any, latents: torch.Tensor, task: Task, callback: Any, callbac
         latents = latents.float()
     step_index = torch.zeros(1, dtype=torch.int32, device=latents.device)
     if own_step is None:
-        # Callbacks read the scheduler, so it shows what stock's would.
-        scheduler.sigmas, scheduler.timesteps = schedule.sigmas, schedule.timesteps
-        scheduler.num_inference_steps = schedule.num_inference_steps
-        scheduler._step_index, scheduler._begin_index = None, 0
+        _show(scheduler, schedule, None)
 
     pace, check = _Pace(latents.device), FiniteCheck(latents, schedule.timesteps) if state.check_nan else None
     with contextlib.ExitStack() as stack:
@@ -80,7 +78,9 @@ def denoise(pipe: Any, latents: torch.Tensor, task: Task, callback: Any, callbac
                     outputs = callback(pipe, i, t, {name: tensors[name] for name in callback_inputs})
                 finally:
                     CALL.reset(outside)
-                if own_step is None:
+                if own_step is None and _drew(scheduler, i + 1):
+                    _show(scheduler, schedule, i + 1)
+                elif own_step is None:
                     own_step = pipe.own_step()
                     if pipe.scheduler is not scheduler or _shown(scheduler) != shown:
                         own_step = pipe.step_of_scheduler
@@ -117,6 +117,19 @@ def guided(predictions: tuple[torch.Tensor, ...], true_cfg_scale: float | None) 
         "cond_norm": cond_norm,
         "noise_norm": noise_norm,
     }
+
+
+def _show(scheduler: Any, schedule: Schedule, step_index: int | None) -> None:
+    """Callbacks read the scheduler, so it shows what stock's would."""
+    scheduler.sigmas, scheduler.timesteps = schedule.sigmas, schedule.timesteps
+    scheduler.num_inference_steps = schedule.num_inference_steps
+    scheduler._step_index, scheduler._begin_index = step_index, 0
+
+
+def _drew(scheduler: Any, step_index: int) -> bool:
+    """Whether a callback drew with another pipeline that has this scheduler, and left it at the end of its own run."""
+    found = scheduler.step_index
+    return found is not None and (found != step_index or found >= len(scheduler.timesteps))
 
 
 def _shown(scheduler: Any) -> tuple[int, int]:
