@@ -82,10 +82,9 @@ def with_cache_dit(field, order, threshold=SURE, cls=TEXT_TO_IMAGE, count=False,
 BOTH_ORDERS = pytest.mark.parametrize("order", ["enable, cache", "cache, enable"])
 
 
-@pytest.mark.parametrize("cls", [TEXT_TO_IMAGE, IMAGE_TO_IMAGE], ids=["text", "img2img"])
-@pytest.mark.parametrize("threshold", [0.0, SURE])
+@pytest.mark.parametrize(("cls", "threshold"), [(TEXT_TO_IMAGE, 0.0), (TEXT_TO_IMAGE, SURE), (IMAGE_TO_IMAGE, SURE)])
 @BOTH_ORDERS
-def test_cache_dit(field, order, threshold, cls):
+def test_cache_dit(field, order, cls, threshold):
     """The picture of stock with cache-dit, as many calls of each block, and stock's plain picture once it is off."""
     expected, plain, theirs = with_cache_dit(field, None, threshold, cls, count=True)
     if threshold:

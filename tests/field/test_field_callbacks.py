@@ -57,10 +57,6 @@ def shorter_embeddings(run, step, timestep, tensors):
     return {"prompt_embeds": tensors["prompt_embeds"][:, :-2]}
 
 
-def wider_latents(run, step, timestep, tensors):
-    return {"latents": tensors["latents"].double()}
-
-
 BOTH = ("latents", "prompt_embeds")
 CALLBACKS = [
     embeddings_in_place,
@@ -70,7 +66,6 @@ CALLBACKS = [
     other_latents,
     other_embeddings,
     shorter_embeddings,
-    wider_latents,
 ]
 
 

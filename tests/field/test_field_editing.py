@@ -11,7 +11,7 @@ EDITING = pytest.mark.parametrize("cls", [IMAGE_TO_IMAGE, INPAINT], ids=["img2im
 
 
 @EDITING
-@pytest.mark.parametrize("strength", [0.0, 0.05, 0.26, 0.999, 1.0])
+@pytest.mark.parametrize("strength", [0.0, 0.05, 0.26, 1.0])
 def test_strength(field, cls, strength):
     compare(field, None, cls=cls, moves=False, strength=strength, num_inference_steps=4)
 
@@ -62,7 +62,7 @@ def test_an_odd_size_in_tiles(field):
             tile_sample_min_height=64, tile_sample_min_width=64, tile_sample_stride_height=48, tile_sample_stride_width=48
         )
 
-    compare(field, tiled, "after", height=144, width=208, output_type="pt", tolerance=1e-5, moves=False)
+    compare(field, tiled, "after", height=144, width=208, num_inference_steps=2, output_type="pt", tolerance=1e-5, moves=False)
 
 
 def test_slices(field):

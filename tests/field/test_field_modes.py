@@ -95,10 +95,6 @@ def compiled_model(run):
     run.pipe.transformer = torch.compile(run.transformer, backend="eager")
 
 
-def compiled_blocks(run):
-    run.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
-
-
 def compiled_layers(run):
     run.block().attn.to_v.compile(backend="eager")
     run.pipe.vae.post_quant_conv.compile(backend="eager")
@@ -113,9 +109,8 @@ def test_a_compiled_forward(field, compiler, order):
     compare(field, compiled_forward, order, moves=False, **TRACED)
 
 
-@pytest.mark.parametrize("situation", [compiled_model, compiled_blocks])
-def test_compiled(field, compiler, situation):
-    compare(field, situation, "after", moves=False, **TRACED)
+def test_a_compiled_model(field, compiler):
+    compare(field, compiled_model, "after", moves=False, **TRACED)
 
 
 def test_compiled_layers(field, compiler):
@@ -318,12 +313,10 @@ def test_a_function_of_torch_replaced(field, name):
     compare(field, lambda run: run.wrap(F, name, lambda out: out * 0.9), "after")
 
 
-def test_detect_anomaly_and_profiler(field):
+def test_under_a_profiler(field):
     def act(run):
-        with torch.autograd.profiler.profile() as profile:
-            latents = draw(run.pipe, **guided())
-        assert len(profile.function_events) > 10
-        return latents
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+            return draw(run.pipe, **guided(num_inference_steps=2))
 
     compare(field, None, act=act, moves=False)
 

@@ -165,7 +165,7 @@ SIZES = {
     "a scale as a tensor": {"true_cfg_scale": torch.tensor(3.7)},
     "sigmas from numpy": {"sigmas": np.array([1.0, 0.6, 0.3])},
     "sigmas as a tensor": {"sigmas": torch.tensor([1.0, 0.6, 0.3])},
-    "one step": {"num_inference_steps": 2},
+    "two steps": {"num_inference_steps": 2},
     "a scale of 1": {"true_cfg_scale": 1.0},
     "a negative scale": {"true_cfg_scale": -2.0},
     "guidance_scale": {"guidance_scale": 3.0},

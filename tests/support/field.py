@@ -140,13 +140,14 @@ class Field:
         self._loaded: dict[torch.dtype, Any] = {}
         self._drawn: dict[Any, Outcome] = {}
 
-    def pipe(self, cls: type = TEXT_TO_IMAGE, dtype: torch.dtype = torch.float32) -> Any:
-        """A pipeline of diffusers of its own, silent."""
+    def pipe(self, cls: type = TEXT_TO_IMAGE, dtype: torch.dtype = torch.float32, decodes: bool = True) -> Any:
+        """A pipeline of diffusers of its own, silent; its VAE is not its own unless it `decodes`."""
         if dtype not in self._loaded:
             self._loaded[dtype] = self.load(dtype=dtype)
         loaded = self._loaded[dtype]
         # Copying the tokenizer takes as long as all the rest; a situation that changes it copies it itself.
-        pipe = copy.deepcopy(loaded, {id(loaded.tokenizer): loaded.tokenizer})
+        shared = [loaded.tokenizer] + ([] if decodes else [loaded.vae])
+        pipe = copy.deepcopy(loaded, {id(part): part for part in shared})
         if cls is not TEXT_TO_IMAGE:
             pipe = cls(**pipe.components)
             pipe.set_progress_bar_config(disable=True)
@@ -159,15 +160,25 @@ class Field:
         return pipe
 
     @contextlib.contextmanager
-    def run(self, cls: type = TEXT_TO_IMAGE, dtype: torch.dtype = torch.float32) -> Iterator[Run]:
-        with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as later:
-            yield Run(self.pipe(cls, dtype), patch, later)
+    def run(self, cls: type = TEXT_TO_IMAGE, dtype: torch.dtype = torch.float32, decodes: bool = True) -> Iterator[Run]:
+        pipe = self.pipe(cls, dtype, decodes)
+        try:
+            with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as later:
+                yield Run(pipe, patch, later)
+        finally:
+            if not decodes:
+                with contextlib.suppress(Exception):
+                    qwen_fast.disable(pipe)
+                if any("forward" in vars(module) or "qwen_fast" in type(module).__module__ for module in pipe.vae.modules()):
+                    del self._loaded[dtype]  # what failed left something in the VAE that others share
 
-    def stock(self, situation: Any, act: Callable[[Run], Any], cls: type, dtype: torch.dtype, key: tuple) -> Outcome:
+    def stock(
+        self, situation: Any, act: Callable[[Run], Any], cls: type, dtype: torch.dtype, key: tuple, decodes: bool = True
+    ) -> Outcome:
         """Stock's outcome; it is kept under the situation and `key`."""
         key = (situation, *key)
         if key not in self._drawn:
-            with self.run(cls, dtype) as run:
+            with self.run(cls, dtype, decodes) as run:
                 self._drawn[key] = outcome(run, situation, act)
         return self._drawn[key]
 
@@ -217,13 +228,14 @@ def compare(
     Returns:
         The run of the enabled pipeline, for further questions.
     """
+    decodes = act is not None or cls is not TEXT_TO_IMAGE or "output_type" in arguments
     act = act or functools.partial(_call, arguments=guided(cls, **arguments))
     key = (getattr(act, "func", act), repr(arguments), cls, dtype)
-    expected = field.stock(situation, act, cls, dtype, key)
+    expected = field.stock(situation, act, cls, dtype, key, decodes)
     if moves and expected.error is None:
-        plain = field.stock(None, act, cls, dtype, key)
+        plain = field.stock(None, act, cls, dtype, key, decodes)
         assert plain.error is not None or distance(expected.picture, plain.picture) > 1e-3, "the situation shows nothing"
-    with field.run(cls, dtype) as run:
+    with field.run(cls, dtype, decodes) as run:
         if order == "after":
             qwen_fast.enable(run.pipe, **(options or {}))
             if first:
@@ -263,7 +275,7 @@ def assert_not_stocks_own(
         field, situation, cls, arguments: as for `compare`.
         word: a regular expression of the name.
     """
-    with field.run(cls) as run:
+    with field.run(cls, decodes=cls is not TEXT_TO_IMAGE or "output_type" in arguments) as run:
         qwen_fast.enable(run.pipe)
         situation(run)
         draw(run.pipe, **guided(cls, **arguments))
@@ -304,7 +316,8 @@ def distance(actual: Any, expected: Any) -> float:
 
 def assert_same_calls(actual: dict[str, list], expected: dict[str, list]) -> None:
     """The user's code was called as often as in stock, with the same names, shapes and plain values, in the same order."""
-    assert {name: len(calls) for name, calls in actual.items()} == {name: len(calls) for name, calls in expected.items()}
+    ours, theirs = ({name: len(calls) for name, calls in seen.items()} for seen in (actual, expected))
+    assert ours == theirs, f"calls by name: {ours}, in stock {theirs}"
     for name, calls in expected.items():
         for index, (ours, theirs) in enumerate(zip(actual[name], calls, strict=True)):
-            assert ours == theirs, f"call {index} of {name}"
+            assert ours == theirs, f"call {index} of {name}: {ours}, in stock {theirs}"
