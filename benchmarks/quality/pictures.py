@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -215,15 +215,14 @@ def _call(pipe: Any, mode: Mode, setting: Setting, some: list[Case]) -> tuple[li
     arguments = {**CALL, "num_inference_steps": setting.steps, **mode.call}
     if arguments["negative_prompt"] is not None:
         arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(some)
-    with decoded_latents(pipe) as seen:
-        images = pipe(
-            [case.request.prompt for case in some],
-            height=setting.height,
-            width=setting.width,
-            latents=noise,
-            **arguments,
-        ).images
-    return [np.asarray(image) for image in images], torch.cat(seen).float().cpu().numpy()
+    latents = pipe(
+        [case.request.prompt for case in some],
+        height=setting.height,
+        width=setting.width,
+        latents=noise,
+        **arguments | {"output_type": "latent"},
+    ).images
+    return [np.asarray(image) for image in decoded(pipe, latents, setting)], latents.float().cpu().numpy()
 
 
 def initial_noise(pipe: Any, setting: Setting, seed: int) -> torch.Tensor:
@@ -233,17 +232,9 @@ def initial_noise(pipe: Any, setting: Setting, seed: int) -> torch.Tensor:
     return pipe.prepare_latents(1, channels, setting.height, setting.width, torch.float32, torch.device("cpu"), generator)
 
 
-@contextlib.contextmanager
-def decoded_latents(pipe: Any) -> Iterator[list[torch.Tensor]]:
-    """A list that gets the packed latents, `[B, S_img, C]`, which `pipe` decodes inside: one call gives both."""
-    seen, unpack = [], pipe._unpack_latents
-
-    def record(latents: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        seen.append(latents)
-        return unpack(latents, *args, **kwargs)
-
-    pipe._unpack_latents = record
-    try:
-        yield seen
-    finally:
-        del pipe._unpack_latents
+@torch.no_grad()
+def decoded(pipe: Any, latents: torch.Tensor, setting: Setting) -> list:
+    """The pictures of packed latents `[B, S_img, C]`, as a call of `pipe`, ours or diffusers', would decode them."""
+    images = pipe._images() if qwen_fast.report(pipe).enabled else contextlib.nullcontext()
+    with images:
+        return qwen_fast.QwenImagePipeline._decode(pipe, latents, setting.height, setting.width, "pil")

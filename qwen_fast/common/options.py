@@ -1,6 +1,7 @@
 """The options of an accelerated pipeline: names, defaults, values and checks, once. Nothing here imports torch."""
 
 import dataclasses
+import difflib
 import inspect
 import tempfile
 from collections.abc import Callable
@@ -71,7 +72,9 @@ NAMES = tuple(field.name for field in dataclasses.fields(Options))
 
 def unknown_options(names: set[str]) -> str:
     """What an error says of options that there are not."""
-    return f"unknown option {', '.join(f'`{name}`' for name in sorted(names))}; there are {', '.join(NAMES)}"
+    near = [guess for name in sorted(names) for guess in difflib.get_close_matches(name, NAMES, 1)]
+    meant = f"; did you mean {', '.join(f'`{name}`' for name in near)}?" if near else ";"
+    return f"unknown option {', '.join(f'`{name}`' for name in sorted(names))}{meant} there are {', '.join(NAMES)}"
 
 
 def takes_options(function: Function) -> Function:

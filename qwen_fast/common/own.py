@@ -19,6 +19,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules import module as modules
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
 _PACKAGES = ("diffusers", "torch", "transformers", "accelerate", "peft", "huggingface_hub")
 _OURS = "qwen_fast"
 _OUR_ROOT = str(Path(__file__).parents[1]) + os.sep
@@ -27,6 +34,9 @@ _NEUTRAL = tuple(
     os.path.join(*parts) for parts in (("torch", "utils", "_contextlib.py"), ("huggingface_hub", "utils", "_validators.py"))
 )
 _CONTEXTLIB = contextlib.contextmanager.__code__.co_filename
+# torch's functions that stock's modules call by name: built-in ones, and those written in Python.
+_BUILTIN = {"linear": torch._C._nn.linear, "gelu": torch._C._nn.gelu}
+_IN_PYTHON = ("silu", "layer_norm")
 _ALIASES = {("Module", "__call__"): "Module._wrapped_call_impl", ("Module", "forward"): "_forward_unimplemented"}
 
 
@@ -76,6 +86,19 @@ def foreign_functions(module: types.ModuleType, names: Iterable[str]) -> list[st
         if function is not None and not _is_own_function(function, package, name):
             found.append(f"{module.__name__.rpartition('.')[2]}.{name}")
     return found
+
+
+def process_reason() -> str | None:
+    """Why no module at all may be gone around: what somebody did to torch itself, in words, or None."""
+    if modules._global_forward_hooks or modules._global_forward_pre_hooks:
+        return "hooks on all modules (register_module_forward_hook)"
+    changed = foreign_methods(nn.Module, ("__call__", "_call_impl"))
+    changed += [f"torch.nn.functional.{name}" for name, own in _BUILTIN.items() if getattr(F, name) is not own]
+    changed += [f"torch.nn.{name}" for name in foreign_functions(F, _IN_PYTHON)]
+    if changed:
+        return f"{changed[0]} was replaced"
+    modes = _get_current_function_mode_stack() if torch._C._len_torch_function_stack() else ()
+    return next((f"a {type(mode).__name__}" for mode in modes if type(mode) is not DeviceContext), None)
 
 
 def _is_own_function(function: Any, package: str, name: str) -> bool:

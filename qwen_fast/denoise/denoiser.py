@@ -163,6 +163,10 @@ class Denoiser:
         if self.own_step is not None:
             velocity = guided(self.predictions, self.task.true_cfg_scale)["noise_pred"]
             latents = self.own_step(velocity, t, latents)
+        elif self.predictions[0].dtype != latents.dtype and not self.state.options.precise_sampler:
+            self.state.fall_back(f"predictions in {self.predictions[0].dtype} for latents in {latents.dtype}")  # as by autocast
+            velocity = guided(self.predictions, self.task.true_cfg_scale)["noise_pred"]
+            latents = self.pipe.step_of_scheduler(velocity, t, latents)
         else:
             sigmas = self.task.schedule.sigmas
             latents = sampler_step(self.state, latents, self.predictions, sigmas, self.step_index, self.guidance)

@@ -7,6 +7,7 @@ import torch
 
 from ..common.stages import steps
 from ..common.state import logger
+from ..schedule import Schedule
 from .denoiser import Denoiser, Task, guided
 
 _STEPS_AHEAD = 2  # the host may prepare so many steps before it waits: `interrupt` and the progress bar stay honest
@@ -27,10 +28,7 @@ def denoise(pipe: Any, latents: torch.Tensor, task: Task, callback: Any, callbac
     if own_step is None:
         if state.options.precise_sampler:
             latents = latents.float()
-        # Callbacks read the scheduler, so it shows what stock's would.
-        scheduler.sigmas, scheduler.timesteps = schedule.sigmas, schedule.timesteps
-        scheduler.num_inference_steps = schedule.num_inference_steps
-        scheduler._step_index, scheduler._begin_index = None, 0
+        _show(scheduler, schedule, None)
 
     pace, check = _Pace(latents.device), FiniteCheck(latents, schedule.timesteps) if state.options.check_nan else None
     watched = callback is not None and not {"latents", "prompt_embeds"}.issuperset(callback_inputs)
@@ -70,7 +68,9 @@ def _call_back(
     tensors |= {"latents": own, "prompt_embeds": embeds}
     shown = None if denoiser.own_step is not None else _shown(scheduler)
     outputs = callback(pipe, i, t, {name: tensors[name] for name in names})
-    if denoiser.own_step is None:
+    if denoiser.own_step is None and _drew(scheduler, i + 1):
+        _show(scheduler, denoiser.task.schedule, i + 1)
+    elif denoiser.own_step is None:
         step = pipe.own_step()
         if pipe.scheduler is not scheduler or _shown(scheduler) != shown:
             step = pipe.step_of_scheduler
@@ -81,6 +81,19 @@ def _call_back(
     denoiser.task.prompts[0] = (given, mask)
     denoiser.look(changed_prompt="prompt_embeds" in names or given is not embeds)  # it may have edited them in place
     return outputs.pop("latents", own)
+
+
+def _show(scheduler: Any, schedule: Schedule, step_index: int | None) -> None:
+    """Callbacks read the scheduler, so it shows what stock's would."""
+    scheduler.sigmas, scheduler.timesteps = schedule.sigmas, schedule.timesteps
+    scheduler.num_inference_steps = schedule.num_inference_steps
+    scheduler._step_index, scheduler._begin_index = step_index, 0
+
+
+def _drew(scheduler: Any, step_index: int) -> bool:
+    """Whether a callback drew with another pipeline that has this scheduler, and left it at the end of its own run."""
+    found = scheduler.step_index
+    return found is not None and (found != step_index or found >= len(scheduler.timesteps))
 
 
 def _shown(scheduler: Any) -> tuple[int, int]:

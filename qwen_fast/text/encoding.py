@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..common.hooks import is_hooked
-from ..common.own import foreign_forward, foreign_methods, foreign_on
+from ..common.own import foreign_forward, foreign_methods, foreign_on, process_reason
 from ..common.placement import on_device, to_device, to_host, weights_reason
 from ..common.state import State, logger
 from .cache import Encoded, PromptCache
@@ -183,6 +183,9 @@ def stock_reason(pipe: Any) -> str | None:
     """Why stock's own code encodes, or None."""
     if torch.is_grad_enabled():
         return "gradients are asked for while encoding (use torch.no_grad or torch.inference_mode)"
+    reason = process_reason()
+    if reason is not None:
+        return reason
     names = ("_get_qwen_prompt_embeds", "_extract_masked_hidden")
     found = foreign_methods(pipe.STANDS_FOR, names) + foreign_on(pipe, names[1:])
     encoder = pipe.text_encoder

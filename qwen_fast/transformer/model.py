@@ -66,7 +66,9 @@ class QwenImageTransformerBlock(PickledAsStock, STOCK_BLOCK):
         call = None if torch.compiler.is_compiling() else CALL.get()
         streams = None if call is None else _fused_block(call, self, hidden_states, encoder_hidden_states, arguments)
         if streams is None:
-            return STOCK_BLOCK.forward(self, hidden_states, encoder_hidden_states, **arguments)
+            return STOCK_BLOCK.forward(
+                self, hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states, **arguments
+            )
         return streams
 
 
@@ -198,6 +200,7 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
                     f"{tuple(encoder_hidden_states.shape[:2])} of the embeddings."
                 )
             mask = mask.bool().expand(batch, -1)
+        image = None if found.img_in.parameters is not None else found.img_in(hidden_states.flatten(0, 1), batch)
         text = self.txt_norm(encoder_hidden_states)
         if found.txt_in.parameters is None:
             text = self.txt_in(text)  # a hook may have changed how many tokens they are
@@ -208,7 +211,10 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
             frequencies = self.pos_embed(img_shapes, max_txt_seq_len=text_length, device=hidden_states.device)
             layout = lay_out([(frequencies[1], frequencies[0])] * batch)
         residual = hidden_states.new_empty(layout.rows, self.inner_dim)
-        linear_into(found.img_in, hidden_states.flatten(0, 1), residual[layout.txt_rows :], batch)
+        if image is None:
+            linear_into(found.img_in, hidden_states.flatten(0, 1), residual[layout.txt_rows :])
+        else:
+            residual[layout.txt_rows :] = image
         text = text.expand(batch, -1, -1).flatten(0, 1)
         if found.txt_in.parameters is None:
             residual[: layout.txt_rows] = text

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from torch import nn
 
 from ..common.hardware import free_bytes, indexed
@@ -187,7 +188,11 @@ def table_modules(transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def modulation_modules(transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Name and module of every block's `img_mod` and `txt_mod`, in the order of the model."""
-    for index, block in enumerate(transformer.transformer_blocks):
+    blocks = transformer.transformer_blocks
+    if not all(isinstance(block, QwenImageTransformerBlock) for block in blocks):
+        # Blocks of somebody's own have none; a cache may have put one in the place of all, with them inside.
+        blocks = [module for module in blocks.modules() if isinstance(module, QwenImageTransformerBlock)]
+    for index, block in enumerate(blocks):
         for name in ("img_mod", "txt_mod"):
             yield f"transformer_blocks.{index}.{name}", getattr(block, name)
 

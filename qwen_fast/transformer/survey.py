@@ -16,13 +16,10 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import AdaLayerNormContinuous, RMSNorm
 from diffusers.models.transformers import transformer_qwenimage as stock
 from torch import nn
-from torch.nn.modules import module as torch_module
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from ..common.fingerprint import adapter_state
 from ..common.hooks import Kind, attached
-from ..common.own import foreign_functions, foreign_methods, foreign_on
+from ..common.own import foreign_functions, foreign_methods, foreign_on, process_reason
 from .linear import Projection
 
 ROTARY = (stock.QwenEmbedRope, stock.QwenEmbedLayer3DRope)
@@ -38,10 +35,7 @@ _METHODS = {
 }
 # What stock's attention looks up by name each time that it runs.
 _FUNCTIONS = ("apply_rotary_emb_qwen", "dispatch_attention_fn")
-# torch's own of what stock's modules call by name: attention alone can be called as it is, the others are everywhere.
 _ATTENTION = torch._C._nn.scaled_dot_product_attention
-_EVERYWHERE = {"linear": torch._C._nn.linear, "gelu": torch._C._nn.gelu}
-_EVERYWHERE_IN_PYTHON = ("silu", "layer_norm")
 _NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 # What is read of modules beside their weights, and no module itself.
 _ODD = {
@@ -170,7 +164,7 @@ class _Look:
             for module in self.modules
             if _is_touched(module.__dict__) and (found := attached(module)) is not None
         }
-        self.whole = _whole_reason()
+        self.whole = process_reason()
         functions = foreign_functions(stock, _FUNCTIONS)
         if F.scaled_dot_product_attention is not _ATTENTION:
             functions.append("torch.nn.functional.scaled_dot_product_attention")
@@ -401,16 +395,3 @@ def _foreign_kind(kind: type) -> str | None:
     if kind.forward is nn.Module.forward:
         return None  # a container, which nobody calls
     return next(iter(foreign_methods(kind, _METHODS.get(kind, ("forward",)))), None)
-
-
-def _whole_reason() -> str | None:
-    """Why no module may be gone around."""
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-        return "hooks on all modules (register_module_forward_hook)"
-    changed = foreign_methods(nn.Module, ("__call__", "_call_impl"))
-    changed += [f"torch.nn.functional.{name}" for name, own in _EVERYWHERE.items() if getattr(F, name) is not own]
-    changed += [f"torch.nn.{name}" for name in foreign_functions(F, _EVERYWHERE_IN_PYTHON)]
-    if changed:
-        return f"{changed[0]} was replaced"
-    modes = _get_current_function_mode_stack() if torch._C._len_torch_function_stack() else ()
-    return next((f"a {type(mode).__name__}" for mode in modes if type(mode) is not DeviceContext), None)

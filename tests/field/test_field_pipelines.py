@@ -15,6 +15,7 @@ from qwen_fast.pipelines.callbacks import Callback
 from qwen_fast.pipelines.opening import _lora_source
 from qwen_fast.text.watch import EncoderWatch
 from qwen_fast.transformer.call import ATTACHED
+from qwen_fast.transformer.modulation import FromScheduledTable
 from support.field import GUIDED, IMAGE_TO_IMAGE, INPAINT, SMALL, TEXT_TO_IMAGE, assert_same, draw, guided
 
 EULER = diffusers.FlowMatchEulerDiscreteScheduler
@@ -90,11 +91,7 @@ def test_a_timestep_that_the_scheduler_does_not_have_is_no_picture_of_nan(field,
 
 def test_a_row_that_is_not_there_raises_where_the_host_does_not_wait(field, monkeypatch):
     pipe = qwen_fast.enable(field.pipe(IMAGE_TO_IMAGE))
-    from qwen_fast.pipelines import stock_loop
-
-    monkeypatch.setattr(
-        stock_loop._ConditionsOfTimesteps, "begin", lambda self, _: setattr(self, "_found", torch.tensor(False))
-    )
+    monkeypatch.setattr(FromScheduledTable, "begin", lambda self, _: setattr(self, "_found", torch.tensor(False)))
     with pytest.raises(RuntimeError, match="timestep that `pipe.scheduler.timesteps` does not hold.*modulation='layers'"):
         draw(pipe, **guided(IMAGE_TO_IMAGE))
 
@@ -229,7 +226,7 @@ def test_a_freed_encoder_still_tells_prompts_apart(field, tmp_path):
     """Prompts that another process encoded are found in the folder after the encoder has gone."""
     there = qwen_fast.enable(field.pipe(), prompt_cache=tmp_path)
     draw(there, **SMALL | {"prompt": "a dog"})
-    pipe = qwen_fast.enable(field.pipe(), prompt_cache=tmp_path, text_encoder="free")
+    pipe = qwen_fast.enable(field.pipe(), prompt_cache=tmp_path, text_encoder_mode="free")
     draw(pipe, **SMALL)
     assert pipe.text_encoder is None
     assert torch.equal(draw(pipe, **SMALL | {"prompt": "a dog"}), draw(there, **SMALL | {"prompt": "a dog"}))
@@ -314,7 +311,7 @@ def test_a_place_that_cannot_be_written_is_named_before_loading(tmp_path, monkey
 
 
 def test_a_mistyped_option_is_named_before_loading(field, tmp_path):
-    with pytest.raises(TypeError, match="`modulatoin` is no argument.*did you mean `modulation`"):
+    with pytest.raises(TypeError, match="`modulatoin`; did you mean `modulation`"):
         qwen_fast.QwenImagePipeline.from_pretrained(tmp_path, modulatoin="table")
     known = {"torch_dtype": torch.float32, "low_cpu_mem_usage": True, "local_files_only": True, "use_safetensors": True}
     assert qwen_fast.QwenImagePipeline.from_pretrained(field.checkpoint, strict=True, **known)
@@ -330,7 +327,8 @@ def test_graphs_that_nobody_wants_go(field):
     for pipe in (first, second):
         qwen_fast.enable(pipe)
     attachment = vars(first.transformer)[ATTACHED]
-    attachment.graphs["a"] = attachment.layouts["b"] = object()
+    cpu = torch.device("cpu")
+    attachment.graphs["a", cpu] = attachment.layouts["b", cpu] = object()
     qwen_fast.enable(first, cuda_graph=False)
     assert attachment.graphs, "the other pipeline wants them"
     qwen_fast.enable(second, cuda_graph=False)
