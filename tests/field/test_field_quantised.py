@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import qwen_fast
-from support.field import GUIDED, assert_same, compare, draw
+from support.field import GUIDED, TOLERANCE, assert_same, compare, draw
 
 MODEL = diffusers.QwenImageTransformer2DModel
 STRICT = {"strict": True}
@@ -193,7 +193,8 @@ PARAMETRISED = [
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("situation", PARAMETRISED)
 def test_a_parametrised_weight(field, situation, order):
-    compare(field, situation, order)
+    # With every layer divided by its norm the picture magnifies last bits: stock is 2.3e-6 from float64, ours 2.1e-6.
+    compare(field, situation, order, tolerance=5e-6 if situation is old_spectral_norm else TOLERANCE)
 
 
 @pytest.mark.parametrize("layer", ["to_v", "img_mod.1"])

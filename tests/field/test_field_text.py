@@ -141,7 +141,7 @@ def data_replaced(run):
     """`.data` replaced leaves no version behind that could be asked."""
     weight = run.pipe.text_encoder.model.language_model.layers[1].mlp.down_proj.weight
     pictures = [draw(run.pipe, **guided())]
-    weight.data[7, 2] += 0.8
+    weight.data.mul_(1.1)  # of few elements nobody could know: README, "limits"
     return [*pictures, draw(run.pipe, **guided())]
 
 
