@@ -6,8 +6,9 @@ import torch
 
 from ..common.hooks import rebind_forward
 from ..common.state import State, logger
+from .block_module import STOCK_BLOCK, QwenImageTransformerBlock
 from .call import ATTACHED, Attachment
-from .model import STOCK, STOCK_BLOCK, QwenImageTransformer2DModel, QwenImageTransformerBlock, swap_blocks
+from .model import STOCK, QwenImageTransformer2DModel, swap_blocks
 from .modulation_weights import keep_on_host, offloaded, rests_on_host, return_to_device, settle
 
 _WISHES = ("layers", "device", "auto", "host")  # of pipelines that share a model the last of these counts

@@ -16,7 +16,6 @@ import diffusers
 import torch
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.transformers import transformer_qwenimage
 
 from qwen_fast_kernels import ada_layer_norm
 
@@ -25,51 +24,17 @@ from ..common.options import Options
 from ..common.pickled import EqualsStock, PickledAsStock
 from ..common.proofs import require_transformer
 from ..common.state import State
+from .block_module import STOCK_BLOCK, QwenImageTransformerBlock, context_reason
 from .blocks import TableRows, TokenStream, as_batches
 from .call import ATTACHED, CALL, Attachment, Call, PromptBatch, SharedForward, entered, lora_scale
 from .layout import ImageShapes, Layout, build_layout, check_image_shapes, lay_out
 from .linear import linear_into
-from .modulation import BlockModulation, FromLayers, ModulationSource
+from .modulation import FromLayers, ModulationSource
 from .modulation_weights import host_bytes
 from .survey import FUSED, BlockPlan, Survey, survey
 
 STOCK = diffusers.QwenImageTransformer2DModel
-STOCK_BLOCK = transformer_qwenimage.QwenImageTransformerBlock
 _KEPT_LAYOUTS = 16
-
-
-class QwenImageTransformerBlock(PickledAsStock, STOCK_BLOCK):
-    """diffusers' block. Called as a module in a call of ours, it is fused within its own boundaries, whoever calls it."""
-
-    STANDS_FOR = STOCK_BLOCK
-
-    @functools.wraps(STOCK_BLOCK.forward)
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        encoder_hidden_states_mask: torch.Tensor,
-        temb: torch.Tensor,
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-        modulate_index: list[int] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if isinstance(hidden_states, TokenStream):  # through a hook that brings this block's weights
-            return hidden_states.pending()
-        arguments = {
-            "encoder_hidden_states_mask": encoder_hidden_states_mask,
-            "temb": temb,
-            "image_rotary_emb": image_rotary_emb,
-            "joint_attention_kwargs": joint_attention_kwargs,
-            "modulate_index": modulate_index,
-        }
-        call = None if torch.compiler.is_compiling() else CALL.get()
-        streams = None if call is None else _fused_block(call, self, hidden_states, encoder_hidden_states, arguments)
-        if streams is None:
-            return STOCK_BLOCK.forward(
-                self, hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states, **arguments
-            )
-        return streams
 
 
 class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
@@ -97,7 +62,7 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
             return (self.predict(call, kwargs["hidden_states"], kwargs["timestep"], call.prompts),)
         found = call.look()
         hidden_states = kwargs.get("hidden_states", args[0] if args else None)
-        reason = found.whole or _context_reason(found, hidden_states)
+        reason = found.whole or context_reason(found, hidden_states)
         if reason is not None:
             call.state.fall_back(reason)
             with entered(None):  # the blocks too
@@ -415,76 +380,6 @@ def _following(source: ModulationSource, index: int, plan: BlockPlan):
         return modulation.shift1, modulation.scale1
 
     return shift_and_scale
-
-
-def _fused_block(
-    call: Call, block: QwenImageTransformerBlock, image: torch.Tensor, text: torch.Tensor, arguments: dict[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Text and image behind a block that was called as a module, or None where it has to run as diffusers wrote it."""
-    found = call.look()
-    if id(block) not in found.owned or found.whole is not None or _context_reason(found, image) is not None:
-        return None
-    plan = found.blocks.get(id(block), FUSED)
-    if plan.stock is not None or arguments["joint_attention_kwargs"]:
-        return None
-    shared, index = call.forward, found.index.get(id(block))
-    sizes = (image.shape[0], text.shape[1], image.shape[1])
-    ours = shared is not None and index is not None and shared.gave(arguments)
-    layout = shared.layout if ours else _layout_given(call, sizes, arguments)
-    if layout is None or sizes != (layout.sequences, layout.txt_lengths[0], layout.img_lengths[0]) or text.dtype != image.dtype:
-        return None
-    if ours:
-        rows, modulation = shared.rows, shared.source.block(index)
-    else:
-        rows, modulation = _modulation_given(block, layout, arguments["temb"])
-    residual = torch.cat([text.flatten(0, 1), image.flatten(0, 1)])
-    head_dim = block.attn.inner_dim // block.attn.heads
-    stream = TokenStream(residual, layout, rows, head_dim, call.state.options.attention, sizes[0])
-    stream.arguments = arguments
-    stream.through(found.parts[id(block)], modulation, None, plan)
-    call.state.calls["transformer block"] += 1
-    return as_batches(stream.residual, layout)
-
-
-def _layout_given(call: Call, sizes: tuple[int, int, int], arguments: dict[str, Any]) -> Layout | None:
-    """The layout of a block's own arguments; the last one is kept, since all blocks of a forward get the same."""
-    rotary, mask = arguments["image_rotary_emb"], arguments["encoder_hidden_states_mask"]
-    batch, text_length, image_length = sizes
-    if arguments["modulate_index"] is not None or not isinstance(rotary, tuple) or len(rotary) != 2:
-        return None
-    if arguments["temb"].shape[0] not in (1, batch) or not all(torch.is_complex(freqs) for freqs in rotary):
-        return None
-    if (rotary[1].shape[0], rotary[0].shape[0]) != (text_length, image_length):
-        return None
-    if call.given is None or call.given[0] is not rotary or call.given[1] is not mask or call.given[2] != batch:
-        layout = lay_out([(rotary[1], rotary[0])] * batch)
-        call.given = rotary, mask, batch, layout.with_key_mask(None if mask is None else mask.bool().expand(batch, -1))
-    return call.given[3]
-
-
-def _modulation_given(
-    block: QwenImageTransformerBlock, layout: Layout, temb: torch.Tensor
-) -> tuple[TableRows, BlockModulation]:
-    """The modulation that a block computes from the embedding `[1 or B, C]` that it was given."""
-    table = torch.stack([block.img_mod(temb), block.txt_mod(temb)], dim=1).unflatten(-1, (6, -1))
-    token_rows = None
-    if temb.shape[0] > 1:
-        samples = torch.arange(layout.sequences, dtype=torch.int32, device=temb.device)
-        of_text, of_image = (samples.repeat_interleave(lengths[0]) for lengths in (layout.txt_lengths, layout.img_lengths))
-        token_rows = torch.cat([of_text, of_image])
-    return TableRows(torch.zeros(1, dtype=torch.int32, device=temb.device), token_rows), BlockModulation(*table.unbind(2))
-
-
-def _context_reason(found: Survey, hidden_states: torch.Tensor) -> str | None:
-    """Why a forward in the present context of torch is stock's."""
-    if torch.is_grad_enabled():
-        return "gradients are asked for (use torch.no_grad or torch.inference_mode)"
-    kind = hidden_states.device.type
-    if torch.is_autocast_enabled(kind):
-        weight = None if found.img_in.parameters is None else found.img_in.parameters["weight"].dtype
-        if not torch.get_autocast_dtype(kind) == hidden_states.dtype == weight:
-            return f"autocast to {torch.get_autocast_dtype(kind)} of a model in {weight}"
-    return None
 
 
 def swap_blocks(model: torch.nn.Module, old: type, new: type) -> None:

@@ -22,7 +22,7 @@ from torch import nn
 from qwen_fast.common.own import foreign_functions, foreign_methods, foreign_on
 from qwen_fast.common.stages import staged
 from qwen_fast.pipelines.family import ACCELERATED
-from qwen_fast.transformer import model
+from qwen_fast.transformer import block_module, model
 
 SCHEDULER, TRANSFORMER = diffusers.FlowMatchEulerDiscreteScheduler, diffusers.QwenImageTransformer2DModel
 STOCK = {
@@ -59,7 +59,7 @@ def test_what_the_packages_define_is_their_own(cls):
 
 def test_our_classes_in_stock_s_place_are_own():
     assert foreign_methods(model.QwenImageTransformer2DModel, STOCK[TRANSFORMER]) == []
-    assert foreign_methods(model.QwenImageTransformerBlock, ("forward",)) == []
+    assert foreign_methods(block_module.QwenImageTransformerBlock, ("forward",)) == []
 
 
 def wrapped(old):

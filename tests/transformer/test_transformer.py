@@ -14,8 +14,9 @@ from qwen_fast.common.state import State
 from qwen_fast.transformer import blocks
 from qwen_fast.transformer import model as fused_transformer
 from qwen_fast.transformer.attach import attach, detach
+from qwen_fast.transformer.block_module import STOCK_BLOCK
 from qwen_fast.transformer.call import ATTACHED, accelerated
-from qwen_fast.transformer.model import STOCK, STOCK_BLOCK
+from qwen_fast.transformer.model import STOCK
 from support.small_transformer import fused, inputs, transformer
 
 HOLES = torch.tensor([[1, 1, 0, 1, 1, 0, 1], [1, 1, 1, 1, 0, 0, 0]])
