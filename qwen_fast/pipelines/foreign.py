@@ -11,23 +11,20 @@ from ..common.own import foreign_functions, foreign_methods, foreign_on
 from ..common.state import State
 from . import scheduler as fast_scheduler
 
-# Methods and properties that stock's loops use. Names that a pipeline or a version of diffusers lacks are passed over.
+# What stock's loops use to compute a picture. Names that a pipeline or a version of diffusers lacks are passed over. What only
+# looks on or steers (progress_bar, check_inputs, interrupt, maybe_free_model_hooks) is called by our loop as by stock's,
+# whoever wrote it, and is no fallback.
 HELPERS = (
     "encode_prompt",
     "_get_qwen_prompt_embeds",
     "_extract_masked_hidden",
-    "check_inputs",
     "prepare_latents",
     "prepare_mask_latents",
     "get_timesteps",
     "_encode_vae_image",
     "_pack_latents",
     "_unpack_latents",
-    "progress_bar",
-    "maybe_free_model_hooks",
-    "interrupt",
     "attention_kwargs",
-    "_execution_device",
 )
 FUNCTIONS = ("calculate_shift", "retrieve_timesteps", "randn_tensor")
 _SCHEDULING = FUNCTIONS[:2]
