@@ -90,7 +90,7 @@ class Forwards:
             if isinstance(call.conditions, FromTable):
                 call.conditions.refresh()  # a callback may have touched the weights
             else:
-                call.conditions = FromTable(model, attachment.tables, self.timesteps, step_index)
+                call.conditions = FromTable(model, attachment.tables, self.timesteps, step_index, call.changing)
         self.packs: list[Packed] | None = None
         if self._takes_rows(model, attachment):
             same = kept is not None and kept.packs is not None and kept.embeds is task.prompts[0][0]

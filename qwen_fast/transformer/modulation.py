@@ -2,8 +2,8 @@
 
 They depend on the timestep alone. Stock computes them again at every step and for both CFG branches, which reads 13.6 GB of
 weights each time; here every module is called once with all timesteps, and its results are the rows of a table of 4.4 MB a
-step. With the weights on the device it is computed anew in each call, which takes milliseconds; where they have to be fetched
-from host memory the last tables are kept.
+step. With the weights on the device it is computed anew in each call, for which they are read once; where they have to be
+fetched from host memory the last tables are kept.
 
 A forward does not know where its modulations come from. It asks a `ModulationSource`: the model's own layers, a table, or one
 row of a table.
@@ -314,18 +314,26 @@ class FromTable(FromRow):
         timesteps: `[T]` in the model's dtype and over 1000. On the device's own tensor stock's division was made: in fp32 it
             differs from the host's, by a last digit.
         step_index: `[1]` int32 on the device; whoever advances it moves all forwards to the next row.
+        changing: `refresh` will be called: note at once what the weights look like, else the first time all is computed anew.
     """
 
     table: ModulationTable | None = None
 
-    def __init__(self, model: nn.Module, tables: TableCache, timesteps: torch.Tensor, step_index: torch.Tensor):
+    def __init__(
+        self,
+        model: nn.Module,
+        tables: TableCache,
+        timesteps: torch.Tensor,
+        step_index: torch.Tensor,
+        changing: bool = False,
+    ):
         self._model, self._tables = model, tables
         self.timesteps, self.step_index = timesteps, step_index
-        self._seen, self._suspect = None, False
+        self._seen, self._suspect = None, changing
 
     def refresh(self) -> None:
         """Look whether the weights, their adapters or hooks are others, at the next forward; an edit through `.data` is not
-        seen within a call. The first time nothing is known that they could be compared with, and the table is computed anew."""
+        seen within a call."""
         self._suspect = True
 
     def begin(self, timestep: torch.Tensor) -> bool:
@@ -352,7 +360,7 @@ class FromScheduledTable(FromTable):
     """
 
     def __init__(self, model: nn.Module, tables: TableCache, pipe: diffusers.DiffusionPipeline, changing: bool):
-        super().__init__(model, tables, None, None)
+        super().__init__(model, tables, None, None, changing)
         self._pipe, self._changing = pipe, changing
         self._scheduled: torch.Tensor | None = None
         self._index: int | None = None
