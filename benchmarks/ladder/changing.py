@@ -8,7 +8,6 @@ are compared with stock's. Without the VAE, and without encoding prompts.
 
 import gc
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..shared.shapes import STEPS_MEASURED, Case
 from ..shared.watchdog import watched
 from .models import call_arguments
 from .rung import NotMeasured, Rung
-from .rungs import ENABLED, STEPS, weights_stay
+from .rungs import ENABLED, STEPS
 from .session import FP32_LIMIT, UNJUDGED_PSNR, shortened
 from .stock import STOCK
 
@@ -147,8 +146,7 @@ class Changing:
     def _drawn(self, case: Case, rung: Rung) -> Drawn:
         cases = varied(case)
         arguments = [call_arguments(self.pipe, one) for one in cases]  # before the clocks: embeddings and noise are given
-        # As in a service: what was made idle left the device once, long ago.
-        with weights_stay() if rung is not STOCK else nullcontext(), rung.enter(self.pipe, case):
+        with rung.enter(self.pipe, case):
             drawn = [self._call(one, given) for one, given in zip(cases, arguments, strict=True)]
             repeated, _ = self._call(cases[-1], arguments[-1])
         (first, _), *new = drawn

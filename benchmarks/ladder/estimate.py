@@ -4,7 +4,7 @@ import importlib.util
 
 from ..shared.shapes import COMPARED_STEPS, STEPS_MEASURED, Case
 from .rung import Rung
-from .rungs import ENABLED, GRAPH, OURS, STEPS
+from .rungs import ENABLED, GRAPH, OURS
 from .stock import STOCK
 
 _PRODUCTS, _ATTENTION, _FP32 = 790e12, 500e12, 45e12  # FLOP/s in bf16, and of everything in fp32
@@ -13,7 +13,6 @@ _STOCK_BYTES = 137e9 / (60 * 4126 * 3072)  # of eager elementwise operators, for
 _LAUNCH_SECONDS = 29e-3 / 60  # host time of a block of stock
 _DECODE_FLOPS = 11.7e12  # of one megapixel, at a tenth of the rate of dense products: convolutions of few channels
 _START, _COMPILE, _CAPTURE, _ENTER = 20.0, 60.0, 2.0, 0.3
-_MOVE = 5.0  # 13.6 GB to the host through pageable memory, pinned there, and back
 _PEERS = {"cache-dit": "cache_dit", "torchao": "torchao", "SageAttention": "sageattention"}
 
 
@@ -29,8 +28,8 @@ def step_seconds(case: Case, *, stock: bool) -> float:
     return max(seconds, forwards * case.shape.layers * _LAUNCH_SECONDS)
 
 
-def rung_seconds(case: Case, rung: Rung, repeats: int, whole: bool, stay: bool = False) -> float:
-    """One row: first image, comparison, pairs with stock. `stay`: no weights are moved to the host."""
+def rung_seconds(case: Case, rung: Rung, repeats: int, whole: bool) -> float:
+    """One row: first image, comparison, pairs with stock."""
     stock = rung not in OURS
     decode = case.batch * case.width * case.height / 2**20 * _DECODE_FLOPS / (0.1 * _PRODUCTS)
     steps = case.steps if whole or not rung.steady else min(case.steps, STEPS_MEASURED)
@@ -41,18 +40,16 @@ def rung_seconds(case: Case, rung: Rung, repeats: int, whole: bool, stay: bool =
         pairs += steps * reference + 2 * decode + step + _ENTER
     if "compile" in rung.name or rung.name == "torchao":
         seconds += _COMPILE
-    if rung in OURS and rung not in STEPS[:2] and not stay:  # modulation weights go to the host and come back, once
-        seconds += _MOVE
     if rung in (GRAPH, ENABLED):
         pairs += _CAPTURE
     return seconds + repeats * pairs
 
 
-def case_seconds(case: Case, rungs: list[Rung], repeats: int, whole: bool, random: bool, stay: bool = False) -> float:
+def case_seconds(case: Case, rungs: list[Rung], repeats: int, whole: bool, random: bool) -> float:
     """All rows of a case, and the exact latents that they are compared with; `random`: of weights."""
     work = case.work()
     exact = COMPARED_STEPS * (work.product_flops + work.attention_flops) / _FP32
-    return exact + sum(rung_seconds(case, rung, repeats, whole, stay) for rung in rungs if _runs(rung, random))
+    return exact + sum(rung_seconds(case, rung, repeats, whole) for rung in rungs if _runs(rung, random))
 
 
 def changing_seconds(cases: list[Case], rungs: list[Rung]) -> float:

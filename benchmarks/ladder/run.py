@@ -45,7 +45,6 @@ class Options:
         only: parts of names; stock and the rungs that have one are measured.
         ceiling_seconds: how long each ceiling is sustained.
         ceilings: file of ceilings that were measured before, or that are left there.
-        stay: leave idle modulation weights where they are; the memory of ours is not told then.
         limit: seconds of a rung, behind which it counts as hanging.
         resume: rows that the file in `out` has already are not measured again.
         out: folder of ladder.csv and ceilings.csv.
@@ -64,7 +63,6 @@ class Options:
     only: tuple[str, ...] = ()
     ceiling_seconds: float = 2.0
     ceilings: Path | None = None
-    stay: bool = False
     limit: float | None = None
     resume: bool = False
     out: Path | None = None
@@ -196,8 +194,7 @@ def estimated(options: Options) -> str:
     """What is measured, and how long that takes on an H200, in words."""
     planned = plan(options)
     seconds = [
-        estimate.case_seconds(case, rungs, options.repeats, options.whole, options.model is None, options.stay)
-        for case, rungs in planned
+        estimate.case_seconds(case, rungs, options.repeats, options.whole, options.model is None) for case, rungs in planned
     ]
     lines = [f"{case}, {len(rungs)} rungs: {time:.0f} s" for (case, rungs), time in zip(planned, seconds, strict=True)]
     rungs = [rung for rung in changing.RUNGS if _wanted(rung, options)]
@@ -247,7 +244,7 @@ def measure(
         pipe = models.load_pipeline(options.model, device, options.dtype)
     else:
         pipe = models.random_pipeline(shape, device, options.dtype)
-    how = {"say": say, "results": results, "stay": options.stay, "limit": options.limit}
+    how = {"say": say, "results": results, "limit": options.limit}
     Session(pipe, name, planned, rows, ceilings, options.repeats, options.whole, **how).run()
     if changing_rows is None:
         return []

@@ -20,7 +20,7 @@ from ..shared.shapes import COMPARED_STEPS, STEPS_MEASURED, Case
 from ..shared.watchdog import watched
 from .models import call_arguments, prompts_of
 from .rung import NotMeasured, Rung
-from .rungs import ENABLED, OURS, weights_stay
+from .rungs import ENABLED
 from .stock import STOCK
 
 # fp32 against stock: the numerical contract. Below fp32, the error against fp32 as a part of stock's own.
@@ -64,7 +64,6 @@ class Session:
         whole: do all steps instead of `STEPS_MEASURED`.
         say: prints progress.
         results: all rows so far; a rung of a case that has one is not measured again.
-        stay: idle modulation weights are left where they are, and memory is not told of the rungs that would move them.
         limit: seconds of a rung; one that takes longer hangs: its row says so, and the process ends (see shared/watchdog.py).
     """
 
@@ -77,7 +76,6 @@ class Session:
     whole: bool = False
     say: Callable[[str], None] = print
     results: list[dict[str, str]] = field(default_factory=list)
-    stay: bool = False
     limit: float | None = None
 
     def run(self) -> list[dict[str, str]]:
@@ -205,14 +203,13 @@ class CaseBench:
         case, cuda = self.case, self.device.type == "cuda"
         steps = case.steps if self.session.whole or not rung.steady else min(case.steps, STEPS_MEASURED)
         begin = time.perf_counter()
-        stay = self.session.stay
-        with weights_stay() if stay else nullcontext(), rung.enter(self.pipe, case) as detail:
-            row["detail"] = f"{detail} idle weights stay".strip() if stay and rung in OURS else detail
+        with rung.enter(self.pipe, case) as detail:
+            row["detail"] = detail
             if cuda:  # what a rung takes off the device on entering is not in its peak
                 torch.cuda.reset_peak_memory_stats(self.device)
             first = self._call(steps)
             first_image = time.perf_counter() - begin + first.step * (case.steps - steps)
-            if cuda and not (stay and rung in OURS):
+            if cuda:
                 row["peak_gib"] = f"{torch.cuda.max_memory_allocated(self.device) / 2**30:.2f}"
                 row["resident_gib"] = f"{torch.cuda.memory_allocated(self.device) / 2**30:.2f}"
             latents = self._latents()
@@ -224,7 +221,7 @@ class CaseBench:
             if rung is not STOCK:
                 with STOCK.enter(self.pipe, case):
                     stocks.append(self._call(steps if rung.steady else min(case.steps, STEPS_MEASURED)))
-            with weights_stay(), rung.enter(self.pipe, case):
+            with rung.enter(self.pipe, case):
                 if rung is not STOCK:
                     self._call(1)  # tables, captures and caches of this entrance
                 ours.append(self._call(steps))
@@ -267,7 +264,7 @@ class CaseBench:
         if self.pipe.text_encoder is not None:
             arguments = {name: value for name, value in arguments.items() if "prompt" not in name}
             arguments |= zip(("prompt", "negative_prompt"), prompts_of(self.pipe, self.case), strict=False)
-        with weights_stay(), rung.enter(self.pipe, self.case):
+        with rung.enter(self.pipe, self.case):
             self._call(1)
             with clocked(self.pipe, steps), staged(self.pipe) if rung is STOCK else nullcontext(), record() as recorder:
                 self.pipe(**arguments, output_type="pt")
@@ -282,7 +279,7 @@ class CaseBench:
         others = [[f"{text}." for text in texts] for texts in prompts]  # warm up, and leave no cache of these prompts
         seconds = []
         for entered in (nullcontext(), rung.enter(self.pipe, self.case)):
-            with weights_stay(), entered:
+            with entered:
                 watch = Stopwatch(self.device)
                 for each in (others, prompts):
                     with watch:

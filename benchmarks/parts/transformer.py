@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 from diffusers import QwenImageTransformer2DModel
-from qwen_fast.transformer.conditions import TableConditions
 
+from qwen_fast.common.options import Options
 from qwen_fast.common.state import State
 from qwen_fast.testing import initialize
 from qwen_fast.transformer.attach import attach
 from qwen_fast.transformer.call import ATTACHED, Packed, accelerated
+from qwen_fast.transformer.modulation import FromTable
 
 from ..shared.machine import provenance
 from ..shared.measure import Difference, Spread, interleaved, ratio
@@ -60,14 +61,14 @@ class Case:
         model = QwenImageTransformer2DModel(in_channels=64, out_channels=16, joint_attention_dim=64, **MODELS[name])
         with torch.no_grad():
             initialize(model, "transformer", 0)
-        self.model, self.state, side = model.to(device, dtype).eval(), State(modulation="layers"), pixels // 16
+        self.model, self.state, side = model.to(device, dtype).eval(), State(Options(modulation="layers")), pixels // 16
         attach(self.model, self.state)
         self.shapes = ((1, side, side),)
         self.latents = torch.randn(1, side * side, 64).to(device, dtype)
         self.texts = [torch.randn(1, tokens, 64).to(device, dtype) for tokens in text_tokens]
         timestep = torch.tensor([0.75], dtype=dtype)
         tables, index = self.model.__dict__[ATTACHED].tables, torch.zeros(1, dtype=torch.int32, device=device)
-        self.table = TableConditions(self.model, tables, timestep, index)
+        self.table = FromTable(self.model, tables, timestep, index)
         self.timestep = timestep.to(device)
         layout = self.model.layout((self.shapes,) * 2, text_tokens, self.latents.device)
         embeds = torch.cat([text[0] for text in self.texts])

@@ -53,13 +53,13 @@ TIMEOUT = ("--timeout=20", "--timeout-method=thread")
 _PYTEST = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors", "{timeout}")
 _CLI = ("-m", "qwen_fast.cli")
 _CEILINGS = ("--ceilings", "{out}/ceilings.json")
-_LADDER = (*_CLI, "bench", "--size", "1024x1024", "--steps", "50", "--repeats", "1", "--seconds", "0.5", "--weights-stay")
+_LADDER = (*_CLI, "bench", "--size", "1024x1024", "--steps", "50", "--repeats", "1", "--seconds", "0.5")
 _LADDER += ("--limit", "60", "--resume", *_CEILINGS)  # the first one of ours on a card proves its kernels too
 _SMALL_LADDER = (*_CLI, "bench", "--shape", "tiny", "--size", "64x64", "--steps", "2", "--repeats", "1", "--seconds", "0.02")
 _SMALL_LADDER += ("--device", "cpu", "--resume", *_CEILINGS)
 # Launch-bound and few-step pictures, and pictures each of another size and prompt, on one model: building it takes 15 s.
 _CHOSEN = ("as enabled", "CUDA graph", "VAE of pictures")  # with and without a graph beside "auto"
-_SIZES = (*_CLI, "bench", "--repeats", "1", "--seconds", "0.5", "--weights-stay", "--limit", "60", "--resume", *_CEILINGS)
+_SIZES = (*_CLI, "bench", "--repeats", "1", "--seconds", "0.5", "--limit", "60", "--resume", *_CEILINGS)
 _SIZES += _each("--only", _CHOSEN)
 _FIRST_SIZES = ("--case", "512x512,20", *_each("--changing", ("512x512,50", "1024x1024,8,no-cfg")))
 _MORE_SIZES = ("--case", "1024x1024,8,no-cfg", *_each("--changing", ("1024x1024,50", "512x512,8,no-cfg")))
@@ -72,8 +72,7 @@ _SMALL_SIZES += (
     *_each("--only", _CHOSEN),
 )
 _PICTURE = {"width": "1024", "height": "1024", "steps": "50", "cfg": "True"}  # of which the ladder has every rung
-_PROFILE = (*_CLI, "profile", "--shape", "qwen-image", "--size", "1024x1024", "--steps", "3")
-_PROFILE += ("--weights-stay", *_CEILINGS)
+_PROFILE = (*_CLI, "profile", "--shape", "qwen-image", "--size", "1024x1024", "--steps", "3", *_CEILINGS)
 _SMALL_PROFILE = (*_CLI, "profile", "--shape", "tiny", "--size", "64x64", "--steps", "1", "--device", "cpu", *_CEILINGS)
 # What compiles within a rung, and what is another library's, comes when all the rest is there.
 _LATE = ("compile", "torchao", "cache-dit", "SageAttention")

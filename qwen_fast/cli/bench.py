@@ -73,9 +73,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave out rungs, such as compile; repeat it")
     what.add_argument("--only", action="append", default=[], metavar="NAME", help="stock and these rungs; repeat it")
     what.add_argument(
-        "--weights-stay", action="store_true", help="leave idle weights on the device: quicker, no memory columns"
-    )
-    what.add_argument(
         "--limit", type=arguments.seconds, metavar="SECONDS", help="a rung that takes longer hangs: the run ends with code 7"
     )
     what.add_argument("--seconds", type=arguments.seconds, default=2.0, help="for which each ceiling is sustained (default: 2)")
@@ -150,7 +147,6 @@ def run(args: argparse.Namespace) -> int:
         only=tuple(args.only),
         ceiling_seconds=args.seconds,
         ceilings=args.ceilings,
-        stay=args.weights_stay,
         limit=args.limit,
         resume=args.resume,
         out=Path(args.out).expanduser() if args.out else None,

@@ -59,7 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="default: bf16 on cuda, fp32 on the CPU")
     parser.add_argument("--out", type=Path, default=Path("profile"), metavar="DIR", help="folder (default: %(default)s)")
     parser.add_argument("--ceilings", type=Path, metavar="FILE", help="of this machine, measured before; or left there")
-    parser.add_argument("--weights-stay", action="store_true", help="leave idle weights on the device, which is quicker")
     parser.add_argument("--snapshot", action="store_true", help="memory_snapshot.pickle too: tens of MB")
     parser.add_argument("--nvtx", action="store_true", help="no trace and no files: NVTX ranges for nsys and ncu")
 
@@ -90,10 +89,8 @@ def run(args: argparse.Namespace) -> int:
 
     from ..common.stages import record, stage_table, staged
 
-    stay = benchmarks("ladder.rungs").weights_stay if args.weights_stay else contextlib.nullcontext
-
     def draw() -> None:
-        with stay(), staged(pipe) if args.stock else contextlib.nullcontext():
+        with staged(pipe) if args.stock else contextlib.nullcontext():
             pipe(
                 **prompts,
                 true_cfg_scale=args.cfg,

@@ -49,7 +49,7 @@ def free_bytes(device: torch.device, *, enough: float = math.inf) -> int | None:
     streams, or for graphs with a pool of their own, is out of this stream's reach.
 
     Args:
-        enough: where the driver alone has so many, PyTorch is not asked: that takes milliseconds. 0: only the driver is.
+        enough: where the driver alone has so many, PyTorch is not asked to list all that it keeps. 0: only the driver is asked.
     """
     if device.type != "cuda":
         return None

@@ -103,9 +103,14 @@ def test_every_rung_is_reached_and_leaves_the_pipeline_as_it_was(session, monkey
     assert "cfg_euler_step" in sampler.calls and "transformer" not in sampler.calls and "vae decode" not in sampler.calls
     for report in (fused, table):
         assert report.calls["transformer"] and "packed transformer" not in report.calls and not report.fallbacks
-    assert fused.memory["modulation tables"] == 0
-    for report in (table, packed, pictures, enabled):
-        assert report.memory["modulation tables"] > 0 and report.memory["modulation weights that stay on the host"]
+    for report, modulation in (
+        (fused, "layers"),
+        (table, "device"),
+        (packed, "device"),
+        (pictures, "device"),
+        (enabled, "auto"),
+    ):
+        assert f"modulation {modulation}" in str(report) and not report.memory["modulation weights that stay on the host"]
     for report in (packed, diffusers_attention, flash, our_attention):
         assert report.calls["packed transformer"] and "vae decode" not in report.calls
     assert pictures.calls["vae decode"] and enabled.calls["vae decode"]

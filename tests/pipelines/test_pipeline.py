@@ -293,7 +293,7 @@ def test_options_draw_the_same_picture(pipe, modulation, attention):
 
 
 def test_a_table_is_computed_once_a_call_and_not_kept(pipe, monkeypatch):
-    """Where the weights are on the device of the call: it takes milliseconds, and whatever became of them is seen."""
+    """Where the weights are on the device of the call: whatever became of them is seen."""
     qwen_fast.enable(pipe)
     computed, compute = [], modulation.compute_table
     monkeypatch.setattr(modulation, "compute_table", lambda *args: computed.append(args[1]) or compute(*args))
