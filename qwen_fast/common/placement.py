@@ -147,9 +147,22 @@ def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
     return dict(itertools.chain(module.named_parameters(), module.named_buffers()))
 
 
+def lies_elsewhere(module: nn.Module, device: torch.device) -> bool:
+    """Whether a tensor of `module` is not on `device` now."""
+    parts = [module]
+    for part in parts:  # which grows meanwhile; a call asks 120 modules, so no generator of torch's
+        own = part.__dict__
+        for held in (own["_parameters"], own["_buffers"]):
+            for tensor in held.values():
+                if tensor is not None and tensor.device != device:
+                    return True
+        parts += [child for child in own["_modules"].values() if child is not None]
+    return False
+
+
 def is_elsewhere(module: nn.Module, device: torch.device) -> bool:
-    tensors = (tensor for part in module.modules() for tensor in (*part._parameters.values(), *part._buffers.values()))
-    return any(tensor is not None and tensor.device != device for tensor in tensors) and bringing_hook(module) is None
+    """Whether it has to be brought there: nothing of its own will."""
+    return lies_elsewhere(module, device) and bringing_hook(module) is None
 
 
 def offload_group(module: nn.Module) -> Any:

@@ -96,7 +96,8 @@ class Denoiser:
             self._seen_scale = scale
             for reason in found.foreign:
                 self.state.fall_back(reason)
-            self.state.no_table = found.modulation or table_reason(self.model)
+            # Only a hook can forbid one.
+            self.state.no_table = found.modulation or (table_reason(self.model) if found.touched else None)
             call.source = None
             if self.state.options.modulation != "layers" and self.state.no_table is None:
                 tables = self.model.__dict__[ATTACHED].tables

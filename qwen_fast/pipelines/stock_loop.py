@@ -95,7 +95,7 @@ def _settle(pipe: Any, call: Call) -> None:
     state, model = pipe.fast_state, call.model
     for reason in call.survey.foreign:
         state.fall_back(reason)
-    state.no_table = call.survey.modulation or table_reason(model)
+    state.no_table = call.survey.modulation or (table_reason(model) if call.survey.touched else None)
     call.source = None
     if state.options.modulation != "layers" and state.no_table is None:
         call.source = FromScheduledTable(model, model.__dict__[ATTACHED].tables, pipe)

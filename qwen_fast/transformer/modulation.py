@@ -25,7 +25,7 @@ from torch import nn
 from ..common.fingerprint import Signature, modules_signature
 from ..common.hardware import indexed
 from ..common.hooks import is_hooked
-from ..common.placement import on_device, on_device_in_turn
+from ..common.placement import lies_elsewhere, on_device, on_device_in_turn
 from ..common.stages import stage
 from .modulation_weights import HostSequential, disk_reason, modulation_modules, table_modules
 
@@ -329,8 +329,7 @@ class FromTable(FromRow):
         return True
 
     def _computed(self, device: torch.device) -> ModulationTable:
-        weights = (next(module.parameters(), None) for _, module in modulation_modules(self._model))
-        if any(weight is not None and weight.device != device for weight in weights):
+        if any([lies_elsewhere(module, device) for _, module in modulation_modules(self._model)]):
             return self._tables.get(self._model, self.timesteps, device)
         return compute_table(self._model, self.timesteps, device)
 
@@ -377,9 +376,12 @@ class FromScheduledTable(FromTable):
 
 def _of_rows(module: nn.Module, call: Callable[..., torch.Tensor], rows: torch.Tensor, *others: Any) -> torch.Tensor:
     """What `call`, which is `module` on the device, gives each of `rows`."""
-    if all(map(_row_by_row, module.modules())):
-        return call(rows, *others)
-    return torch.cat([call(row, *others) for row in rows.split(1)])
+    parts = [module]
+    for part in parts:  # which grows meanwhile
+        if not _row_by_row(part):
+            return torch.cat([call(row, *others) for row in rows.split(1)])
+        parts += [child for child in part._modules.values() if child is not None]
+    return call(rows, *others)
 
 
 def _row_by_row(part: nn.Module) -> bool:

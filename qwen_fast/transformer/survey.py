@@ -39,11 +39,11 @@ _ATTENTION = torch._C._nn.scaled_dot_product_attention
 _NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 # What is read of modules beside their weights, and no module itself.
 _ODD = {
-    Attention: lambda own: own["processor"],
-    nn.LayerNorm: lambda own: own["eps"],
-    RMSNorm: lambda own: own["eps"],
-    GELU: lambda own: own["approximate"],
-    stock.QwenImageTransformerBlock: lambda own: own.get("_modulate"),
+    Attention: "processor",
+    nn.LayerNorm: "eps",
+    RMSNorm: "eps",
+    GELU: "approximate",
+    stock.QwenImageTransformerBlock: "_modulate",
 }
 _IMAGE, _TEXT = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
 _PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -159,11 +159,15 @@ class _Look:
         self.model, self.modules = model, _modules(model)
         kinds = set(map(type, self.modules))
         self.kinds = {kind: words for kind in kinds if (words := _foreign_kind(kind)) is not None}
-        self.attached = {
-            id(module): found
+        touched = [  # something may be attached to: the quick look at all of them
+            module
             for module in self.modules
-            if _is_touched(module.__dict__) and (found := attached(module)) is not None
-        }
+            if "forward" in (own := module.__dict__)
+            or own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or "_compiled_call_impl" in own
+        ]
+        self.attached = {id(module): found for module in touched if (found := attached(module)) is not None}
         self.whole = process_reason()
         functions = foreign_functions(stock, _FUNCTIONS)
         if F.scaled_dot_product_attention is not _ATTENTION:
@@ -185,7 +189,7 @@ class _Look:
 
     def _key(self) -> tuple:
         """All that `result` depends on; the modules themselves, held and compared by identity."""
-        odd = [_ODD[kind](module.__dict__) for module in self.modules if (kind := type(module)) in _ODD]
+        odd = [module.__dict__.get(_ODD[kind]) for module in self.modules if (kind := type(module)) in _ODD]
         # Where the weights of plain layers are, and how often they were written: what a table was made from.
         places = [
             (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
@@ -377,11 +381,6 @@ def _modules(model: nn.Module) -> list[nn.Module]:
                 seen.add(id(child))
                 found.append(child)
     return found
-
-
-def _is_touched(own: dict[str, Any]) -> bool:
-    """Whether something may be attached to the module whose attributes these are: the quick look at all of them."""
-    return bool("forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"] or "_compiled_call_impl" in own)
 
 
 def _foreign_kind(kind: type) -> str | None:
