@@ -1,4 +1,4 @@
-"""What a picture costs the host beside its forwards: milliseconds of a model with the real number of layers, each 16 wide.
+"""What a picture costs the host beside its forwards: milliseconds of a model with the real number of layers, each 32 wide.
 
     python -m benchmarks.parts.call_time [--repeats N] [--append benchmarks/results/call_time.csv]
 
@@ -41,7 +41,7 @@ def main() -> int:
     logging.disable_progress_bar()
     ways = {}
     with tempfile.TemporaryDirectory() as folder:
-        build_checkpoint(Path(folder, "model"), num_layers=LAYERS, attention_head_dim=8, num_attention_heads=2)
+        build_checkpoint(Path(folder, "model"), num_layers=LAYERS, attention_head_dim=32, num_attention_heads=1)
         for who in ("stock", "qwen_fast"):
             pipe = diffusers.QwenImagePipeline.from_pretrained(Path(folder, "model"))
             pipe.set_progress_bar_config(disable=True)
