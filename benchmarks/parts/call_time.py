@@ -47,15 +47,15 @@ def main() -> int:
             pipe.set_progress_bar_config(disable=True)
             if who == "qwen_fast":
                 qwen_fast.enable(pipe)
-            for steps, callback in ((FEW, None), (MANY, None), (MANY, look)):
+            for name, (steps, callback) in {"few": (FEW, None), "many": (MANY, None), "watched": (MANY, look)}.items():
                 arguments = CALL | {"num_inference_steps": steps, "callback_on_step_end": callback, "output_type": "latent"}
-                ways[who, steps, callback] = lambda pipe=pipe, arguments=arguments: pipe(**arguments)
+                ways[who, name] = lambda pipe=pipe, arguments=arguments: pipe(**arguments)
         for way in ways.values():
             way()
         seconds = {key: min(values) for key, values in interleaved(ways, options.repeats, torch.device("cpu")).items()}
     rows = Rows(options.append, FIELDS) if options.append else None
     for who in ("stock", "qwen_fast"):
-        few, many, watched = (seconds[who, *key] for key in ((FEW, None), (MANY, None), (MANY, look)))
+        few, many, watched = (seconds[who, name] for name in ("few", "many", "watched"))
         step = (many - few) / (MANY - FEW)
         found = {"call_ms": few - FEW * step, "step_ms": step, "callback_ms": (watched - many) / MANY}
         found = {name: f"{1e3 * value:.2f}" for name, value in found.items()}
