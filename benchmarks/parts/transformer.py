@@ -17,7 +17,7 @@ from qwen_fast.common.options import Options
 from qwen_fast.common.state import State
 from qwen_fast.testing import initialize
 from qwen_fast.transformer.attach import attach
-from qwen_fast.transformer.call import ATTACHED, Packed, accelerated
+from qwen_fast.transformer.call import ATTACHED, PromptBatch, accelerated
 from qwen_fast.transformer.modulation import FromTable
 
 from ..shared.machine import provenance
@@ -72,28 +72,25 @@ class Case:
         self.timestep = timestep.to(device)
         layout = self.model.layout((self.shapes,) * 2, text_tokens, self.latents.device)
         embeds = torch.cat([text[0] for text in self.texts])
-        self.packed = Packed(layout, embeds, 2)
-        # A pipeline looks for hooks on the blocks once a call; what is measured is a later step.
-        self.separate = [False] * len(self.model.transformer_blocks)
+        self.prompts = PromptBatch(layout, embeds, 2)
 
     def stock(self) -> list[torch.Tensor]:
         """As stock's loop calls it: outside `accelerated` an attached model is stock to the bit."""
         return [self._forward(text) for text in self.texts]
 
     def layers(self) -> list[torch.Tensor]:
-        with accelerated(self.model, self.state) as call:
-            call.separate = self.separate
+        with accelerated(self.model, self.state):
             return [self._forward(text) for text in self.texts]
 
     def from_table(self) -> list[torch.Tensor]:
         with accelerated(self.model, self.state) as call:
-            call.conditions, call.separate = self.table, self.separate
+            call.source = self.table
             return [self._forward(text) for text in self.texts]
 
     def from_table_packed(self) -> list[torch.Tensor]:
         with accelerated(self.model, self.state) as call:
-            call.conditions, call.packed = self.table, self.packed
-            output = self.model(hidden_states=self.latents, timestep=self.timestep, return_dict=False)[0]
+            call.source = self.table
+            output = self.model.predict(call, self.latents, self.timestep, self.prompts)
         return list(output.chunk(2))
 
     def _forward(self, text: torch.Tensor) -> torch.Tensor:

@@ -90,10 +90,6 @@ class AcceleratedPipeline(PickledAsStock):
                 prompt_embeds_mask=prompt_embeds_mask,
                 max_sequence_length=max_sequence_length,
             )
-        names = ("encode_prompt", "_get_qwen_prompt_embeds")
-        # What a method of the user's own may have done to the embeddings, even in place, is not what the cache holds.
-        ours = all(getattr(getattr(self, name), "__func__", None) is vars(AcceleratedPipeline)[name] for name in names)
-        known = ours and prompt_embeds is None
         prompt_embeds, prompt_embeds_mask = super().encode_prompt(
             prompt=prompt,
             device=device,
@@ -106,8 +102,6 @@ class AcceleratedPipeline(PickledAsStock):
             prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
             if prompt_embeds_mask is not None:
                 prompt_embeds_mask = prompt_embeds_mask.repeat_interleave(num_images_per_prompt, dim=0)
-        if known:
-            text.note_source(self, [prompt] if isinstance(prompt, str) else prompt, prompt_embeds, num_images_per_prompt)
         return prompt_embeds, prompt_embeds_mask
 
     def _get_qwen_prompt_embeds(

@@ -24,7 +24,6 @@ from ..loading import check_folder, load
 from ..schedule import Schedule
 from ..text.encoding import configure as configure_texts
 from ..text.encoding import of_call as texts_of_call
-from ..text.encoding import repeated
 from . import cache_dit
 from .base import AcceleratedPipeline, without_no_grad
 from .callbacks import Callback
@@ -206,7 +205,7 @@ class QwenImagePipeline(AcceleratedPipeline, STOCK):
                 )
         if do_true_cfg and negative_prompt_embeds.shape[0] == num_images_per_prompt and batch_size > 1:
             # One negative prompt for all: diffusers leaves it to broadcasting, which several pictures a prompt break.
-            negative_prompt_embeds = repeated(negative_prompt_embeds, batch_size)
+            negative_prompt_embeds = negative_prompt_embeds.repeat(batch_size, 1, 1)
             if negative_prompt_embeds_mask is not None:
                 negative_prompt_embeds_mask = negative_prompt_embeds_mask.repeat(batch_size, 1)
 

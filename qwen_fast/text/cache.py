@@ -6,7 +6,6 @@ tokenizer and its limit of length; `max_sequence_length` cuts what is kept here 
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +24,11 @@ class Encoded:
 
     def __init__(self, embeds: torch.Tensor):
         self.embeds = embeds
-        self._projected: tuple[str, torch.Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all that is kept of it."""
-        return self.embeds.nbytes + (0 if self._projected is None else self._projected[1].nbytes)
-
-    def projected(self, content: str, project: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """`project(embeds)` `[S_txt, C]`, kept for as long as `content`, its weights' fingerprint, is the same."""
-        kept = self._projected
-        if kept is None or kept[0] != content:
-            kept = self._projected = content, project(self.embeds)
-        return kept[1]
+        return self.embeds.nbytes
 
 
 class PromptCache:
@@ -87,8 +78,8 @@ class PromptCache:
         if self.folder is not None:
             write_whole({"embeds": prompt.embeds}, {}, self._path(digest), "prompt cache")
 
-    def trim(self) -> None:
-        """Down to `max_bytes` again: projections are added to prompts that are kept already."""
+    def _trim(self) -> None:
+        """Down to `max_bytes` again."""
         with self._lock:
             while self._prompts and self._nbytes() > self.max_bytes:
                 self._prompts.popitem(last=False)
@@ -102,7 +93,7 @@ class PromptCache:
     def _keep(self, digest: str, device: torch.device, prompt: Encoded) -> None:
         with self._lock:
             self._prompts[digest, device] = prompt
-        self.trim()
+        self._trim()
 
     def _nbytes(self) -> int:
         return sum(prompt.nbytes for prompt in self._prompts.values())

@@ -140,43 +140,17 @@ def of_call(pipe: Any, arguments: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         _CALL.reset(token)
-        pipe.fast_state.texts.cache.trim()
 
 
 class _Call:
-    """A call's prompts: those to be encoded, those that are, and which tensors were made of them."""
+    """A call's prompts: those to be encoded, and those that are."""
 
     def __init__(self, pipe: Any, waiting: list[list[str]]):
         self.pipe, self.waiting = pipe, waiting
         self.encoded: dict[tuple[str, ...], list[Encoded]] = {}
-        self.made: list[tuple[torch.Tensor, list[Source]]] = []
 
 
-Source = tuple[Encoded, int]  # a prompt, and how many of its tokens were taken
 _CALL: ContextVar[_Call | None] = ContextVar("qwen_fast_texts", default=None)
-
-
-def note_source(pipe: Any, prompts: list[str], embeds: torch.Tensor, copies: int) -> None:
-    """Remember for this call that `embeds` is what this module encoded of `prompts`, each `copies` times."""
-    call = _CALL.get()
-    encoded = None if call is None or call.pipe is not pipe else call.encoded.get(tuple(prompts))
-    if encoded is not None:
-        sources = [(one, min(len(one.embeds), embeds.shape[1])) for one in encoded for _ in range(copies)]
-        call.made.append((embeds, sources))
-
-
-def sources_of(embeds: torch.Tensor) -> list[Source] | None:
-    """The prompts of which this very tensor was made in this call, sample by sample; None for any other tensor."""
-    call = _CALL.get()
-    return next((sources for made, sources in ([] if call is None else call.made) if made is embeds), None)
-
-
-def repeated(embeds: torch.Tensor, times: int) -> torch.Tensor:
-    """`embeds` `[B, S_txt, C_txt]` for a batch `times` as large, known to `sources_of` where `embeds` is."""
-    copies, sources = embeds.repeat(times, 1, 1), sources_of(embeds)
-    if sources is not None:
-        _CALL.get().made.append((copies, sources * times))
-    return copies
 
 
 def stock_reason(pipe: Any) -> str | None:

@@ -16,6 +16,7 @@ import qwen_fast
 from benchmarks.ladder import models
 from benchmarks.ladder import run as bench
 from benchmarks.ladder import rungs as ladder
+from benchmarks.ladder.peers import PEERS
 from benchmarks.ladder.rung import NotMeasured, Rung
 from benchmarks.ladder.rungs import ENABLED, GRAPH, OURS, PACKED, STEPS
 from benchmarks.ladder.stock import COMPARED, COMPILED, STOCK
@@ -80,6 +81,8 @@ def test_every_rung_is_reached_and_leaves_the_pipeline_as_it_was(session, monkey
     on_gpus = (GRAPH, PACKED[1], COMPARED[0])
     stay_out = dict.fromkeys([rung.name for rung in on_gpus], "needs a CUDA device")
     for row in rows:
+        if row["rung"] in {rung.name for rung in PEERS} and row["status"] == "ok":
+            continue  # of others, with an error of their own
         if row["rung"] in stay_out or row["reason"].startswith(("not installed", "random weights", "sageattention")):
             assert row["status"] == "not measured" and not row.get("step_ms_p50")
             assert stay_out.get(row["rung"], row["reason"]) in said

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageChops
 
 from qwen_fast import demo
-from qwen_fast.cli import generate, main, pngs
+from qwen_fast.cli import main, pngs
 from qwen_fast.demo.judge import judge
 from qwen_fast.pipelines import generate as drawing
 from support.cli import refused
@@ -130,7 +130,7 @@ def test_interrupt_while_loading(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "device_and_dtype", interrupted)
+    monkeypatch.setattr("qwen_fast.common.hardware.device_and_dtype", interrupted)
     assert main(["generate", "--prompt", "x"]) == 130
     assert capsys.readouterr().err == "interrupted.\n"
 

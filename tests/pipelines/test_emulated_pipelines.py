@@ -12,12 +12,11 @@ import torch
 
 import qwen_fast
 from benchmarks.shared.stock import assert_same_latents, draw, in_fp32, stock
-from qwen_fast.denoise import denoiser as forwards
-from qwen_fast.denoise import graph
-from qwen_fast.denoise import loop as denoise
+from qwen_fast import QwenImageTransformer2DModel
+from qwen_fast.denoise import denoiser, graph
 from qwen_fast.vae.bands import choose
 from qwen_fast.vae.layers import decoder_layers
-from support.emulated_cuda import IllegalInCapture, StepsBar, notes
+from support.emulated_cuda import StepsBar, notes
 from support.pipelines import GUIDED, assert_ran_fast
 
 PROMPT = {"prompt": "a red circle"}
@@ -25,6 +24,7 @@ PICTURE = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 96,
 MASK = PIL.Image.fromarray(np.random.default_rng(1).integers(0, 2, (64, 96), dtype=np.uint8) * 255)
 IMAGE = {"image": PICTURE, "strength": 0.9}
 TWO = {"prompt": ["a red circle", "two green squares on a hill"], "negative_prompt": ["x", "low quality"]}
+CAPTURES = "qwen_fast/denoise/graph.py"  # waits once, for the memory of finished work
 PACE = "qwen_fast/denoise/loop.py"  # the host stays two steps ahead of the device, by events
 STOCK_INPAINT = ("pipeline_qwenimage_inpaint.py", "scheduling_flow_match_euler_discrete.py")
 
@@ -147,19 +147,20 @@ def test_the_cpus_picture_without_a_wait(checkpoint, emulated_cuda, name):
     expected = draw(qwen_fast.enable(made(case, checkpoint), **case.options), **arguments)
     pipe = qwen_fast.enable(made(case, checkpoint).to("cuda"), **case.options)
     pipe.progress_bar = StepsBar(seen)
-    taken = []
-    for call in range(3):
+    taken, captured_in = [], 2 if name == "one step" else 1  # behind a step that warms up
+    for call in range(4):
         seen.clear()
         seen.phase = "before"
         images = draw(pipe, **arguments)
         assert images.device.type == "cuda"
         assert_near(images.cpu(), expected)
         assert_nothing_wrong(seen)
-        assert_steps_go_on(seen, case.waits)
-        assert bool(seen.of(notes.CAPTURE)) is (case.graph and call == 0)
+        captures = case.graph and call == captured_in
+        assert_steps_go_on(seen, (*case.waits, CAPTURES) if captures else case.waits)
+        assert bool(seen.of(notes.CAPTURE)) is captures
         del images
         taken.append(emulated_cuda.memory.allocated)
-    assert taken[1] == taken[2], "a call leaves memory behind"
+    assert taken[2] == taken[3], "a call leaves memory behind"
     assert_ran_fast(pipe)
     if case.cls is diffusers.QwenImagePipeline:
         assert (pipe.fast_state.graph is None) is case.graph, pipe.fast_state.graph
@@ -184,7 +185,7 @@ def test_halves_are_as_near_as_stock_on_the_cpu(checkpoint, emulated_cuda, dtype
 
 
 @pytest.mark.triton
-def test_a_new_prompt_of_the_bucket_replays_without_a_capture(checkpoint, emulated_cuda):
+def test_a_new_prompt_replays_without_a_capture(checkpoint, emulated_cuda):
     seen = emulated_cuda.notes
     pipe, reference = qwen_fast.enable(stock(checkpoint).to("cuda"), cuda_graph=True), qwen_fast.enable(stock(checkpoint))
     pipe.progress_bar = StepsBar(seen)
@@ -192,8 +193,8 @@ def test_a_new_prompt_of_the_bucket_replays_without_a_capture(checkpoint, emulat
         seen.clear()
         arguments = GUIDED | {"prompt": prompt}
         assert_near(draw(pipe, **arguments).cpu(), draw(reference, **arguments))
-        assert bool(seen.of(notes.CAPTURE)) is (count == 0)
-        assert_steps_go_on(seen)
+        assert bool(seen.of(notes.CAPTURE)) is (count == 1)
+        assert_steps_go_on(seen, (CAPTURES,) if count == 1 else ())
     assert_nothing_wrong(seen)
 
 
@@ -313,17 +314,22 @@ def test_a_prompt_encoded_on_the_cpu_by_weights_on_the_device(checkpoint, emulat
 
 
 def a_value_is_asked_for(monkeypatch):
-    step = forwards.Forwards.predict
-    monkeypatch.setattr(forwards.Forwards, "predict", lambda self, latents: (self.step_index.item(), step(self, latents))[1])
+    step = QwenImageTransformer2DModel.predict
+
+    def asked(self, call, latents, timestep, prompts):
+        timestep.item()
+        return step(self, call, latents, timestep, prompts)
+
+    monkeypatch.setattr(QwenImageTransformer2DModel, "predict", asked)
 
 
 def a_constant_is_made_in_the_loop(monkeypatch):
-    step = denoise.sampler_step
+    step = denoiser.sampler_step
 
     def scaled(state, latents, *others):
         return step(state, latents * torch.tensor([1.0]).to(latents.device, latents.dtype), *others)
 
-    monkeypatch.setattr(denoise, "sampler_step", scaled)
+    monkeypatch.setattr(denoiser, "sampler_step", scaled)
 
 
 @pytest.mark.triton
@@ -340,19 +346,19 @@ def test_a_wait_in_the_loop_is_seen(checkpoint, emulated_cuda, monkeypatch, faul
 @pytest.mark.triton
 def test_a_value_asked_for_in_a_capture_is_seen(checkpoint, emulated_cuda, monkeypatch):
     pipe = qwen_fast.enable(stock(checkpoint).to("cuda"), cuda_graph=True)
+    expected = draw(pipe, **GUIDED, **PROMPT)
     a_value_is_asked_for(monkeypatch)
-    with pytest.raises(IllegalInCapture, match="item"):
-        draw(pipe, **GUIDED, **PROMPT)
+    assert torch.equal(draw(pipe, **GUIDED, **PROMPT), expected)  # the capture fails, the picture does not
+    assert pipe.fast_state.calls["graph captures that failed"] == 1 and emulated_cuda.notes.of(notes.ILLEGAL)
 
 
 @pytest.mark.triton
 def test_a_buffer_that_a_graph_reads_and_nobody_keeps_is_seen(checkpoint, emulated_cuda):
     pipe = qwen_fast.enable(stock(checkpoint).to("cuda"), cuda_graph=True)
-    draw(pipe, **GUIDED, **PROMPT)
-    attachment = pipe.transformer.__dict__["_qwen_fast_attachment"]
-    for step in attachment.graphs.values():
-        del step._read  # the timesteps, and the modulation table
-    attachment.tables.leave(torch.device("cpu"))
+    for _ in range(2):
+        draw(pipe, **GUIDED, **PROMPT)
+    (kept,) = pipe.transformer.__dict__["_qwen_fast_attachment"].graphs.values()
+    kept.sigmas = torch.empty_like(kept.sigmas)
     with pytest.raises(RuntimeError, match="freed since the capture"):
         draw(pipe, **GUIDED, **PROMPT)
 
@@ -360,13 +366,11 @@ def test_a_buffer_that_a_graph_reads_and_nobody_keeps_is_seen(checkpoint, emulat
 @pytest.mark.triton
 def test_a_buffer_that_is_not_loaded_again_is_seen(checkpoint, emulated_cuda, monkeypatch):
     pipe = qwen_fast.enable(stock(checkpoint).to("cuda"), cuda_graph=True)
-    expected = draw(pipe, **GUIDED, **PROMPT).clone()
-    load = graph.CapturedStep.load
-
-    def without_latents(self, model, latents, task, pack):
-        load(self, model, self.latents, task, pack)
-
-    monkeypatch.setattr(graph.CapturedStep, "load", without_latents)
+    for _ in range(2):
+        expected = draw(pipe, **GUIDED, **PROMPT).clone()
+    load = graph.StepGraph.load
+    monkeypatch.setattr(graph.StepGraph, "load", lambda self, denoiser, latents: load(self, denoiser, self.latents))
+    monkeypatch.setattr(denoiser.Denoiser, "step", lambda self, index, t, latents: self.graph.run(index, self.graph.latents))
     assert (draw(pipe, **GUIDED, **PROMPT) - expected).abs().max() > 0.1
 
 

@@ -13,7 +13,6 @@ import torch
 import qwen_fast
 from benchmarks.shared import stock as reference
 from benchmarks.shared.stock import draw
-from qwen_fast.text.cache import Encoded
 from support.pipelines import GUIDED, SMALL
 
 LONG, SHORT = "a red fox that jumps over a small brook in the evening", "a cat"
@@ -215,26 +214,6 @@ def test_the_projection_follows_the_transformer(checkpoint, change):
     assert (before - expected).abs().max() > 1e-3
     assert (actual - expected).abs().max() <= 2e-6 * expected.abs().max()
     assert qwen_fast.report(ours).prompt_cache["hits"] == 2  # the encoder's output was good
-
-
-def test_the_projection_is_kept_for_both_prompts(checkpoint, monkeypatch):
-    pipe = qwen_fast.enable(stock(checkpoint))
-    arguments = GUIDED | {"prompt": [SHORT, LONG]}
-    first = draw(pipe, **arguments)
-    shapes, original = [], Encoded.projected
-
-    def spy(prompt, content, project):
-        return original(prompt, content, lambda embeds: shapes.append(embeds.shape) or project(embeds))
-
-    monkeypatch.setattr(Encoded, "projected", spy)
-    assert torch.equal(draw(pipe, **arguments), first) and not shapes
-    arguments |= {"negative_prompt": [LONG, SHORT], "num_images_per_prompt": 2, "max_sequence_length": 9}
-    several = draw(pipe, **arguments)
-    assert not shapes  # cut from what is kept
-    pipe.transformer.txt_in.register_forward_hook(lambda module, args, output: shapes.append(output.shape) and None)
-    again = draw(pipe, **arguments)
-    assert len(shapes) == 1  # hooked: called, for all rows at once
-    assert (again - several).abs().max() <= 2e-6 * several.abs().max()
 
 
 def test_embeddings_are_the_callers_own(pair):

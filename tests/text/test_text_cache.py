@@ -53,23 +53,6 @@ def test_the_least_recently_used_goes_first():
     assert cache.get("first", torch.device("meta")) is None
 
 
-def test_projections_count_and_are_trimmed():
-    cache, prompt = PromptCache(max_bytes=200), encoded()
-    cache.put("a", CPU, prompt)
-    calls = []
-
-    def project(embeds):
-        calls.append(1)
-        return embeds.repeat(1, 2)
-
-    assert prompt.projected("weights", project) is prompt.projected("weights", project)
-    assert len(calls) == 1 and cache.nbytes == 3 * 96
-    prompt.projected("other weights", project)
-    assert len(calls) == 2 and cache.nbytes == 3 * 96
-    cache.trim()
-    assert cache.nbytes == 0
-
-
 def test_a_copy_starts_empty(tmp_path):
     cache = PromptCache(max_bytes=1000, folder=tmp_path)
     cache.put("a", CPU, encoded())

@@ -112,7 +112,7 @@ def test_a_hooked_module_is_called(vae, name):
     assert torch.equal(decode(vae, z, state), expected) and called[0] == called[1] and len(called) == 2
     assert any(f"a hook on {name}" in reason for reason in state.fallbacks)
     with pytest.raises(RuntimeError, match=f"strict=True.*a hook on {name}"):
-        decode(vae, z, State(strict=True))
+        decode(vae, z, State(Options(strict=True)))
     handle.remove()
     assert "whole" in note(vae, z)[1]
 
