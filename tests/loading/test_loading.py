@@ -199,7 +199,7 @@ def test_quantised_weights_are_left_to_the_loader(checkpoint, tmp_path):
         (
             {"modulations": "host"},
             TypeError,
-            "unknown option `modulations`; did you mean `modulation`\\? there are precise_sampler",
+            "unknown option `modulations`; did you mean `modulation`",
         ),
         ({"device": None, "vae_option": "image"}, TypeError, "unknown option `vae_option`; did you mean"),
     ],

@@ -1,5 +1,7 @@
 """What the tests of euler_step and cfg_euler_step share: dtypes, shapes, layouts, arguments that must be refused."""
 
+from collections.abc import Callable
+
 import torch
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -26,6 +28,21 @@ def surrounded(sigmas: torch.Tensor) -> torch.Tensor:
     room = torch.linspace(2.0, -1.0, sigmas.numel() + 16, device=sigmas.device)
     room[8:-8] = sigmas
     return room[8:-8]
+
+
+def scale_of(latents: torch.Tensor, value: float) -> torch.Tensor:
+    """A guidance scale on the device of the latents, fp64 where they are."""
+    dtype = torch.promote_types(latents.dtype, torch.float32)
+    return torch.tensor([value], dtype=dtype, device=latents.device)
+
+
+def with_a_float(function: Callable) -> Callable:
+    """`function`, which reads the guidance scale from a tensor, called with a float."""
+
+    def call(latents, cond, uncond, sigmas, step_index, true_cfg_scale):
+        return function(latents, cond, uncond, sigmas, step_index, scale_of(latents, true_cfg_scale))
+
+    return call
 
 
 # For a schedule of 4 steps, all within the room of `surrounded`: a read further out could end the process.

@@ -1,7 +1,6 @@
 """cfg_euler_step against the denoising loop of stock diffusers (bit for bit in bf16 and fp16) and against float64."""
 
 import functools
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,7 +14,9 @@ from sampler_cases import (
     STEPS_OUTSIDE,
     bad_prediction,
     in_layout,
+    scale_of,
     surrounded,
+    with_a_float,
 )
 
 from benchmarks.shared.budget import assert_bit_equal, assert_within_budget, differing, rounding_distance
@@ -27,26 +28,9 @@ from qwen_fast_kernels.cfg_euler_step import (
     launch_cfg_euler_step,
 )
 from support.canaries import Canaries, between_canaries
-from support.emulated_cuda import notes
 from support.recorded_sampler import Run, play, random_run
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empties")
-
-
-def scale_of(latents: torch.Tensor, value: float) -> torch.Tensor:
-    """A guidance scale on the device of the latents, fp64 where they are."""
-    dtype = torch.promote_types(latents.dtype, torch.float32)
-    return torch.tensor([value], dtype=dtype, device=latents.device)
-
-
-def with_a_float(function: Callable) -> Callable:
-    """`function`, which reads the guidance scale from a tensor, called with a float."""
-
-    def call(latents, cond, uncond, sigmas, step_index, true_cfg_scale):
-        return function(latents, cond, uncond, sigmas, step_index, scale_of(latents, true_cfg_scale))
-
-    return call
-
 
 launch_tensor = between_canaries(launch_cfg_euler_step, config=DEFAULT_CONFIG)
 launch, reference = with_a_float(launch_tensor), with_a_float(cfg_euler_step_reference)
@@ -216,28 +200,6 @@ def test_inputs_stay_and_the_output_is_new(run, device):
     assert_bit_equal(run(*tensors, scale), out)
 
 
-@pytest.mark.parametrize("run", [pytest.param(launch_tensor, id="launcher", marks=pytest.mark.triton), cfg_euler_step])
-def test_the_scale_is_read_from_where_it_lies_and_stays(run, device):
-    """Anywhere in a table, and whatever stands there at the time of the call, NaN included."""
-    stock = stock_run((2, 77, 64), torch.bfloat16, device)
-    *front, _ = arguments(stock, 1)
-    table = torch.tensor([2.5, 3.7, 7.0, 1.5, 4.0], device=device)
-    for place, scale in enumerate(table.tolist()):
-        assert_bit_equal(run(*front, table[place : place + 1]), cfg_euler_step(*front, scale))
-    assert table.tolist() == torch.tensor([2.5, 3.7, 7.0, 1.5, 4.0]).tolist()
-    assert run(*front, table[:1].fill_(float("nan"))).isnan().all()
-
-
-def test_fp64_latents_take_the_scale_in_fp64():
-    stock = stock_run((1, 77, 64), torch.float32, torch.device("cpu"))
-    latents, cond, uncond, *rest, _ = arguments(stock, 1)
-    front = (latents.double(), cond.double(), uncond.double(), *rest)
-    exact, rounded = torch.tensor([3.7], dtype=torch.float64), torch.tensor([3.7])
-    assert_bit_equal(cfg_euler_step(*front, 3.7), cfg_euler_step(*front, exact))
-    assert_bit_equal(cfg_euler_step(*front, rounded), cfg_euler_step(*front, rounded.item()))
-    assert differing(cfg_euler_step(*front, exact), cfg_euler_step(*front, rounded)).any()
-
-
 @pytest.mark.triton
 @pytest.mark.parametrize("step", STEPS_OUTSIDE)
 def test_a_step_index_outside_the_schedule_gives_nan(step, device):
@@ -350,46 +312,6 @@ def test_compiled_equals_eager(form, backend, device):
         *front, _ = arguments(stock, step)
         given = scale if form == "float" else scale_of(front[0], scale)
         assert_bit_equal(compiled(*front, given), cfg_euler_step(*front, scale))
-
-
-def test_compiled_code_serves_every_scale_of_a_tensor(device):
-    stock = stock_run((2, 77, 64), torch.bfloat16, device)
-    *front, _ = arguments(stock, 1)
-    torch.compiler.reset()
-    compiled = torch.compile(cfg_euler_step, fullgraph=True, backend="eager")
-    for recompiles, scale in zip((False, True, True), (3.7, 2.5, 4.0), strict=True):
-        with torch.compiler.set_stance("fail_on_recompile" if recompiles else "default"):
-            assert_bit_equal(compiled(*front, scale_of(front[0], scale)), cfg_euler_step(*front, scale))
-
-
-@pytest.mark.triton
-def test_a_captured_graph_takes_the_scale_of_its_replay(emulated_cuda):
-    """The same launch in the same graph: nothing is compiled, loaded or captured anew, and the host waits for nothing."""
-    stock = stock_run((2, 77, 64), torch.bfloat16, torch.device("cpu"))
-    *front, _ = arguments(stock, 1)
-    given = [tensor.to("cuda") for tensor in front]
-    scale = torch.tensor([4.0]).to("cuda")
-    cfg_euler_step(*given, scale)  # loads the code
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = cfg_euler_step(*given, scale)
-    for value in (4.0, 3.7, 2.5):
-        scale.fill_(value)
-        graph.replay()
-        assert_bit_equal(out.cpu(), cfg_euler_step(*front, value))
-    assert len(emulated_cuda.notes.of(notes.CAPTURE)) == 1 and not emulated_cuda.notes.of(notes.FIRST)
-
-
-@pytest.mark.triton
-def test_a_float_reaches_the_device_without_waiting_for_it(emulated_cuda):
-    stock = stock_run((2, 77, 64), torch.bfloat16, torch.device("cpu"))
-    *front, _ = arguments(stock, 1)
-    given = [tensor.to("cuda") for tensor in front]
-    with emulated_cuda.notes.during("step"):
-        out = cfg_euler_step(*given, 3.7)
-    seen = emulated_cuda.notes.of(phase="step")
-    assert [note.kind for note in seen] == [notes.LAUNCH], list(map(str, seen))
-    assert_bit_equal(out.cpu(), cfg_euler_step(*front, 3.7))
 
 
 @pytest.mark.gpu
