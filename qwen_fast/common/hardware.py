@@ -73,6 +73,12 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which graphs of a device are captured: no other, since what somebody else sends there would be in them."""
+    return torch.cuda.Stream(device)
+
+
 def indexed(device: torch.device | str) -> torch.device:
     """`device` with its index: "cuda" alone is the current one."""
     device = torch.device(device)

@@ -7,7 +7,6 @@ table, text rows with their rotary rows and true lengths. What is baked in is th
 
 import contextlib
 import copy
-import functools
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..common.hardware import capture_stream, indexed
 from ..common.proofs import attention_is_right
 from ..common.stages import stage
 from ..common.state import logger
@@ -41,6 +41,7 @@ _FEW_TOKENS = 3072
 # probably to blame is out of use; until a GPU has shown that nothing else is, "auto" takes no graph. The run-book's stage
 # "stress" (benchmarks/attention/stress.py) can show it.
 AUTO = False
+_CAPTURING = threading.Lock()  # graphs of two threads must not meet on the stream that captures
 _SYNCHRONISING = ("Linear8bitLt",)  # layers that wait for the device, which no capture can hold
 
 
@@ -199,14 +200,13 @@ class StepGraph:
             self._source.table.values[:1].copy_(self._table.values[index : index + 1])
         if self._replay is not None:
             self._replay()
-        elif not self.captures or self._calls < 2:
+        elif not self.captures or self._calls < 2 or not _CAPTURING.acquire(blocking=False):
             self._counted()
-        elif not self._is_warm:
-            with _beside(self._device):
-                self._counted()
-            self._is_warm = True
         else:
-            self._capture_and_replay()
+            try:
+                self._warm_up_or_capture()
+            finally:
+                _CAPTURING.release()
         self._denoiser.state.calls.update(self._counts)
         return self.latents
 
@@ -229,7 +229,13 @@ class StepGraph:
         self._compute()
         self._counts = Counter(self._counting.calls)
 
-    def _capture_and_replay(self) -> None:
+    def _warm_up_or_capture(self) -> None:
+        """The step, on the stream that captures; from the second time on as a graph."""
+        if not self._is_warm:
+            with _beside(self._device):
+                self._counted()
+            self._is_warm = True
+            return
         state = self._denoiser.state
         try:
             with stage("capture"), torch.inference_mode(False), torch.no_grad():
@@ -244,18 +250,13 @@ class StepGraph:
         self._replay()
 
 
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
 @contextlib.contextmanager
 def _beside(device: torch.device):
     """Inside, work goes to the stream that captures, behind the current one's; that one waits for it."""
     if device.type != "cuda":
         yield
         return
-    current, side = torch.cuda.current_stream(device), _side_stream(device)
+    current, side = torch.cuda.current_stream(device), capture_stream(indexed(device))
     side.wait_stream(current)
     try:
         with torch.cuda.stream(side):

@@ -5,13 +5,13 @@ Its values against stock's are in test_cfg_euler_step.py.
 
 import pytest
 import torch
-from budget import assert_bit_equal, differing
-from canaries import between_canaries
 from sampler_cases import scale_of
-from stock import Run, random_run
 
+from benchmarks.shared.budget import assert_bit_equal, differing
 from qwen_fast_kernels.cfg_euler_step import DEFAULT_CONFIG, cfg_euler_step, launch_cfg_euler_step
+from support.canaries import between_canaries
 from support.emulated_cuda import notes
+from support.recorded_sampler import Run, random_run
 
 launch = between_canaries(launch_cfg_euler_step, config=DEFAULT_CONFIG)
 

@@ -13,7 +13,7 @@ from unittest import mock
 _KEPT = {
     "qwen_fast_kernels.tuning": ("get_config", "_measured"),
     "qwen_fast_kernels._kept": ("environment",),
-    "qwen_fast.common.hardware": ("side_stream",),
+    "qwen_fast.common.hardware": ("side_stream", "capture_stream"),
     "qwen_fast.common.proofs": ("kept", "attention_is_right", "_VERDICTS"),
     "qwen_fast.transformer.attention": ("fastest", "MEASURED"),
 }
