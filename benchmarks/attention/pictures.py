@@ -1,6 +1,6 @@
 """Pictures of the demo checkpoint in memory that was full of NaN: how many are NaN, with a CUDA graph and without.
 
-A part of attention_stress.py, which runs it in several processes at once.
+A part of stress.py, which runs it in several processes at once.
 """
 
 import itertools

@@ -149,6 +149,9 @@ class Changing:
         with rung.enter(self.pipe, case):
             drawn = [self._call(one, given) for one, given in zip(cases, arguments, strict=True)]
             repeated, _ = self._call(cases[-1], arguments[-1])
+            state = getattr(self.pipe, "fast_state", None)
+            if state is not None and state.graph is None:  # that call captured; the next one replays
+                repeated, _ = self._call(cases[-1], arguments[-1])
         (first, _), *new = drawn
         return Drawn(first, [seconds for seconds, _ in new], repeated, [latents for _, latents in new])
 
