@@ -16,7 +16,6 @@ from attention_cases import BAD, HALF, LAYOUTS, ONE_SEQUENCE, PACKED, Problem, b
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from benchmarks.shared.budget import assert_bit_equal, assert_within_budget
-from conftest import HAS_CUDA
 from qwen_fast_kernels.joint_attention import (
     HEAD_DIMS,
     SPECIALISES,
@@ -32,7 +31,7 @@ attention = sys.modules["qwen_fast_kernels.joint_attention"]  # the package's at
 pytestmark = pytest.mark.usefixtures("nan_filled_empties")
 
 launch = between_canaries(launch_joint_attention)
-BODIES = bodies(torch.device("cuda" if HAS_CUDA else "cpu"))
+BODIES = bodies(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 IMPLEMENTATIONS = [pytest.param(body, marks=pytest.mark.triton) for body in BODIES] + ["op"]
 
 
@@ -265,7 +264,7 @@ def test_an_allocator_of_the_callers_stays(device, monkeypatch):
     seen = []
     monkeypatch.setattr(triton, "set_allocator", lambda new: (seen.append(new), allocator.set(new)))
     given = problem((8,), torch.bfloat16, torch.device("cpu"))
-    if HAS_CUDA:
+    if torch.cuda.is_available():
         pytest.skip("the launch would need what is only recorded here")
     for body in BODIES:
         run(body, given)
