@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..common.fingerprint import plain_tensors
 from ..common.hardware import capture_stream, indexed
 from ..common.proofs import attention_is_right
 from ..common.stages import stage
@@ -33,6 +34,7 @@ DEVICES = ("cuda",)
 # prompts differ less, and need not be padded as far. Longer texts in steps of 512.
 _PROMPT_CAPACITIES = (128, 256, 512, 768, 1024)
 _NEGATIVE_CAPACITIES = (16, 32, 64, *_PROMPT_CAPACITIES)
+_PLAIN = (torch.nn.Parameter, torch.Tensor)
 _KEPT = 4  # graphs of one model; each keeps the activations of a step
 # "auto", image tokens of all predictions of a step: at 512x512 with guidance (2048) a graph gains a fifth and more on an
 # H100, where the host is slower than the device; at 1024x1024 it loses 3 %, because cuDNN's attention is out of its reach.
@@ -297,11 +299,15 @@ def _key(denoiser: "Denoiser", latents: torch.Tensor) -> tuple[Any, ...]:
     """All that a graph bakes in."""
     found, state, device = denoiser.call.survey, denoiser.state, denoiser.device.type
     addresses = tuple(
-        tensor.data_ptr()
+        tensor.data_ptr() if type(tensor) in _PLAIN else tuple(plain.data_ptr() for plain in plain_tensors(tensor))
         for module in found.modules
-        for tensor in module.__dict__["_parameters"].values()
+        for held in ("_parameters", "_buffers")
+        for tensor in module.__dict__[held].values()
         if tensor is not None
     )
+    matmul = torch.backends.cuda.matmul
+    products = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    products += str(matmul.allow_bf16_reduced_precision_reduction), str(matmul.allow_fp16_reduced_precision_reduction)
     return (
         tuple(latents.shape),
         latents.dtype,
@@ -312,6 +318,7 @@ def _key(denoiser: "Denoiser", latents: torch.Tensor) -> tuple[Any, ...]:
         denoiser.guidance is None,
         (state.options.attention, denoiser.call.source is None),
         (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
+        products,
         tuple(map(type, found.modules)),
         found.adapters,
         addresses,

@@ -34,7 +34,6 @@ def denoise(pipe: Any, latents: torch.Tensor, task: Task, callback: Any, callbac
     watched = callback is not None and not {"latents", "prompt_embeds"}.issuperset(callback_inputs)
     running = denoiser.running(latents, own_step, watched)
     with running, pipe.progress_bar(total=schedule.num_inference_steps) as progress_bar:
-        graphed = denoiser.graph is not None
         for i, t in enumerate(steps(schedule.timesteps)):
             if pipe.interrupt:
                 continue
@@ -48,13 +47,15 @@ def denoise(pipe: Any, latents: torch.Tensor, task: Task, callback: Any, callbac
                 check.look(i, latents)
             pace.step()
             progress_bar.update()
+        if denoiser.graph is not None:
+            latents = latents.clone()  # before it is released: the next call writes into its buffers
     pipe._current_timestep = None
     if check is not None:
         found = check.found()
         state.nan_note = found or "all finite"
         if found is not None:
             logger.warning("check_nan: %s.", found)
-    return latents.clone() if graphed else latents  # the next call writes into the graph's buffers
+    return latents
 
 
 def _call_back(
@@ -63,7 +64,7 @@ def _call_back(
     """Stock's `callback_on_step_end`; the latents that it leaves."""
     pipe, scheduler = denoiser.pipe, denoiser.pipe.scheduler
     embeds, mask = denoiser.task.prompts[0]
-    own = latents.clone() if denoiser.graph is not None and "latents" in names else latents
+    own = latents if denoiser.graph is None else latents.clone()  # the next step writes into the graph's buffer
     tensors = guided(denoiser.predictions, denoiser.task.true_cfg_scale) if denoiser.watched else {}
     tensors |= {"latents": own, "prompt_embeds": embeds}
     shown = None if denoiser.own_step is not None else _shown(scheduler)
