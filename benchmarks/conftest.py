@@ -17,11 +17,11 @@ from .operators.suite import FIELDS, rows, summary
 from .operators.suite import measure as measure_runs
 from .shared.ceilings import Ceilings, measure_ceilings
 from .shared.machine import provenance
-from .shared.rows import Rows
+from .shared.rows import RowFile
 from .shared.shapes import SHAPES
 
 torch.set_num_threads(1)
-GROUPS, ROWS = pytest.StashKey[list](), pytest.StashKey[Rows]()
+GROUPS, ROWS = pytest.StashKey[list](), pytest.StashKey[RowFile]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--rows")
     if path is not None:
         try:
-            config.stash[ROWS] = Rows(path, FIELDS)
+            config.stash[ROWS] = RowFile(path, FIELDS)
         except OSError as error:
             raise pytest.UsageError(f"--rows {path}: nothing can be written there: {error}") from None
 

@@ -19,7 +19,7 @@ import torch
 from qwen_fast_kernels._triton import capability
 
 from ..operators.arguments import DIMENSIONS
-from ..operators.cases import BF16, FP16, Case, Maker, Size
+from ..operators.cases import BF16, FP16, Maker, OperatorCase, Size
 from ..shared.budget import LAUNCHES, LIMIT
 from ..shared.processes import start, stop
 
@@ -39,7 +39,7 @@ _SMALL = Size((7, 5), (60, 40), 2, 32)
 # In the process -------------------------------------------------------------------------------------------------------
 
 
-def launcher(way: str, case: Case, arguments: tuple) -> Callable[[], torch.Tensor] | None:
+def launcher(way: str, case: OperatorCase, arguments: tuple) -> Callable[[], torch.Tensor] | None:
     """How `way` runs these arguments; None where it is no way of its own on this device."""
     if way == "operator":
         case.module()  # registers it
@@ -51,12 +51,12 @@ def launcher(way: str, case: Case, arguments: tuple) -> Callable[[], torch.Tenso
     return lambda: case.launch(arguments, config)
 
 
-def config_of(way: str, case: Case, arguments: tuple) -> dict:
+def config_of(way: str, case: OperatorCase, arguments: tuple) -> dict:
     pointers = case.module().default_config(80, *DIMENSIONS["joint_attention"](*arguments))
     return pointers | {"DESCRIPTORS": way == "descriptors"}
 
 
-def fault_of(case: Case, arguments: tuple, run: Callable[[], torch.Tensor]) -> tuple[str | None, float]:
+def fault_of(case: OperatorCase, arguments: tuple, run: Callable[[], torch.Tensor]) -> tuple[str | None, float]:
     """(what is wrong or None, relative RMS error), of the first and the last head."""
     result = run()
     if not result.isfinite().all():
@@ -81,7 +81,7 @@ def check_way(way: str, device: torch.device, say: Callable[[dict], None]) -> No
         for name, (size, variant) in FORMS.items():
             if device.type != "cuda":
                 size = _SMALL
-            case = Case("joint_attention", name, dtype, size, variant)
+            case = OperatorCase("joint_attention", name, dtype, size, variant)
             found = {"form": f"{str(dtype).removeprefix('torch.')}, {name}"}
             try:
                 arguments = case.arguments(Maker(device))
@@ -172,7 +172,7 @@ def write_config(way: str, device: torch.device) -> Path:
     entries = []
     for dtype in (BF16, FP16):
         for size, variant in FORMS.values():
-            case = Case("joint_attention", way, dtype, size, variant)
+            case = OperatorCase("joint_attention", way, dtype, size, variant)
             arguments = case.arguments(Maker("meta", fake=True))
             default, dims = case.module().default_config, DIMENSIONS["joint_attention"](*arguments)
             named = tuning.dims_of(default, dims)

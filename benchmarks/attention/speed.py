@@ -21,7 +21,7 @@ from qwen_fast_kernels.joint_attention import joint_attention, launch_joint_atte
 from ..shared.budget import LAUNCHES, LIMIT
 from ..shared.machine import PROVENANCE, Sampler, provenance
 from ..shared.measure import Spread
-from ..shared.rows import Rows
+from ..shared.rows import RowFile
 
 FIELDS = [*PROVENANCE, *("case", "lengths", "way", "status", "reason", "rms_error", "equal_launches", "rounds")]
 FIELDS += ["ms_p20", "ms_p50", "ms_p80", "tflop_per_s"]
@@ -162,7 +162,7 @@ def measured(case: str, lengths: tuple[int, ...], way: str, device: torch.device
 
 def measure(out: Path, device: torch.device, cases: Sequence[str], seconds: float) -> list[dict[str, str]]:
     """Every way at every case; the rows, which are in attention.csv of `out` too."""
-    rows, place, found = Rows(out / "attention.csv", FIELDS), provenance(device), []
+    rows, place, found = RowFile(out / "attention.csv", FIELDS), provenance(device), []
     for way, case in itertools.product(ways((1,), device), cases):
         lengths = LENGTHS[case] if device.type == "cuda" else tuple(8 + length % 50 for length in LENGTHS[case])
         found.append({name: str(value) for name, value in place.items()} | measured(case, lengths, way, device, seconds))

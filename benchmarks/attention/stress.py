@@ -28,7 +28,7 @@ from qwen_fast_kernels.joint_attention import default_config, joint_attention, j
 
 from ..shared.machine import PROVENANCE, provenance
 from ..shared.processes import start, stop
-from ..shared.rows import Rows
+from ..shared.rows import RowFile
 from .counts import Found
 
 FIELDS = [*PROVENANCE, *("variant", "way", "process", "status", "reason", "seconds")]
@@ -236,7 +236,7 @@ def run_all(device: torch.device, out: Path, processes: int, seconds: float, add
 
 def measure(out: Path, device: torch.device, processes: int, seconds: float) -> list[dict]:
     """The rows, which are in attention_stress.csv of `out` too."""
-    rows, found = Rows(out / "attention_stress.csv", FIELDS), []
+    rows, found = RowFile(out / "attention_stress.csv", FIELDS), []
 
     def add(row: dict) -> None:
         found.append(provenance_here(device) | row)

@@ -15,8 +15,8 @@ import torch
 
 from ..shared.machine import PROVENANCE, Sampler, machine_name, provenance
 from ..shared.measure import Difference, Spread, Stopwatch, clocked, ratio
-from ..shared.rows import Rows
-from ..shared.shapes import STEPS_MEASURED, Case
+from ..shared.rows import RowFile
+from ..shared.shapes import STEPS_MEASURED, PictureCase
 from ..shared.watchdog import watched
 from .models import call_arguments
 from .rung import NotMeasured, Rung
@@ -38,7 +38,7 @@ RUNGS = (STOCK, ENABLED, STEPS[-1])
 _PARTS = ((1.0, 1.0, 1.0), (9 / 8, 7 / 8, 0.75), (5 / 4, 3 / 4, 0.3), (13 / 16, 19 / 16, 0.5))
 
 
-def varied(case: Case) -> list[Case]:
+def varied(case: PictureCase) -> list[PictureCase]:
     """The case, and others of about as many tokens: no size and no prompt length twice.
 
     Raises:
@@ -83,9 +83,9 @@ class Changing:
 
     pipe: Any
     model: str
-    cases: list[Case]
+    cases: list[PictureCase]
     rungs: list[Rung]
-    rows: Rows
+    rows: RowFile
     before: list[dict[str, str]]
     limit: float | None = None
     say: Callable[[str], None] = print
@@ -109,25 +109,25 @@ class Changing:
                     self.say(f"  {rung.name}: {told(row)}")
         return results
 
-    def _measured_before(self, case: Case, rung: Rung) -> bool:
+    def _measured_before(self, case: PictureCase, rung: Rung) -> bool:
         wanted = {name: str(value) for name, value in self._named(case, rung).items()}
         return any(wanted.items() <= row.items() for row in self.before)
 
     @staticmethod
-    def _named(case: Case, rung: Rung) -> dict:
+    def _named(case: PictureCase, rung: Rung) -> dict:
         return {
             **{"width": case.width, "height": case.height, "steps": case.steps, "cfg": case.cfg},
             **{"text_tokens": case.text, "rung": rung.name},
         }
 
-    def _begun(self, case: Case, rung: Rung) -> dict[str, str]:
+    def _begun(self, case: PictureCase, rung: Rung) -> dict[str, str]:
         """A row that says nothing yet. It asks nothing of the device."""
         device, dtype = self.pipe.device, str(self.pipe.transformer.dtype).removeprefix("torch.")
         row = provenance("cpu") | {"machine": machine_name(device)} | {"model": self.model, "dtype": dtype}
         row |= self._named(case, rung) | {"lossy": rung.lossy, "clock": Stopwatch(device).kind, "status": "failed"}
         return {name: str(value) for name, value in row.items()}
 
-    def _row(self, case: Case, rung: Rung, stock: Drawn | None) -> tuple[dict[str, str], Drawn | None]:
+    def _row(self, case: PictureCase, rung: Rung, stock: Drawn | None) -> tuple[dict[str, str], Drawn | None]:
         row, drawn, device = self._begun(case, rung), None, self.pipe.device
         with Sampler(device) as sampler:
             try:
@@ -143,7 +143,7 @@ class Changing:
         return row | provenance(device) | sampler.summary(), drawn
 
     @torch.no_grad()
-    def _drawn(self, case: Case, rung: Rung) -> Drawn:
+    def _drawn(self, case: PictureCase, rung: Rung) -> Drawn:
         cases = varied(case)
         arguments = [call_arguments(self.pipe, one) for one in cases]  # before the clocks: embeddings and noise are given
         with rung.enter(self.pipe, case):
@@ -155,7 +155,7 @@ class Changing:
         (first, _), *new = drawn
         return Drawn(first, [seconds for seconds, _ in new], repeated, [latents for _, latents in new])
 
-    def _call(self, case: Case, arguments: dict) -> tuple[float, torch.Tensor]:
+    def _call(self, case: PictureCase, arguments: dict) -> tuple[float, torch.Tensor]:
         """Seconds of all steps, of which the later ones take what those did that were done; and the latents after these."""
         steps = min(case.steps, STEPS_MEASURED)
         with clocked(self.pipe, steps) as clock, Stopwatch(self.pipe.device) as watch:
@@ -165,7 +165,7 @@ class Changing:
             raise RuntimeError(f"{len(each)} steps were seen where {steps} were asked for")
         return watch.seconds + Spread.of(each[1:] or each).p50 * (case.steps - steps), latents.clone()
 
-    def _figures(self, case: Case, drawn: Drawn) -> dict[str, str]:
+    def _figures(self, case: PictureCase, drawn: Drawn) -> dict[str, str]:
         new = Spread.of(drawn.new)
         found = {part: f"{getattr(new, part.removeprefix('new_s_')):.5g}" for part in ("new_s_p20", "new_s_p50", "new_s_p80")}
         found |= {"first_s": f"{drawn.first:.5g}", "repeated_s": f"{drawn.repeated:.5g}"}

@@ -2,7 +2,7 @@
 
 import importlib.util
 
-from ..shared.shapes import COMPARED_STEPS, STEPS_MEASURED, Case
+from ..shared.shapes import COMPARED_STEPS, STEPS_MEASURED, PictureCase
 from .rung import Rung
 from .rungs import ENABLED, GRAPH, OURS
 from .stock import STOCK
@@ -16,7 +16,7 @@ _START, _COMPILE, _CAPTURE, _ENTER = 20.0, 60.0, 2.0, 0.3
 _PEERS = {"cache-dit": "cache_dit", "torchao": "torchao", "SageAttention": "sageattention"}
 
 
-def step_seconds(case: Case, *, stock: bool) -> float:
+def step_seconds(case: PictureCase, *, stock: bool) -> float:
     """One step's forwards and sampler."""
     work = case.work()
     seconds = work.product_flops / _PRODUCTS + work.attention_flops / _ATTENTION
@@ -28,7 +28,7 @@ def step_seconds(case: Case, *, stock: bool) -> float:
     return max(seconds, forwards * case.shape.layers * _LAUNCH_SECONDS)
 
 
-def rung_seconds(case: Case, rung: Rung, repeats: int, whole: bool) -> float:
+def rung_seconds(case: PictureCase, rung: Rung, repeats: int, whole: bool) -> float:
     """One row: first image, comparison, pairs with stock."""
     stock = rung not in OURS
     decode = case.batch * case.width * case.height / 2**20 * _DECODE_FLOPS / (0.1 * _PRODUCTS)
@@ -45,14 +45,14 @@ def rung_seconds(case: Case, rung: Rung, repeats: int, whole: bool) -> float:
     return seconds + repeats * pairs
 
 
-def case_seconds(case: Case, rungs: list[Rung], repeats: int, whole: bool, random: bool) -> float:
+def case_seconds(case: PictureCase, rungs: list[Rung], repeats: int, whole: bool, random: bool) -> float:
     """All rows of a case, and the exact latents that they are compared with; `random`: of weights."""
     work = case.work()
     exact = COMPARED_STEPS * (work.product_flops + work.attention_flops) / _FP32
     return exact + sum(rung_seconds(case, rung, repeats, whole) for rung in rungs if _runs(rung, random))
 
 
-def changing_seconds(cases: list[Case], rungs: list[Rung]) -> float:
+def changing_seconds(cases: list[PictureCase], rungs: list[Rung]) -> float:
     """Each of the cases once and the last one twice by every rung, without the VAE."""
     seconds = 0.0
     for rung in rungs:

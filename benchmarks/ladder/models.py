@@ -12,7 +12,7 @@ from qwen_fast.loading import check_folder
 from qwen_fast.schedule.configs import QWEN_IMAGE_SCHEDULER_CONFIG
 from qwen_fast.testing import initialize
 
-from ..shared.shapes import NEGATIVE_TOKENS, Case, Shape
+from ..shared.shapes import NEGATIVE_TOKENS, PictureCase, Shape
 
 _VAE_MAPS = 15  # feature maps of full resolution and base_dim channels that stock's decoder holds at once, with its copies
 _TOKEN_ROWS = 40  # rows of the transformer's width that an eager forward holds at once, the fourfold ones of the MLP included
@@ -71,7 +71,7 @@ def shape_of(folder: str | Path) -> Shape:
     )
 
 
-def memory_needed(case: Case, dtype: torch.dtype) -> int:
+def memory_needed(case: PictureCase, dtype: torch.dtype) -> int:
     """Bytes of device memory, about, that stock needs for `case`: weights of transformer and VAE, and activations."""
     shape = case.shape
     vae_parameters = 126_892_531 * (shape.vae_base_dim / 96) ** 2
@@ -88,7 +88,7 @@ def text_encoder_bytes(folder: str | Path) -> int:
     return sum(file.stat().st_size for file in Path(folder, "text_encoder").glob("*.safetensors"))
 
 
-def check_memory(cases: list[Case], device: torch.device, dtype: torch.dtype, beside: int = 0) -> None:
+def check_memory(cases: list[PictureCase], device: torch.device, dtype: torch.dtype, beside: int = 0) -> None:
     """Refuse, before anything is allocated, what will not fit with `beside` bytes of something else.
 
     Raises:
@@ -106,7 +106,7 @@ def check_memory(cases: list[Case], device: torch.device, dtype: torch.dtype, be
     )
 
 
-def layers_that_fit(cases: list[Case], device: torch.device, dtype: torch.dtype, beside: int = 0) -> int:
+def layers_that_fit(cases: list[PictureCase], device: torch.device, dtype: torch.dtype, beside: int = 0) -> int:
     """How many of the model's layers there is room for, for the largest case; 0 or less where none fits."""
     free, case = free_memory(device), max(cases, key=lambda one: memory_needed(one, dtype))
     needed = memory_needed(case, dtype) + beside
@@ -122,7 +122,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 @torch.no_grad()
-def call_arguments(pipe: Any, case: Case) -> dict:
+def call_arguments(pipe: Any, case: PictureCase) -> dict:
     """Arguments of a pipeline call for `case`, whose seeded noise and random embeddings are the same on every machine.
 
     A pipeline with a text encoder gets the embeddings of prompts of about those lengths. Where prompts of a batch differ in
@@ -152,7 +152,7 @@ def call_arguments(pipe: Any, case: Case) -> dict:
     return arguments
 
 
-def prompts_of(pipe: Any, case: Case) -> list[list]:
+def prompts_of(pipe: Any, case: PictureCase) -> list[list]:
     """Prompts of the batch, and with guidance negative ones: texts, or token counts where there is no text encoder."""
     lengths = [case.text_lengths, (NEGATIVE_TOKENS,) * case.batch]
     if pipe.text_encoder is None:

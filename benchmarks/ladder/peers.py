@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from ..shared.shapes import Case
+from ..shared.shapes import PictureCase
 from .rung import NotMeasured, Rung
 from .stock import compiled_blocks
 
@@ -29,7 +29,7 @@ def _version(package: str) -> str:
 
 
 @contextlib.contextmanager
-def cache_dit(pipe: Any, case: Case) -> Iterator[str]:
+def cache_dit(pipe: Any, case: PictureCase) -> Iterator[str]:
     """Its default: DBCache, which skips blocks where their residual hardly changes from step to step."""
     version = _version("cache-dit")
     if pipe.text_encoder is None:
@@ -47,7 +47,7 @@ def cache_dit(pipe: Any, case: Case) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def torchao(pipe: Any, case: Case) -> Iterator[str]:
+def torchao(pipe: Any, case: PictureCase) -> Iterator[str]:
     """Rows of activations and weights in FP8 with regional compilation on a GPU that has it, else in INT8."""
     version = _version("torchao")
     from torchao.quantization import (
@@ -81,7 +81,7 @@ def torchao(pipe: Any, case: Case) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def sage_attention(pipe: Any, case: Case) -> Iterator[str]:
+def sage_attention(pipe: Any, case: PictureCase) -> Iterator[str]:
     """In the place of torch's attention, as its documentation says: diffusers' own backend asks for 2.1 and newer."""
     version = _version("sageattention")
     if pipe.device.type != "cuda":

@@ -16,8 +16,8 @@ from qwen_fast.common.options import writable_folder
 from ..shared.ceilings import kept_ceilings
 from ..shared.machine import PROVENANCE, Sampler, provenance
 from ..shared.measure import silence
-from ..shared.rows import Rows, of_this_state
-from ..shared.shapes import QWEN_IMAGE, Case, Shape, default_cases, full_cases, small_cases
+from ..shared.rows import RowFile, of_this_state
+from ..shared.shapes import QWEN_IMAGE, PictureCase, Shape, default_cases, full_cases, small_cases
 from ..shared.source import RESULTS
 from . import changing, estimate, models
 from .rung import Rung
@@ -54,8 +54,8 @@ class Options:
     dtype: torch.dtype
     shape: Shape = QWEN_IMAGE
     model: str | None = None
-    cases: list[Case] | None = None
-    changing: tuple[Case, ...] = ()
+    cases: list[PictureCase] | None = None
+    changing: tuple[PictureCase, ...] = ()
     full: bool = False
     whole: bool = False
     repeats: int = 3
@@ -73,7 +73,7 @@ def default_folder() -> Path:
     return RESULTS if RESULTS.parent.name == "benchmarks" else Path("qwen-fast-results")
 
 
-def plan(options: Options) -> list[tuple[Case, list[Rung]]]:
+def plan(options: Options) -> list[tuple[PictureCase, list[Rung]]]:
     """The whole ladder for cases that were asked for and for the first of the others; for the rest of these stock and ours,
     with `full` the compiled stock too."""
     if options.cases is not None:
@@ -120,8 +120,8 @@ def run(options: Options, say: Callable[[str], None] = print) -> list[dict[str, 
     planned = plan(options)
     for case in options.changing:
         changing.varied(case)
-    rows, ceiling_rows = Rows(folder / "ladder.csv", FIELDS), Rows(folder / "ceilings.csv", CEILING_FIELDS)
-    changing_rows = Rows(folder / "changing.csv", changing.FIELDS) if options.changing else None
+    rows, ceiling_rows = RowFile(folder / "ladder.csv", FIELDS), RowFile(folder / "ceilings.csv", CEILING_FIELDS)
+    changing_rows = RowFile(folder / "changing.csv", changing.FIELDS) if options.changing else None
     for note in filter(None, (one.note for one in (rows, ceiling_rows, changing_rows) if one is not None)):
         say(note)
     if options.device.type == "cuda":
@@ -162,7 +162,7 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def _cases(options: Options) -> list[Case]:
+def _cases(options: Options) -> list[PictureCase]:
     """Every case that is drawn, also the sizes that change."""
     changed = [one for case in options.changing for one in changing.varied(case)]
     return [case for case, _ in plan(options)] + changed
@@ -214,10 +214,10 @@ def is_fault(row: dict[str, str]) -> bool:
 
 def measure(
     options: Options,
-    planned: list[tuple[Case, list[Rung]]],
-    rows: Rows,
-    ceiling_rows: Rows,
-    changing_rows: Rows | None,
+    planned: list[tuple[PictureCase, list[Rung]]],
+    rows: RowFile,
+    ceiling_rows: RowFile,
+    changing_rows: RowFile | None,
     results: list[dict[str, str]],
     say: Callable[[str], None],
 ) -> list[dict[str, str]]:

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from ..shared.shapes import Case
+from ..shared.shapes import PictureCase
 
 
 class NotMeasured(Exception):
@@ -25,6 +25,6 @@ class Rung:
     """
 
     name: str
-    enter: Callable[[Any, Case], AbstractContextManager[str]]
+    enter: Callable[[Any, PictureCase], AbstractContextManager[str]]
     lossy: bool = False
     steady: bool = True

@@ -13,7 +13,7 @@ from unittest import mock
 import qwen_fast
 from qwen_fast.common.state import logger
 
-from ..shared.shapes import Case
+from ..shared.shapes import PictureCase
 from .peers import PEERS
 from .rung import NotMeasured, Rung
 from .stock import COMPARED, COMPILED, STOCK
@@ -36,7 +36,7 @@ def ours(
     options = {"modulation": "device"} | options
 
     @contextlib.contextmanager
-    def enter(pipe: Any, case: Case) -> Iterator[str]:
+    def enter(pipe: Any, case: PictureCase) -> Iterator[str]:
         if cuda_only and pipe.device.type != "cuda":
             raise NotMeasured("needs a CUDA device")
         if guided_only and not case.cfg:

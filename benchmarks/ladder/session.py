@@ -15,8 +15,8 @@ from qwen_fast.common.stages import record, stage_table, staged
 from ..shared.ceilings import Ceilings
 from ..shared.machine import PROVENANCE, Sampler, machine_name, provenance
 from ..shared.measure import Difference, Spread, Stopwatch, clocked, exact_latents, ratio
-from ..shared.rows import Rows
-from ..shared.shapes import COMPARED_STEPS, STEPS_MEASURED, Case
+from ..shared.rows import RowFile
+from ..shared.shapes import COMPARED_STEPS, STEPS_MEASURED, PictureCase
 from ..shared.watchdog import watched
 from .models import call_arguments, prompts_of
 from .rung import NotMeasured, Rung
@@ -69,8 +69,8 @@ class Session:
 
     pipe: Any
     model: str
-    plan: list[tuple[Case, list[Rung]]]
-    rows: Rows
+    plan: list[tuple[PictureCase, list[Rung]]]
+    rows: RowFile
     ceilings: Ceilings
     repeats: int = 3
     whole: bool = False
@@ -107,7 +107,7 @@ class Session:
         self.results.append(row)
 
 
-def measured_before(rows: list[dict[str, str]], case: Case, rung: Rung) -> bool:
+def measured_before(rows: list[dict[str, str]], case: PictureCase, rung: Rung) -> bool:
     wanted = {name: str(value) for name, value in CaseBench.named(case, rung).items()}
     return any(wanted.items() <= row.items() for row in rows)
 
@@ -131,7 +131,7 @@ def outcome(row: dict[str, str]) -> str:
 class CaseBench:
     """Inputs of one case, stock's latents, and the measurement of a rung."""
 
-    def __init__(self, session: Session, case: Case):
+    def __init__(self, session: Session, case: PictureCase):
         self.session, self.case, self.pipe = session, case, session.pipe
         self.device, self.dtype = self.pipe.device, self.pipe.transformer.dtype
         self.clock, self.machine = Stopwatch(self.device).kind, machine_name(self.device)
@@ -160,7 +160,7 @@ class CaseBench:
         return provenance(self.device) | sampler.summary() | {name: str(value) for name, value in row.items()}
 
     @staticmethod
-    def named(case: Case, rung: Rung) -> dict:
+    def named(case: PictureCase, rung: Rung) -> dict:
         """The columns that tell the rows of a table apart."""
         return {
             **{"width": case.width, "height": case.height, "steps": case.steps, "cfg": case.cfg},

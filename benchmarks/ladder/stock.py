@@ -6,17 +6,17 @@ from typing import Any
 
 from diffusers.models.attention_dispatch import attention_backend
 
-from ..shared.shapes import Case
+from ..shared.shapes import PictureCase
 from .rung import NotMeasured, Rung
 
 
 @contextlib.contextmanager
-def _stock(pipe: Any, case: Case) -> Iterator[str]:
+def _stock(pipe: Any, case: PictureCase) -> Iterator[str]:
     yield ""
 
 
 @contextlib.contextmanager
-def compiled_blocks(pipe: Any, case: Case) -> Iterator[str]:
+def compiled_blocks(pipe: Any, case: PictureCase) -> Iterator[str]:
     """diffusers' regional compilation; entered again, the blocks take up what was compiled before."""
     blocks = list(pipe.transformer.transformer_blocks)
     kept = pipe.__dict__.setdefault("_benchmark_compiled", {})
@@ -36,7 +36,7 @@ def _stock_attention(name: str):
     """Stock with one of diffusers' attention backends, by its name there."""
 
     @contextlib.contextmanager
-    def enter(pipe: Any, case: Case) -> Iterator[str]:
+    def enter(pipe: Any, case: PictureCase) -> Iterator[str]:
         with _backend(name, pipe, case):
             yield name
 
@@ -44,7 +44,7 @@ def _stock_attention(name: str):
 
 
 @contextlib.contextmanager
-def _backend(name: str, pipe: Any, case: Case) -> Iterator[None]:
+def _backend(name: str, pipe: Any, case: PictureCase) -> Iterator[None]:
     """That backend of diffusers for all attention inside.
 
     Raises:

@@ -26,7 +26,7 @@ from qwen_fast.schedule.configs import QWEN_IMAGE_SCHEDULER_CONFIG
 from qwen_fast_kernels._triton import capability
 
 from ..shared.budget import assert_within_budget, in_float64, relative_errors, results
-from .cases import CASES, Case, Maker
+from .cases import CASES, Maker, OperatorCase
 from .suite import Run, clock, sets
 from .work import Piece
 
@@ -268,7 +268,7 @@ def compiled(reference: Callable) -> Callable:
     return torch.compile(reference)
 
 
-def subject(case: Case, variant: str, arguments: tuple) -> tuple[Run, Callable]:
+def subject(case: OperatorCase, variant: str, arguments: tuple) -> tuple[Run, Callable]:
     """What is timed, and what makes its result comparable."""
     if variant == "stock":
         return globals()[f"stock_{case.op}"](*arguments)

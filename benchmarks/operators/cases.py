@@ -22,7 +22,7 @@ SMALL, SMALL_PACKED = Size((13,), (256,), 8, 64), Size((13, 7), (256, 64), 8, 64
 
 
 @dataclass(frozen=True)
-class Case:
+class OperatorCase:
     """One way to call an operator. `variant` are keywords of the op's function below."""
 
     op: str
@@ -61,7 +61,7 @@ class Case:
     def traffic(self, arguments: tuple) -> tuple[int, int]:  # bytes and FLOPs, as the operator's docstring declares them
         return TRAFFIC[self.op](*arguments)
 
-    def small(self) -> "Case":
+    def small(self) -> "OperatorCase":
         return replace(self, size=SMALL_PACKED if len(self.size.txt) > 1 else SMALL)
 
 
@@ -72,21 +72,21 @@ PIXELS = 1024 * 1024  # that the VAE's operator gets
 WIDTHS = (96, 192, 384, 768, 144, 288, 576, 1152)
 
 
-def _cases_of_the_sampler(op: str) -> list[Case]:
+def _cases_of_the_sampler(op: str) -> list[OperatorCase]:
     common = {"size": _LATENTS, "default": True}
     return [
-        Case(op, "bf16", BF16, measured=True, **common),
-        Case(op, "fp16", FP16, **common),
-        Case(op, "fp32", FP32, measured=True, **common),
-        Case(op, "precise", FP32, variant={"prediction_dtype": BF16}, **common),
-        Case(op, "offset", BF16, variant={"shape": (1, 77, 64), "offset": 3}, **common),
-        Case(op, "odd channels", BF16, variant={"shape": (1, 77, 7)}, **common),
+        OperatorCase(op, "bf16", BF16, measured=True, **common),
+        OperatorCase(op, "fp16", FP16, **common),
+        OperatorCase(op, "fp32", FP32, measured=True, **common),
+        OperatorCase(op, "precise", FP32, variant={"prediction_dtype": BF16}, **common),
+        OperatorCase(op, "offset", BF16, variant={"shape": (1, 77, 64), "offset": 3}, **common),
+        OperatorCase(op, "odd channels", BF16, variant={"shape": (1, 77, 7)}, **common),
         # An argument that is 1 becomes a constant.
-        Case(op, "all ones", BF16, variant={"shape": (1, 1, 1), "steps": 1}, **common),
+        OperatorCase(op, "all ones", BF16, variant={"shape": (1, 1, 1), "steps": 1}, **common),
     ]
 
 
-def _cases_of_the_schedule() -> list[Case]:
+def _cases_of_the_schedule() -> list[OperatorCase]:
     variants = {
         "Qwen-Image": {},
         "Lightning": {"steps": 8, "arguments": (3.0, "dynamic", 0.0, 1000.0, False)},
@@ -96,14 +96,14 @@ def _cases_of_the_schedule() -> list[Case]:
         "shift 1, inverted": {"own": True, "arguments": (1.0, "static", 0.0, 1.0, True)},
     }
     common = {"op": "flow_match_schedule", "dtype": FP32, "default": True}
-    return [Case(name=n, variant=variant, measured=n == "Qwen-Image", **common) for n, variant in variants.items()]
+    return [OperatorCase(name=n, variant=variant, measured=n == "Qwen-Image", **common) for n, variant in variants.items()]
 
 
-def _cases_of_token_rows(op: str, **variant) -> list[Case]:
+def _cases_of_token_rows(op: str, **variant) -> list[OperatorCase]:
     """`variant` goes with every case."""
 
-    def case(name: str, dtype=BF16, size=MODEL, *, measured=False, default=False, **more) -> Case:
-        return Case(op, name, dtype, size, variant | more, measured, default)
+    def case(name: str, dtype=BF16, size=MODEL, *, measured=False, default=False, **more) -> OperatorCase:
+        return OperatorCase(op, name, dtype, size, variant | more, measured, default)
 
     found = [
         case("bf16", measured=True, default=True),
@@ -129,29 +129,29 @@ def _cases_of_token_rows(op: str, **variant) -> list[Case]:
     return found
 
 
-def _cases_of_heads(op: str) -> list[Case]:
+def _cases_of_heads(op: str) -> list[OperatorCase]:
     return [
-        Case(op, "bf16", BF16, measured=True, default=True),
-        Case(op, "fp16", FP16),
-        Case(op, "fp32", FP32, measured=True),
-        Case(op, "packed", BF16, PACKED, measured=True),
-        Case(op, "few rows", BF16, FEW),
-        Case(op, "rows by 16", BF16, GUIDED),
-        Case(op, "separate projections", BF16, variant={"layout": "rows"}),
-        Case(op, "offset", BF16, variant={"layout": "offset"}),
+        OperatorCase(op, "bf16", BF16, measured=True, default=True),
+        OperatorCase(op, "fp16", FP16),
+        OperatorCase(op, "fp32", FP32, measured=True),
+        OperatorCase(op, "packed", BF16, PACKED, measured=True),
+        OperatorCase(op, "few rows", BF16, FEW),
+        OperatorCase(op, "rows by 16", BF16, GUIDED),
+        OperatorCase(op, "separate projections", BF16, variant={"layout": "rows"}),
+        OperatorCase(op, "offset", BF16, variant={"layout": "offset"}),
         *(
-            Case(op, f"head_dim {size.head_dim}, {name}", dtype, size)
+            OperatorCase(op, f"head_dim {size.head_dim}, {name}", dtype, size)
             for size in (MIDDLE, TINY, TINIEST)
             for name, dtype in (("bf16", BF16), ("fp32", FP32))
         ),
     ]
 
 
-def _cases_of_the_vae(op: str) -> list[Case]:
+def _cases_of_the_vae(op: str) -> list[OperatorCase]:
     block = {"bias": True, "residual": True}  # between two residual blocks
 
-    def case(name: str, dtype=BF16, pixels=PIXELS, channels=96, *, measured=False, default=False, **variant) -> Case:
-        return Case(op, name, dtype, Size((), (pixels,), 1, channels), variant, measured, default)
+    def case(name: str, dtype=BF16, pixels=PIXELS, channels=96, *, measured=False, default=False, **variant) -> OperatorCase:
+        return OperatorCase(op, name, dtype, Size((), (pixels,), 1, channels), variant, measured, default)
 
     return [
         case("bf16", measured=True, default=True),
@@ -171,7 +171,7 @@ def _cases_of_the_vae(op: str) -> list[Case]:
     ]
 
 
-CASES: list[Case] = [
+CASES: list[OperatorCase] = [
     *_cases_of_the_schedule(),
     *_cases_of_the_sampler("euler_step"),
     *_cases_of_the_sampler("cfg_euler_step"),
@@ -180,9 +180,9 @@ CASES: list[Case] = [
     *_cases_of_token_rows("gated_residual_ada_layer_norm"),
     *_cases_of_heads("qk_norm_rope"),
     *_cases_of_heads("joint_attention"),
-    Case("joint_attention", "key mask", BF16, PACKED, {"masked": True}, default=True),
+    OperatorCase("joint_attention", "key mask", BF16, PACKED, {"masked": True}, default=True),
     *(
-        Case("joint_attention", f"key mask, {name}", dtype, size, {"masked": True, **layout})
+        OperatorCase("joint_attention", f"key mask, {name}", dtype, size, {"masked": True, **layout})
         for name, dtype, size, layout in (
             ("fp32", FP32, PACKED, {}),
             ("offset", BF16, PACKED, {"layout": "offset"}),
@@ -191,9 +191,9 @@ CASES: list[Case] = [
         )
     ),
     *_cases_of_token_rows("linear_gelu"),
-    Case("linear_gelu", "no bias", BF16, variant={"bias": False}),
+    OperatorCase("linear_gelu", "no bias", BF16, variant={"bias": False}),
     *_cases_of_token_rows("linear_gated_residual"),
-    Case("linear_gated_residual", "attention", BF16, variant={"expansion": 1}, measured=True),
-    Case("linear_gated_residual", "no bias", BF16, variant={"bias": False}),
+    OperatorCase("linear_gated_residual", "attention", BF16, variant={"expansion": 1}, measured=True),
+    OperatorCase("linear_gated_residual", "no bias", BF16, variant={"bias": False}),
     *_cases_of_the_vae("rms_norm_silu"),
 ]

@@ -24,10 +24,10 @@ from qwen_fast_kernels._triton import capability
 from ..shared.budget import IN_PLACE, LAUNCHES, LIMIT, in_float64, over_budget, relative_errors, results
 from ..shared.ceilings import Ceilings, kept_ceilings
 from ..shared.machine import PROVENANCE, Sampler, provenance
-from ..shared.rows import Rows, of_this_state
+from ..shared.rows import RowFile, of_this_state
 from ..shared.shapes import NEGATIVE_TOKENS, SHAPES
 from ..shared.watchdog import watched
-from .cases import BF16, FP32, PIXELS, Case, Maker, Size
+from .cases import BF16, FP32, PIXELS, Maker, OperatorCase, Size
 from .suite import DEVICE_CLOCK, sets
 from .work import Piece, floor_seconds
 
@@ -61,31 +61,33 @@ _OF_TOKENS = (
 _DECODER = ((PIXELS, 96), (PIXELS // 4, 192), (PIXELS // 16, 384))  # pixels and channels of the VAE's decoder at 1024x1024
 
 
-def model_cases() -> list[Case]:
+def model_cases() -> list[OperatorCase]:
     """What a picture runs, in bf16, the largest share of its time first."""
     cases = []
     for place, size in _SIZES.items():
         for op, kind, variant in _OF_TOKENS:
-            cases.append(Case(op, ", ".join(filter(None, (place, kind))), BF16, size, variant))
+            cases.append(OperatorCase(op, ", ".join(filter(None, (place, kind))), BF16, size, variant))
         predictions = len(size.img)
         op = "cfg_euler_step" if predictions > 1 else "euler_step"
-        cases.append(Case(op, place, BF16, Size((), size.img[:1])))
+        cases.append(OperatorCase(op, place, BF16, Size((), size.img[:1])))
         if place == "1024x1024, CFG":
             cases += [
-                Case("rms_norm_silu", f"{pixels} pixels, {channels} channels", BF16, Size((), (pixels,), 1, channels), variant)
+                OperatorCase(
+                    "rms_norm_silu", f"{pixels} pixels, {channels} channels", BF16, Size((), (pixels,), 1, channels), variant
+                )
                 for pixels, channels in _DECODER
                 for variant in ({"bias": True, "residual": True},)
             ]
-    return [*cases, Case("flow_match_schedule", "50 steps", FP32, variant={"steps": 50})]
+    return [*cases, OperatorCase("flow_match_schedule", "50 steps", FP32, variant={"steps": 50})]
 
 
-def ways(case: Case, device: torch.device) -> list[str]:
+def ways(case: OperatorCase, device: torch.device) -> list[str]:
     """The operator; Triton's kernel by itself too where the operator may choose another library."""
     kernel = case.op.startswith("linear") and device.type == "cuda" and case.name.startswith("1024x1024, CFG")
     return ["operator", "kernel"] if kernel else ["operator"]
 
 
-def runner(case: Case, way: str, arguments: tuple) -> Callable[[], object]:
+def runner(case: OperatorCase, way: str, arguments: tuple) -> Callable[[], object]:
     if way == "kernel":
         config = case.config(capability(arguments[0].device), arguments)
         return lambda: case.launch(arguments, config)
@@ -99,7 +101,7 @@ def runner(case: Case, way: str, arguments: tuple) -> Callable[[], object]:
 class Restored:
     """Arguments of which an operator that works in place gets its own back before every launch."""
 
-    def __init__(self, case: Case, arguments: tuple):
+    def __init__(self, case: OperatorCase, arguments: tuple):
         self._own = [arguments[n] for n in CHANGED.get(case.op, ()) if arguments[n] is not None]
         self._before = [tensor.clone() for tensor in self._own]
 
@@ -108,7 +110,7 @@ class Restored:
             tensor.copy_(before)
 
 
-def judged(case: Case, arguments: tuple, actual: Sequence[torch.Tensor]) -> tuple[str | None, dict[str, float]]:
+def judged(case: OperatorCase, arguments: tuple, actual: Sequence[torch.Tensor]) -> tuple[str | None, dict[str, float]]:
     """(why the result is wrong or None, its relative errors), against float64 and the budget of the dtype."""
     wide = in_float64(arguments)
     if case.op == "joint_attention":  # every score of two heads is 1 GB in float64
@@ -127,7 +129,7 @@ def judged(case: Case, arguments: tuple, actual: Sequence[torch.Tensor]) -> tupl
     return reason, found
 
 
-def equal_launches(case: Case, arguments: tuple, run: Callable[[], object], restore: Restored) -> int:
+def equal_launches(case: OperatorCase, arguments: tuple, run: Callable[[], object], restore: Restored) -> int:
     """How many launches, one behind the other, gave the first one's result to the bit."""
     first: list[torch.Tensor] = []
     for launch in range(LAUNCHES):
@@ -154,7 +156,7 @@ def timed(runs: Sequence[Callable[[], object]], device: torch.device, rounds: in
 
 
 @torch.no_grad()
-def measured(case: Case, way: str, device: torch.device, ceilings: Ceilings, row: dict) -> None:
+def measured(case: OperatorCase, way: str, device: torch.device, ceilings: Ceilings, row: dict) -> None:
     """Fill the row of a case; it has what was found where something fails."""
     arguments = case.arguments(Maker(device))
     if way == "kernel":
@@ -213,7 +215,7 @@ def main() -> int:
         small = (replace(case.small(), name=case.name, dtype=FP32) for case in cases)
         cases, dtype = list(small), FP32
         how |= {"shape": SHAPES["middle"], "tokens": 272}
-    rows = Rows(options.out / "operators_of_the_model.csv", FIELDS)
+    rows = RowFile(options.out / "operators_of_the_model.csv", FIELDS)
     before = of_this_state(rows.path, device)
     ceilings = kept_ceilings(options.ceilings, device, dtype, **how)
     for name, rate in ceilings.attention_tried.items():
@@ -233,7 +235,9 @@ def main() -> int:
     return int(faults > 0)
 
 
-def row_of(case: Case, way: str, device: torch.device, ceilings: Ceilings, rows: Rows, place: dict, limit: float) -> dict:
+def row_of(
+    case: OperatorCase, way: str, device: torch.device, ceilings: Ceilings, rows: RowFile, place: dict, limit: float
+) -> dict:
     """Measure a case and write its row, whatever comes."""
     row = place | {"op": case.op, "case": case.name, "size": str(case.size), "way": way}
     row |= {"dtype": str(case.dtype).removeprefix("torch."), "status": "failed", "reason": ""}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qwen_fast.cli.plot import new_figure
 
-from ..shared.shapes import Case, Shape
+from ..shared.shapes import PictureCase, Shape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -174,7 +174,7 @@ def point_of(row: Row) -> Point | None:
     if model is None or variant is None or not is_measured(row):
         return None
     width, height, steps, batch, text = (int(row[name]) for name in ("width", "height", "steps", "batch", "text_tokens"))
-    work = Case(width, height, steps, row["cfg"] == "True", batch, text, Shape(*map(int, model.groups()))).work()
+    work = PictureCase(width, height, steps, row["cfg"] == "True", batch, text, Shape(*map(int, model.groups()))).work()
     size = 4 if row["dtype"] == "float32" else 2
     moved = sum((m * k + k * n + m * n) * count for m, k, n, count in work.products)
     moved += sum(2 * (queries + keys) * heads * dim * count for queries, keys, heads, dim, count in work.attentions)

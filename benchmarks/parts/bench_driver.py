@@ -34,7 +34,7 @@ from ..operators.suite import Run, clock, sets
 from ..operators.work import Piece, count
 from ..shared.budget import assert_bit_equal
 from ..shared.stock import assert_same_latents, draw, in_float64, in_fp32, stock
-from .transformer import Case as Forwards
+from .transformer import StepForwards
 
 pytestmark = clock(host=True)
 STEPS, SCALE = 20, 4.0
@@ -160,11 +160,11 @@ def test_sampler(benchmark, measure, device, dtype, variant):
 
 
 @pytest.fixture(scope="module")
-def forwards(device) -> tuple[Forwards, list[torch.Tensor], list[torch.Tensor], list[Piece]]:
+def forwards(device) -> tuple[StepForwards, list[torch.Tensor], list[torch.Tensor], list[Piece]]:
     """One step's forwards on one model; stock's predictions, their float64 oracle, and the work."""
     sizes = ("four layers", 1024, (30, 6), torch.bfloat16) if device.type == "cuda" else ("middle", 256, (14, 6), torch.float32)
     with torch.no_grad():
-        case = Forwards(*sizes, device)
+        case = StepForwards(*sizes, device)
         exact = stock_of(case)
         exact.model.double()
         exact.latents, exact.timestep = case.latents.double(), case.timestep.double()
@@ -175,7 +175,7 @@ def forwards(device) -> tuple[Forwards, list[torch.Tensor], list[torch.Tensor], 
         return case, case.stock(), oracle, count(case.from_table_packed)
 
 
-def stock_of(case: Forwards) -> Forwards:
+def stock_of(case: StepForwards) -> StepForwards:
     """The same forwards on a copy of the model that is diffusers' own."""
     other = copy.copy(case)
     other.model = copy.deepcopy(case.model)

@@ -20,7 +20,7 @@ from qwen_fast.testing import build_checkpoint
 
 from ..shared.machine import provenance
 from ..shared.measure import interleaved
-from ..shared.rows import Rows
+from ..shared.rows import RowFile
 
 LAYERS, FEW, MANY = 60, 2, 6
 CALL = {"prompt": "a red circle", "negative_prompt": "blurry", "true_cfg_scale": 4.0, "height": 32, "width": 32}
@@ -53,7 +53,7 @@ def main() -> int:
         for way in ways.values():
             way()
         seconds = {key: min(values) for key, values in interleaved(ways, options.repeats, torch.device("cpu")).items()}
-    rows = Rows(options.append, FIELDS) if options.append else None
+    rows = RowFile(options.append, FIELDS) if options.append else None
     for who in ("stock", "qwen_fast"):
         few, many, watched = (seconds[who, name] for name in ("few", "many", "watched"))
         step = (many - few) / (MANY - FEW)

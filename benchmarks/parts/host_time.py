@@ -21,7 +21,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 
 from ..compiler.offline import active_driver
-from ..operators.cases import CASES, Case, Maker
+from ..operators.cases import CASES, Maker, OperatorCase
 
 # Those that launch through one helper; the products by Triton are not chosen by default.
 OPS = ("ada_layer_norm", "gated_residual", "gated_residual_ada_layer_norm", "qk_norm_rope", "rms_norm_silu")
@@ -73,17 +73,17 @@ def idle_driver() -> Iterator[IdleDriver]:
         yield idle
 
 
-def small_cases() -> list[Case]:
+def small_cases() -> list[OperatorCase]:
     """All of these operators, with few rows at their own widths, since only the host's work counts."""
 
-    def small(case: Case) -> Case:
+    def small(case: OperatorCase) -> OperatorCase:
         txt = tuple(range(5, 5 + len(case.size.txt)))
         return replace(case, size=replace(case.size, txt=txt, img=(20,) * len(case.size.img)))
 
     return [small(case) for case in CASES if case.op in OPS]
 
 
-def call(case: Case) -> Callable[[], object]:
+def call(case: OperatorCase) -> Callable[[], object]:
     """A call of the operator's implementation for CUDA."""
     function, arguments = getattr(case.module(), f"_{case.op}_cuda"), case.arguments(Maker("cpu"))
     return lambda: function(*arguments)

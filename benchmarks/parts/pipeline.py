@@ -20,7 +20,7 @@ from qwen_fast.testing import build_checkpoint
 
 from ..shared.machine import provenance
 from ..shared.measure import Difference, Spread, interleaved, ratio
-from ..shared.rows import Rows
+from ..shared.rows import RowFile
 
 # Sizes of the checkpoint: tiny shows what the driver costs, middle what a user would notice.
 MODELS = {
@@ -49,7 +49,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    rows = Rows(options.append, FIELDS) if options.append else None
+    rows = RowFile(options.append, FIELDS) if options.append else None
     with tempfile.TemporaryDirectory() as folder:
         for model, pixels, steps, scale in CASES:
             checkpoint = Path(folder, model)

@@ -16,7 +16,7 @@ import torch
 
 from ..attention.speed import fields_of, milliseconds, reason_of
 from ..shared.machine import PROVENANCE, Sampler, provenance
-from ..shared.rows import Rows
+from ..shared.rows import RowFile
 
 FIELDS = [*PROVENANCE, *("m", "k", "n", "way", "status", "reason", "rounds", "ms_p50", "ms_p20", "tflop_per_s", "gb_per_s")]
 WIDTH, SMALL_WIDTH = 3072, 32
@@ -75,7 +75,7 @@ def measured(m: int, k: int, n: int, way: str, runs: Sequence[Way], device: torc
 
 def measure(out: Path, device: torch.device, seconds: float) -> list[dict[str, str]]:
     """Every product in every way; the rows, which are in products.csv of `out` too."""
-    rows, place, found = Rows(out / "products.csv", FIELDS), provenance(device), []
+    rows, place, found = RowFile(out / "products.csv", FIELDS), provenance(device), []
     tokens, width = (TOKENS, WIDTH) if device.type == "cuda" else (SMALL_TOKENS, SMALL_WIDTH)
     for m, (k, n) in ((m, weight) for m in tokens for weight in weights(width)):
         sets = [ways(m, k, n, device) for _ in range(SETS)]

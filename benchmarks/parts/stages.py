@@ -23,9 +23,9 @@ from qwen_fast.testing import build_checkpoint
 from ..operators.bench_operators import stock_cfg_euler_step
 from ..shared.machine import PROVENANCE, provenance
 from ..shared.measure import Difference, Spread, interleaved, ratio, silence
-from ..shared.rows import Rows
+from ..shared.rows import RowFile
 from .pipeline import MODELS
-from .transformer import Case as Forwards
+from .transformer import StepForwards
 
 CASES = [  # model, pixels, steps, token counts of prompt and negative prompt in the forwards
     ("tiny", 64, 4, (14, 6)),
@@ -62,7 +62,7 @@ def stages(
 
     sigmas, index, scale = stock_schedule().clone(), torch.zeros(1, dtype=torch.int32), torch.tensor([4.0])
     stock_step, _ = stock_cfg_euler_step(latents, cond, uncond, sigmas, index, scale)
-    forwards = Forwards(model, pixels, tokens, torch.float32)
+    forwards = StepForwards(model, pixels, tokens, torch.float32)
     frame = torch.randn(1, 16, 1, pixels // 8, pixels // 8, generator=generator)
 
     def text(pipe: Any) -> Way:
@@ -103,7 +103,7 @@ def main() -> int:
     parser.add_argument("--append", type=Path, help="CSV file that gets a row for each stage")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = Rows(options.append, FIELDS) if options.append else None
+    rows = RowFile(options.append, FIELDS) if options.append else None
     with tempfile.TemporaryDirectory() as folder, silence():
         for model, pixels, steps, tokens in CASES:
             checkpoint = Path(folder, model)

@@ -26,7 +26,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import qwen_fast
 from qwen_fast.testing import build_checkpoint, initialize
-from qwen_fast.text.encoding import of_call
+from qwen_fast.text.encoding import prompts_of_call
 
 from ..shared.rows import append
 from ..shared.source import git
@@ -77,7 +77,7 @@ class Pair:
         torch.cuda.synchronize() if cuda else None
         begin = clock()
         arguments = {"prompt": prompts[0], "negative_prompt": prompts[-1], "true_cfg_scale": float(len(prompts))}
-        with of_call(pipe, arguments) if pipe is self.fast else contextlib.nullcontext():
+        with prompts_of_call(pipe, arguments) if pipe is self.fast else contextlib.nullcontext():
             embeds = [pipe.encode_prompt(prompt, device=self.device)[0] for prompt in prompts]
         torch.cuda.synchronize() if cuda else None
         return embeds, clock() - begin

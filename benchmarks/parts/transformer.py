@@ -22,7 +22,7 @@ from qwen_fast.transformer.modulation import FromTable
 
 from ..shared.machine import provenance
 from ..shared.measure import Difference, Spread, interleaved, ratio
-from ..shared.rows import Rows
+from ..shared.rows import RowFile
 
 MODELS = {
     "tiny": {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 32, "axes_dims_rope": (4, 14, 14)},
@@ -46,7 +46,7 @@ FIELDS = "date commit dirty machine torch diffusers dtype model pixels text_toke
 FIELDS += ["stock_p50", "fast_p20", "fast_p50", "fast_p80", "ratio_p50", "max_relative_difference"]
 
 
-class Case:
+class StepForwards:
     """Stock's and our ways to compute the two predictions of a step, on one model."""
 
     def __init__(
@@ -110,9 +110,9 @@ def main() -> int:
     parser.add_argument("--append", type=Path, help="CSV file that gets three rows a case")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = Rows(options.append, FIELDS) if options.append else None
+    rows = RowFile(options.append, FIELDS) if options.append else None
     for name, pixels, text_tokens, dtype in CASES:
-        case = Case(name, pixels, text_tokens, dtype)
+        case = StepForwards(name, pixels, text_tokens, dtype)
         ways = {"layers": case.layers, "table": case.from_table, "packed": case.from_table_packed}
         expected, differences = case.stock(), {}
         for mode, way in ways.items():

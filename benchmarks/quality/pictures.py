@@ -33,7 +33,7 @@ MANIFEST = "run.json"
 
 
 @dataclass(frozen=True)
-class Case:
+class SeededRequest:
     """A seed of noise and what its picture should show."""
 
     seed: int
@@ -53,9 +53,9 @@ class Pictures:
     latents: np.ndarray
 
 
-def cases(count: int) -> list[Case]:
+def cases(count: int) -> list[SeededRequest]:
     """Seeds 0 to count - 1, each with a request held out of training; a larger count begins with the same ones."""
-    return [Case(seed, request) for seed, request in enumerate(held_out_requests(count))]
+    return [SeededRequest(seed, request) for seed, request in enumerate(held_out_requests(count))]
 
 
 class Model:
@@ -167,7 +167,9 @@ def identity(model: Model, batch: int) -> dict[str, str]:
     }
 
 
-def draw(model: Model, name: str, mode: Mode, setting: Setting, todo: list[Case], batch: int, store: Store) -> Pictures:
+def draw(
+    model: Model, name: str, mode: Mode, setting: Setting, todo: list[SeededRequest], batch: int, store: Store
+) -> Pictures:
     """All pictures of a mode, from `store` where they are, else drawn and kept; progress goes to stdout.
 
     Args:
@@ -194,7 +196,7 @@ def draw(model: Model, name: str, mode: Mode, setting: Setting, todo: list[Case]
     return Pictures(*(np.concatenate([getattr(block, part) for block in done]) for part in ("pictures", "latents")))
 
 
-def _draw_block(pipe: Any, mode: Mode, setting: Setting, block: list[Case], batch: int) -> Pictures:
+def _draw_block(pipe: Any, mode: Mode, setting: Setting, block: list[SeededRequest], batch: int) -> Pictures:
     """Prompts of the same number of tokens go together: stock pads others, and padding is no business of a mode."""
 
     def tokens(index: int) -> int:
@@ -210,7 +212,7 @@ def _draw_block(pipe: Any, mode: Mode, setting: Setting, block: list[Case], batc
     return Pictures(np.stack(pictures), np.stack(latents))
 
 
-def _call(pipe: Any, mode: Mode, setting: Setting, some: list[Case]) -> tuple[list[np.ndarray], np.ndarray]:
+def _call(pipe: Any, mode: Mode, setting: Setting, some: list[SeededRequest]) -> tuple[list[np.ndarray], np.ndarray]:
     noise = torch.cat([initial_noise(pipe, setting, case.seed) for case in some])
     arguments = {**CALL, "num_inference_steps": setting.steps, **mode.call}
     if arguments["negative_prompt"] is not None:

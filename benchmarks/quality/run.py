@@ -27,11 +27,11 @@ from qwen_fast.demo import checkpoint
 from qwen_fast.demo.judge import Verdict, judge
 
 from ..shared.machine import PROVENANCE, provenance
-from ..shared.rows import Rows
+from ..shared.rows import RowFile
 from .metrics import FIELDS as METRICS
 from .metrics import Perceptual, latent_differences, psnr, ssim, summarise
 from .modes import MODES, Mode, Setting
-from .pictures import Case, Model, Pictures, Store, cases, draw, identity
+from .pictures import Model, Pictures, SeededRequest, Store, cases, draw, identity
 from .sheet import Line, contact_sheet
 
 LATENT_LIMIT = 2e-6  # fp32 on the CPU: largest difference in units of the picture's largest latent
@@ -53,7 +53,7 @@ class Result:
     references: list[Verdict]
     distances: dict[str, list[float]]
 
-    def scope(self, cases: Sequence[Case], things: tuple[int, ...]) -> dict[str, Any] | None:
+    def scope(self, cases: Sequence[SeededRequest], things: tuple[int, ...]) -> dict[str, Any] | None:
         """The figures over prompts of so many things; None: there is no such prompt."""
         which = [i for i, case in enumerate(cases) if len(case.request.things) in things]
         if not which:
@@ -63,7 +63,9 @@ class Result:
         return {"pictures": len(which)} | summarise(verdicts, references, distances)
 
 
-def measure(model: Model, modes: dict[str, Mode], setting: Setting, todo: list[Case], batch: int, store: Store) -> list[Result]:
+def measure(
+    model: Model, modes: dict[str, Mode], setting: Setting, todo: list[SeededRequest], batch: int, store: Store
+) -> list[Result]:
     """Draw, judge and compare every mode; references come before the modes that need them in `modes`."""
     perceptual = Perceptual(model.pipe(torch.float32).vae)
     drawn: dict[str, Pictures] = {}
@@ -86,7 +88,7 @@ def measure(model: Model, modes: dict[str, Mode], setting: Setting, todo: list[C
     return results
 
 
-def breaches(results: Sequence[Result], todo: Sequence[Case], device: torch.device) -> list[str]:
+def breaches(results: Sequence[Result], todo: Sequence[SeededRequest], device: torch.device) -> list[str]:
     """Where a mode that claims to be lossless is not, one line each."""
     found = []
     for result in results:
@@ -112,7 +114,7 @@ def breaches(results: Sequence[Result], todo: Sequence[Case], device: torch.devi
     return found
 
 
-def table(results: Sequence[Result], todo: Sequence[Case]) -> str:
+def table(results: Sequence[Result], todo: Sequence[SeededRequest]) -> str:
     """Markdown: one line for each mode and setting; prompt following with its interval of 95 %, then the distances."""
     parts = ("colour", "shape", "both")
     heads = ["mode", "size, steps", *(f"{part}, one thing" for part in parts), "all, one thing", "all, two things"]
@@ -139,7 +141,7 @@ def _share(figures: dict[str, Any] | None, part: str) -> str:
     return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
 
 
-def rows(results: Sequence[Result], todo: Sequence[Case], model: Model) -> list[dict[str, Any]]:
+def rows(results: Sequence[Result], todo: Sequence[SeededRequest], model: Model) -> list[dict[str, Any]]:
     """One row for each mode, setting and number of things in the prompt."""
     where = provenance(model.device)
     found = []
@@ -178,7 +180,7 @@ def with_references(names: Sequence[str]) -> dict[str, Mode]:
     return chosen
 
 
-def sheet(results: Sequence[Result], todo: Sequence[Case], columns: int) -> Any:
+def sheet(results: Sequence[Result], todo: Sequence[SeededRequest], columns: int) -> Any:
     """The contact sheet of one setting's results."""
     setting = results[0].setting
     lines = []
@@ -235,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--sheet {options.sheet}: a name ending in .png is needed")
         model = Model(folder, check_device(options.device))
         store = Store(options.out, identity(model, options.batch))
-        table_of_rows = Rows(options.append, FIELDS) if options.append else None
+        table_of_rows = RowFile(options.append, FIELDS) if options.append else None
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -50,7 +50,7 @@ FINAL = ("done", "failed")  # a stage that was cut short is run again
 _LEAST = 5.0  # with less time left no stage begins
 
 
-class State:
+class Progress:
     """Which stages of these sources are done: DIR/state.json, written whole after every change.
 
     Args:
@@ -97,7 +97,7 @@ def words_of(command: Sequence[str], out: Path, ptxas: str) -> list[str]:
 def run(
     stages: Sequence[Stage],
     out: Path,
-    state: State,
+    state: Progress,
     environment: dict[str, str],
     *,
     minutes: float,
@@ -282,7 +282,7 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error("--out DIR is needed")
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    state = State(out / "state.json", key + (" dry run" if options.dry_run else ""))
+    state = Progress(out / "state.json", key + (" dry run" if options.dry_run else ""))
     print(f"sources: {key}{', which differ from the commit' if dirty == 'True' else ''}", flush=True)
     for name in options.again:
         state.set(name, "not run", why="asked for again")

@@ -23,7 +23,7 @@ from qwen_fast.common.hardware import unsupported_reason
 from qwen_fast_kernels import joint_attention
 
 from .measure import Difference, Stopwatch
-from .shapes import QWEN_IMAGE, SHAPES, Case, Shape
+from .shapes import QWEN_IMAGE, SHAPES, PictureCase, Shape
 
 _ROTATED = 3  # sets of buffers; one of a block's weights in bf16 is 226 MB, four times an H200's L2
 _PROBE_SECONDS = 0.1  # how long each attention runs to find the fastest
@@ -63,7 +63,7 @@ class Ceilings:
     clock: str
     refused: dict[str, str] = field(default_factory=dict)
 
-    def floor_seconds(self, case: Case, dtype: str | None = None) -> float:
+    def floor_seconds(self, case: PictureCase, dtype: str | None = None) -> float:
         """The least that one step of `case` takes here, with products in `dtype` (default: the model's own).
 
         A product takes the longer of its FLOPs and its bytes; see `Case.work` for what counts.

@@ -54,7 +54,7 @@ def of_this_state(path: Path, device: Any) -> list[dict[str, str]]:
     return [row for row in read(path) if here.items() <= row.items()]
 
 
-class Rows:
+class RowFile:
     """A CSV file that takes one row after the other, each on the disk before the next is measured.
 
     A file that rows of these columns cannot follow is left as it is, and name-1.csv, name-2.csv, ... is taken.
@@ -101,8 +101,8 @@ class Rows:
 
 
 def append(path: Path, fields: list[str], rows: Iterable[list[Any]]) -> None:
-    """Add `rows`, whose values are in the order of `fields`, to the CSV file; see `Rows`."""
-    file = Rows(path, fields)
+    """Add `rows`, whose values are in the order of `fields`, to the CSV file; see `RowFile`."""
+    file = RowFile(path, fields)
     if file.note:
         print(file.note)
     for row in rows:

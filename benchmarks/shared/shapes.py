@@ -69,7 +69,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Case:
+class PictureCase:
     """One picture size, step count, guidance, batch and text length on a model of `shape`."""
 
     width: int = 1024
@@ -118,9 +118,9 @@ class Case:
         return Work(tuple(products), tuple(attentions))
 
 
-def default_cases(shape: Shape) -> list[Case]:
+def default_cases(shape: Shape) -> list[PictureCase]:
     """What a borrowed GPU is worth: the picture everybody quotes, launch-bound sizes, few steps, a ragged batch, long text."""
-    base = Case(shape=shape)
+    base = PictureCase(shape=shape)
     return [
         base,
         replace(base, width=512, height=512, steps=20),
@@ -131,23 +131,23 @@ def default_cases(shape: Shape) -> list[Case]:
     ]
 
 
-def full_cases(shape: Shape) -> list[Case]:
+def full_cases(shape: Shape) -> list[PictureCase]:
     """Every size x steps x guidance x batch x text length, the picture everybody quotes first."""
     grid = [
-        Case(width, height, steps, cfg, batch, text, shape)
+        PictureCase(width, height, steps, cfg, batch, text, shape)
         for width, height in ((512, 512), (768, 768), (1024, 1024), (1328, 1328), (1664, 928))
         for batch in (1, 4)
         for text in (16, 128, 512)
         for cfg in (True, False)
         for steps in (4, 8, 20, 50)
     ]
-    return sorted(grid, key=lambda case: case != Case(shape=shape))
+    return sorted(grid, key=lambda case: case != PictureCase(shape=shape))
 
 
-def small_cases(shape: Shape) -> list[Case]:
+def small_cases(shape: Shape) -> list[PictureCase]:
     """The default on a CPU."""
     return [
-        Case(256, 256, 20, True, 1, 16, shape),
-        Case(256, 256, 4, False, 1, 16, shape),
-        Case(128, 128, 4, True, 4, 16, shape),
+        PictureCase(256, 256, 20, True, 1, 16, shape),
+        PictureCase(256, 256, 4, False, 1, 16, shape),
+        PictureCase(128, 128, 4, True, 4, 16, shape),
     ]

@@ -13,13 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ..compiler.offline import compile_only
 from ..compiler.table import SHARED_LIMIT, faults, machine_code
-from ..operators.cases import Case, Maker
+from ..operators.cases import Maker, OperatorCase
 from .cases import CASES
 
 _WORKER = "from qwen_fast.cli.benchmarks import benchmarks; benchmarks('tuning.precompile').worker()"
 
 
-def compile_one(case: Case, config: dict, log: list, shared_limit: int) -> str | None:
+def compile_one(case: OperatorCase, config: dict, log: list, shared_limit: int) -> str | None:
     """Why a configuration is not worth a launch, or None. `log` is that of the `compile_only` around it."""
     log.clear()
     try:
@@ -67,7 +67,7 @@ def answers(command: list[str], share: dict, environment: dict) -> Iterator[str 
 
 
 def precompile(
-    wanted: list[tuple[Case, dict]], capability: int, shared_limit: int | None = None, jobs: int | None = None
+    wanted: list[tuple[OperatorCase, dict]], capability: int, shared_limit: int | None = None, jobs: int | None = None
 ) -> list[str | None]:
     """Compile each case with its configuration for a GPU; a reason not to launch it, or None, for each.
 

@@ -19,7 +19,7 @@ from qwen_fast_kernels.tuning import CONFIGS, dims_of, file_name, read_entries
 
 from ..compiler.table import source_hash
 from ..operators.arguments import DIMENSIONS
-from ..operators.cases import Case, Maker
+from ..operators.cases import Maker, OperatorCase
 from ..shared.budget import IN_PLACE, in_float64, over_budget, results
 from ..shared.machine import provenance
 from .cases import CASES
@@ -35,13 +35,13 @@ _MOST_SETS = 8  # of arguments that a measurement goes through
 class Task:
     """A case and its candidates for one GPU."""
 
-    case: Case
+    case: OperatorCase
     dims: dict
     default: dict
     candidates: list[dict] = field(repr=False)
 
     @classmethod
-    def of(cls, case: Case, capability: int) -> "Task":
+    def of(cls, case: OperatorCase, capability: int) -> "Task":
         default_config = case.module().default_config
         dims = DIMENSIONS[case.op](*case.arguments(Maker("meta", fake=True)))
         default, named = default_config(capability, *dims), dims_of(default_config, dims)
@@ -213,7 +213,7 @@ def summary(results: list[tuple[Task, Outcome | None]]) -> Iterator[str]:
 # On the GPU -----------------------------------------------------------------------------------------------------------
 
 
-def launch(case: Case, arguments: tuple, config: dict) -> object:
+def launch(case: OperatorCase, arguments: tuple, config: dict) -> object:
     """What the operator does with this configuration: the library where that is what it says, else its kernel."""
     if config.get("BACKEND") == "cublaslt":
         return case.module()._linear_gelu_cublaslt(*arguments)
@@ -226,7 +226,7 @@ class Checker:
     Its arguments have the model's width and rows; an attention has a few of the heads, since they do not know each other.
     """
 
-    def __init__(self, case: Case, device: torch.device):
+    def __init__(self, case: OperatorCase, device: torch.device):
         if case.op == "joint_attention":
             case = replace(case, size=replace(case.size, heads=min(case.size.heads, _CHECK_HEADS)))
         self.case, self._arguments = case, case.arguments(Maker(device))
@@ -266,7 +266,7 @@ class Timer:
     A graph, since the host needs longer for a launch than the smaller kernels run.
     """
 
-    def __init__(self, case: Case, device: torch.device):
+    def __init__(self, case: OperatorCase, device: torch.device):
         self.case, self.device = case, device
         make = Maker(device)
         self._sets = [case.arguments(make)]

@@ -12,6 +12,8 @@ FAMILY = (
     "QwenImageControlNetInpaintPipeline",
 )
 
+# Those whose checkpoints draw from text alone: they differ in code only, not in their components.
+TEXT_TO_IMAGE = FAMILY[:3]
 
 PIXELS_PER_TOKEN = 16  # the VAE's factor 8, times the transformer's 2x2 patches
 

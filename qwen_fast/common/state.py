@@ -23,7 +23,7 @@ class State:
 
     Attributes:
         options: as `enable` was last told.
-        texts: what is kept of prompts and of the text encoder, see text.Texts.
+        texts: what is kept of prompts and of the text encoder, see text.encoding.TextState.
         calls: fast calls so far, by operator.
         fallbacks: calls left to stock diffusers, by reason.
         stock_scheduler: the scheduler to give back, where ours took its place.

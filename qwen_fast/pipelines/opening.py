@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import versions
+from ..common.family import TEXT_TO_IMAGE
+
 if TYPE_CHECKING:
     import torch
-
-# They differ in code only, not in their components.
-TEXT_TO_IMAGE = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
 
 
 @contextlib.contextmanager
@@ -48,9 +48,10 @@ def load_pipeline(
 
     loras = loras or []
     sources = [_lora_source(name, Path(model)) for name, _ in loras]  # before minutes of loading
-    from .. import QwenImagePipeline
+    versions.check()
     from ..common.stages import stage
     from ..loading import check_folder, load
+    from .text_to_image import QwenImagePipeline
 
     check_folder(model, hub_ids=True)
     kind = diffusers.QwenImagePipeline.load_config(model).get("_class_name")

@@ -11,7 +11,7 @@ import torch
 from ..common.hardware import unsupported_reason
 from ..common.own import foreign_methods, foreign_on
 from ..common.stages import on_device, staged
-from ..text.encoding import of_call as texts_of_call
+from ..text.encoding import prompts_of_call
 from ..transformer.call import ATTACHED, Call, accelerated, entered
 from ..transformer.modulation import FromScheduledTable
 from ..transformer.modulation_weights import table_reason
@@ -67,7 +67,7 @@ def in_stocks_loop(pipe: Any, stock: type, args: tuple[Any, ...], kwargs: dict[s
         return run(*bound.args, **bound.kwargs)
     if pipe.transformer.dtype.is_floating_point:  # else it is known in the forward, which asks too
         pipe.require_kernels(pipe.transformer.dtype, device)
-    texts = texts_of_call(pipe, bound.arguments)
+    texts = prompts_of_call(pipe, bound.arguments)
     with texts, on_device(device), pipe._images(), accelerated(pipe.transformer, state) as call:
         _settle(pipe, call)
         callback = bound.arguments.get("callback_on_step_end")

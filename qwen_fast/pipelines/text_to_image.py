@@ -23,7 +23,7 @@ from ..denoise.loop import denoise
 from ..loading import check_folder, load
 from ..schedule import Schedule
 from ..text.encoding import configure as configure_texts
-from ..text.encoding import of_call as texts_of_call
+from ..text.encoding import prompts_of_call
 from . import cache_dit
 from .base import AcceleratedPipeline, without_no_grad
 from .callbacks import Callback
@@ -112,7 +112,7 @@ class QwenImagePipeline(AcceleratedPipeline, STOCK):
                 return without_no_grad(STOCK.__call__)(self, *args, **kwargs)
         arguments = dict(bound.arguments)
         arguments.pop("self")
-        with texts_of_call(self, arguments), on_device(device):
+        with prompts_of_call(self, arguments), on_device(device):
             return self._sample(device, **arguments)
 
     def _call_was_replaced(self) -> bool:

@@ -30,14 +30,14 @@ from .watch import EncoderWatch
 STOCK = transformers.Qwen2_5_VLForConditionalGeneration
 
 
-class Row(NamedTuple):
+class TokenizedPrompt(NamedTuple):
     """A tokenized prompt as it goes into the encoder: padded to the width of the list that it came in."""
 
     ids: tuple[int, ...]
     mask: tuple[int, ...]
 
 
-class Texts:
+class TextState:
     """What one pipeline keeps for its prompts. A copy starts with an empty cache.
 
     Attributes:
@@ -71,7 +71,7 @@ class Texts:
         else:
             self.content, self.uncached = self.watch.look(encoder)
 
-    def digest(self, row: Row, drop: int, device: torch.device, rows: dict[int, int] | None) -> str | None:
+    def digest(self, row: TokenizedPrompt, drop: int, device: torch.device, rows: dict[int, int] | None) -> str | None:
         """Name of a prompt: the same in every process that would compute the same bits.
 
         Args:
@@ -114,7 +114,7 @@ def configure(pipe: Any, state: State) -> None:
     texts = state.texts
     if texts is None or (texts.option, texts.cache.folder) != (option, folder):
         cache = PromptCache(folder=folder) if option is not None else PromptCache(max_bytes=0)
-        fresh = Texts(option, cache, placement)
+        fresh = TextState(option, cache, placement)
         if texts is not None:
             fresh.resting, fresh.freed, fresh.content, fresh.dtype = texts.resting, texts.freed, texts.content, texts.dtype
             fresh.watch = texts.watch
@@ -125,7 +125,7 @@ def configure(pipe: Any, state: State) -> None:
 
 
 @contextlib.contextmanager
-def of_call(pipe: Any, arguments: dict[str, Any]) -> Iterator[None]:
+def prompts_of_call(pipe: Any, arguments: dict[str, Any]) -> Iterator[None]:
     """Inside, `pipe` encodes the prompt and the negative prompt of a call together when the first of them is asked for.
 
     Args:
@@ -227,8 +227,8 @@ def _encode(pipe: Any, lists: list[list[str]], device: torch.device) -> list[lis
     tokens = None
     if texts.content is not None:
         tokens = texts.watch.rows(pipe.text_encoder, (token for own in rows for row in own for token in row.ids))
-    encoded: dict[Row, Encoded] = {}
-    missing: dict[int, dict[Row, str | None]] = {}  # by width
+    encoded: dict[TokenizedPrompt, Encoded] = {}
+    missing: dict[int, dict[TokenizedPrompt, str | None]] = {}  # by width
     for row in dict.fromkeys(row for own in rows for row in own):
         digest = texts.digest(row, drop, device, tokens)
         found = None if digest is None else texts.cache.get(digest, device)
@@ -254,7 +254,7 @@ def _encode(pipe: Any, lists: list[list[str]], device: torch.device) -> list[lis
     return [[encoded[row] for row in own] for own in rows]
 
 
-def _tokenized(pipe: Any, prompts: list[str]) -> list[Row]:
+def _tokenized(pipe: Any, prompts: list[str]) -> list[TokenizedPrompt]:
     drop = pipe.prompt_template_encode_start_idx
     tokens = pipe.tokenizer(
         [pipe.prompt_template_encode.format(prompt) for prompt in prompts],
@@ -264,10 +264,10 @@ def _tokenized(pipe: Any, prompts: list[str]) -> list[Row]:
         return_tensors="pt",
     )
     both = zip(tokens.input_ids.tolist(), tokens.attention_mask.tolist(), strict=True)
-    return [Row(tuple(ids), tuple(mask)) for ids, mask in both]
+    return [TokenizedPrompt(tuple(ids), tuple(mask)) for ids, mask in both]
 
 
-def _hidden_states(pipe: Any, rows: list[Row], device: torch.device) -> torch.Tensor:
+def _hidden_states(pipe: Any, rows: list[TokenizedPrompt], device: torch.device) -> torch.Tensor:
     """`[B, S, C_txt]` after the final norm, for rows of one width."""
     state, encoder = pipe.fast_state, pipe.text_encoder
     ids = torch.tensor([row.ids for row in rows], device=device)

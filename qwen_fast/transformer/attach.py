@@ -7,7 +7,7 @@ import torch
 from ..common.hooks import rebind_forward
 from ..common.state import State, logger
 from .block_module import STOCK_BLOCK, QwenImageTransformerBlock
-from .call import ATTACHED, Attachment
+from .call import ATTACHED, ModelState
 from .model import STOCK, QwenImageTransformer2DModel, swap_blocks
 from .modulation_weights import keep_on_host, offloaded, rests_on_host, return_to_device, settle
 
@@ -18,24 +18,24 @@ def attach(model: torch.nn.Module, state: State) -> str | None:
     """Make `model` ours for the calls of the pipeline that `state` belongs to; returns why it cannot be, or None."""
     if type(model) not in (STOCK, QwenImageTransformer2DModel):
         return f"transformer is a {type(model).__name__}, not a QwenImageTransformer2DModel"
-    attachment = model.__dict__.get(ATTACHED)
-    if attachment is None:
-        attachment = model.__dict__[ATTACHED] = Attachment()
+    kept = model.__dict__.get(ATTACHED)
+    if kept is None:
+        kept = model.__dict__[ATTACHED] = ModelState()
         model.__class__ = QwenImageTransformer2DModel
         rebind_forward(model)
         swap_blocks(model, STOCK_BLOCK, QwenImageTransformerBlock)
-    attachment.users.add(state)
+    kept.users.add(state)
     return None
 
 
 def settle_modulation(model: torch.nn.Module, device: torch.device, coming: Callable[[], int]) -> None:
     """See `modulation_weights.settle`; a call that finds all as it was decided for decides nothing."""
-    attachment = model.__dict__[ATTACHED]
-    wish = max((user.options.modulation for user in attachment.users), key=_WISHES.index)
+    kept = model.__dict__[ATTACHED]
+    wish = max((user.options.modulation for user in kept.users), key=_WISHES.index)
     asked = wish, device, offloaded(model)
-    if attachment.settled != asked:
+    if kept.settled != asked:
         settle(model, wish, device, coming)
-        attachment.settled = asked
+        kept.settled = asked
     elif rests_on_host(model):
         keep_on_host(model)  # brings home what strayed: a LoRA loaded since
 
@@ -48,10 +48,10 @@ def detach(model: torch.nn.Module, state: State, *, forced: bool = True) -> bool
     Raises:
         RuntimeError: memory is too short, and then nothing has changed.
     """
-    attachment = model.__dict__.get(ATTACHED)
-    if attachment is None:
+    kept = model.__dict__.get(ATTACHED)
+    if kept is None:
         return True
-    if not any(user.options.modulation in ("auto", "host") for user in attachment.users if user is not state):
+    if not any(user.options.modulation in ("auto", "host") for user in kept.users if user is not state):
         try:
             return_to_device(model)
         except RuntimeError as error:
@@ -59,9 +59,9 @@ def detach(model: torch.nn.Module, state: State, *, forced: bool = True) -> bool
                 raise
             logger.warning("stock's forwards bring the modulation weights from host memory each time: %s", error)
             return False
-        attachment.settled = None
-    attachment.users.discard(state)
-    if not attachment.users and attachment.own is None:
+        kept.settled = None
+    kept.users.discard(state)
+    if not kept.users and kept.own is None:
         del model.__dict__[ATTACHED]
         model.__class__ = STOCK
         rebind_forward(model)

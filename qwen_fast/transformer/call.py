@@ -24,7 +24,7 @@ ATTACHED = "_qwen_fast_attachment"  # the one attribute that an attached model c
 
 
 @dataclass(eq=False)
-class Attachment:
+class ModelState:
     """What an attached model carries: who uses it, and what is computed from sizes and weights once.
 
     A copy of the model, or one read back from a file, starts with empty caches.
@@ -46,12 +46,12 @@ class Attachment:
             for key in [key for key in kept if device not in key]:
                 del kept[key]
 
-    def __deepcopy__(self, memo: dict) -> "Attachment":
+    def __deepcopy__(self, memo: dict) -> "ModelState":
         users = weakref.WeakSet(copy.deepcopy(user, memo) for user in self.users)
-        return Attachment(users=users, own=copy.deepcopy(self.own, memo))
+        return ModelState(users=users, own=copy.deepcopy(self.own, memo))
 
     def __reduce__(self):
-        return Attachment, ()
+        return ModelState, ()
 
 
 @dataclass

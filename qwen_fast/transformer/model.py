@@ -26,7 +26,7 @@ from ..common.proofs import require_transformer
 from ..common.state import State
 from .block_module import STOCK_BLOCK, QwenImageTransformerBlock, context_reason
 from .blocks import TableRows, TokenStream, as_batches
-from .call import ATTACHED, CALL, Attachment, Call, PromptBatch, SharedForward, entered, lora_scale
+from .call import ATTACHED, CALL, Call, ModelState, PromptBatch, SharedForward, entered, lora_scale
 from .layout import ImageShapes, Layout, build_layout, check_image_shapes, lay_out
 from .linear import linear_into
 from .modulation import FromLayers, ModulationSource
@@ -50,7 +50,7 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
     @functools.wraps(STOCK.__init__)  # the configuration is read from this signature
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.__dict__[ATTACHED] = Attachment(own=State(Options(modulation="layers")))
+        self.__dict__[ATTACHED] = ModelState(own=State(Options(modulation="layers")))
         swap_blocks(self, STOCK_BLOCK, QwenImageTransformerBlock)
 
     @functools.wraps(STOCK.forward)  # pipelines read its signature
@@ -359,10 +359,10 @@ def _call_of(model: torch.nn.Module) -> Call | None:
     call = CALL.get()
     if call is not None:
         return call if call.model is model else None
-    attachment = model.__dict__.get(ATTACHED)
-    if attachment is None or attachment.own is None:
+    kept = model.__dict__.get(ATTACHED)
+    if kept is None or kept.own is None:
         return None
-    return Call(model, attachment.own, survey=model.look())
+    return Call(model, kept.own, survey=model.look())
 
 
 def _through(stream, parts, index, source, following, plan, is_last) -> None:

@@ -58,7 +58,7 @@ def test_a_way_that_hangs_and_one_that_crashes_cost_no_other(tmp_path, monkeypat
 
 @pytest.mark.parametrize("fault", [None, "scale", "tail", "noise", "moving", "nan"])
 def test_faults_of_an_attention_are_seen(fault):
-    case = attention_check.Case("joint_attention", "packed", torch.bfloat16, attention_check._SMALL)
+    case = attention_check.OperatorCase("joint_attention", "packed", torch.bfloat16, attention_check._SMALL)
     arguments = case.arguments(attention_check.Maker("cpu"))
     right = attention_check.launcher("operator", case, arguments)
     seeds = iter(range(100))
@@ -89,7 +89,7 @@ def test_the_way_that_is_right_is_what_the_operator_takes_from_then_on(tmp_path,
     monkeypatch.setattr(tuning, "device_name", lambda device: "A GPU")
     monkeypatch.setattr(tuning, "capability", lambda device: 90)
     path = attention_check.write_config("pointers", torch.device("cpu"))
-    case = attention_check.Case("joint_attention", "packed", torch.bfloat16)
+    case = attention_check.OperatorCase("joint_attention", "packed", torch.bfloat16)
     dims = attention_check.DIMENSIONS["joint_attention"](*case.arguments(attention_check.Maker("meta", fake=True)))
     tuning.get_config.cache_clear()
     tuning._measured.cache_clear()

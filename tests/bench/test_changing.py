@@ -11,12 +11,12 @@ from benchmarks.ladder.changing import Changing, varied
 from benchmarks.ladder.rung import NotMeasured, Rung
 from benchmarks.ladder.rungs import ENABLED, STEPS
 from benchmarks.ladder.stock import STOCK
-from benchmarks.shared.rows import Rows, read
-from benchmarks.shared.shapes import SHAPES, Case
+from benchmarks.shared.rows import RowFile, read
+from benchmarks.shared.shapes import SHAPES, PictureCase
 from qwen_fast.cli import main
 
 CPU, TINY = torch.device("cpu"), SHAPES["tiny"]
-CASE = Case(128, 128, 6, True, 1, 16, TINY)
+CASE = PictureCase(128, 128, 6, True, 1, 16, TINY)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def run(pipe, tmp_path):
     """Measures rungs on one case; gives the rows by their rung, and what was said."""
 
     def measure(*rungs, case=CASE, before=()):
-        said, rows = [], Rows(tmp_path / "changing.csv", changing.FIELDS)
+        said, rows = [], RowFile(tmp_path / "changing.csv", changing.FIELDS)
         found = Changing(pipe, "tiny", [case], list(rungs), rows, list(before), say=said.append).run()
         return {row["rung"]: row for row in found}, "\n".join(said), read(rows.path)
 
@@ -37,14 +37,14 @@ def run(pipe, tmp_path):
 
 
 def test_sizes_and_prompts_differ_and_their_token_counts_hardly():
-    for case in (Case(), Case(512, 512), Case(steps=8, cfg=False), CASE):
+    for case in (PictureCase(), PictureCase(512, 512), PictureCase(steps=8, cfg=False), CASE):
         cases = varied(case)
         assert cases[0] == case and len({(one.width, one.height) for one in cases}) == len({one.text for one in cases}) == 4
         assert all(one.width % 16 == one.height % 16 == 0 and one.steps == case.steps for one in cases)
         tokens = [one.image_tokens for one in cases]
         assert min(tokens) > 0.9 * max(tokens) and (case is CASE or len(set(tokens)) == 4)
     with pytest.raises(ValueError, match="too small for 4 sizes"):
-        varied(Case(32, 32, text=2, shape=TINY))
+        varied(PictureCase(32, 32, text=2, shape=TINY))
 
 
 def test_every_way_draws_each_size_once_and_the_last_one_twice(run, pipe, monkeypatch):

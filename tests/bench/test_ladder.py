@@ -21,7 +21,7 @@ from benchmarks.ladder.rung import NotMeasured, Rung
 from benchmarks.ladder.rungs import ENABLED, GRAPH, OURS, PACKED, STEPS
 from benchmarks.ladder.stock import COMPARED, COMPILED, STOCK
 from benchmarks.shared.rows import read
-from benchmarks.shared.shapes import SHAPES, Case
+from benchmarks.shared.shapes import SHAPES, PictureCase
 from benchmarks.shared.watchdog import GO_ON
 from qwen_fast.cli import main
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])}
 TINY = SHAPES["tiny"]
 CPU = torch.device("cpu")
-CASE = Case(32, 48, 3, True, 1, 8, TINY)
+CASE = PictureCase(32, 48, 3, True, 1, 8, TINY)
 
 
 @pytest.fixture(scope="module")
@@ -238,14 +238,14 @@ def test_a_rung_that_hangs_has_its_row_and_the_next_run_goes_on_behind_it(tmp_pa
 import contextlib, sys, time, torch
 from benchmarks.ladder import run as bench
 from benchmarks.ladder.rungs import STEPS, STOCK, Rung
-from benchmarks.shared.shapes import SHAPES, Case
+from benchmarks.shared.shapes import SHAPES, PictureCase
 
 @contextlib.contextmanager
 def hang(pipe, case):
     time.sleep(60)
     yield ""
 
-case = Case(32, 48, 2, False, 1, 8, SHAPES["tiny"])
+case = PictureCase(32, 48, 2, False, 1, 8, SHAPES["tiny"])
 bench.plan = lambda _: [(case, [STOCK, Rung("hanging", hang), STEPS[0]])]
 options = bench.Options(torch.device("cpu"), torch.float32, shape=SHAPES["tiny"], repeats=1, ceiling_seconds=1e-3)
 options.out, options.limit, options.resume = sys.argv[1], 12.0, True
@@ -276,7 +276,7 @@ def test_memory_is_checked_before_anything_is_allocated(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "random_pipeline", lambda *_: pytest.fail("allocated"))
     monkeypatch.setattr(bench, "kept_ceilings", lambda *_, **__: pytest.fail("measured"))
     monkeypatch.setattr(models, "free_memory", lambda device: 2**28)
-    options = bench.Options(CPU, torch.bfloat16, cases=[Case()], out=tmp_path)
+    options = bench.Options(CPU, torch.bfloat16, cases=[PictureCase()], out=tmp_path)
     with pytest.raises(ValueError, match=r"60 layers needs about 4\d\.\d GiB.*0\.2 GiB are free; nothing was allocated"):
         bench.run(options)
     monkeypatch.setattr(models, "free_memory", lambda device: 30 * 2**30)
@@ -284,9 +284,14 @@ def test_memory_is_checked_before_anything_is_allocated(tmp_path, monkeypatch):
     assert 40 <= bench.smaller(options, said.append).cases[0].shape.layers < 50
     assert "SMALLER MODEL" in said[0] and "of the 60 layers" in said[0]
     with pytest.raises(ValueError, match=r"--layers 4\d would fit"):
-        models.check_memory([Case()], CPU, torch.bfloat16)
-    assert models.memory_needed(Case(shape=dataclasses.replace(Case().shape, layers=40)), torch.bfloat16) < 30 * 2**30
-    assert models.memory_needed(Case(), torch.float32) > 1.9 * models.memory_needed(Case(), torch.bfloat16) - 2**32
+        models.check_memory([PictureCase()], CPU, torch.bfloat16)
+    assert (
+        models.memory_needed(PictureCase(shape=dataclasses.replace(PictureCase().shape, layers=40)), torch.bfloat16)
+        < 30 * 2**30
+    )
+    assert (
+        models.memory_needed(PictureCase(), torch.float32) > 1.9 * models.memory_needed(PictureCase(), torch.bfloat16) - 2**32
+    )
 
 
 def test_skipped_rungs_and_unknown_ones():

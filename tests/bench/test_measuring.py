@@ -16,8 +16,8 @@ from benchmarks.ladder import models
 from benchmarks.shared import machine
 from benchmarks.shared.ceilings import Ceilings, measure_ceilings, sustained
 from benchmarks.shared.measure import Difference, Spread, clocked, exact_latents, interleaved, ratio
-from benchmarks.shared.rows import Rows, append, read
-from benchmarks.shared.shapes import NEGATIVE_TOKENS, QWEN_IMAGE, SHAPES, Case, default_cases, full_cases
+from benchmarks.shared.rows import RowFile, append, read
+from benchmarks.shared.shapes import NEGATIVE_TOKENS, QWEN_IMAGE, SHAPES, PictureCase, default_cases, full_cases
 
 TINY = SHAPES["tiny"]
 CPU = torch.device("cpu")
@@ -29,11 +29,11 @@ FIELDS = ["a", "b"]
 
 def test_rows_are_on_the_disk_one_by_one_and_earlier_ones_stay(tmp_path):
     path = tmp_path / "new" / "rows.csv"
-    first = Rows(path, FIELDS)
+    first = RowFile(path, FIELDS)
     first.add({"a": 1, "b": 'x, "y"\nz'})
     assert read(path) == [{"a": "1", "b": 'x, "y"\nz'}] and first.note is None
     before = path.read_bytes()
-    Rows(path, FIELDS).add({"b": 2})
+    RowFile(path, FIELDS).add({"b": 2})
     assert path.read_bytes().startswith(before) and read(path)[1] == {"a": "", "b": "2"}
     with pytest.raises(KeyError, match="no column c"):
         first.add({"c": 3})
@@ -53,12 +53,12 @@ def test_rows_are_on_the_disk_one_by_one_and_earlier_ones_stay(tmp_path):
 def test_a_damaged_file_is_named_left_alone_and_gets_a_neighbour(tmp_path, content, message):
     path = tmp_path / "rows.csv"
     path.write_bytes(content)
-    rows = Rows(path, FIELDS)
+    rows = RowFile(path, FIELDS)
     rows.add({"a": 1, "b": 2})
     assert path.read_bytes() == content
     assert message in rows.note and "rows-1.csv" in rows.note and str(path) in rows.note
     assert read(tmp_path / "rows-1.csv") == [{"a": "1", "b": "2"}]
-    assert Rows(path, FIELDS).path == rows.path, "and that one is gone on with"
+    assert RowFile(path, FIELDS).path == rows.path, "and that one is gone on with"
     if "half" in message:
         with pytest.raises(ValueError, match="half-written"):
             read(path)
@@ -152,7 +152,7 @@ def test_parameters_are_counted_as_they_are(name):
 
 
 def test_the_work_of_a_step_is_what_stock_does_less_what_it_need_not():
-    case = Case(64, 96, 4, True, 1, 10, TINY)
+    case = PictureCase(64, 96, 4, True, 1, 10, TINY)
     model = models.random_pipeline(TINY, CPU, torch.float32).transformer
     counted = Counter()
     for tokens in (10, NEGATIVE_TOKENS):
@@ -180,13 +180,13 @@ def test_the_work_of_a_step_is_what_stock_does_less_what_it_need_not():
 
 def test_floors_follow_flops_and_bytes():
     ceilings = Ceilings("x", "bfloat16", 4e12, {"bfloat16": 8e14, "float8_e4m3fn": 16e14}, 6e14, "flash", {}, 2.0, "events")
-    base = Case()
+    base = PictureCase()
     floor = ceilings.floor_seconds(base)
     work = base.work()
     assert floor > work.product_flops / 8e14 + work.attention_flops / 6e14, "few text rows are limited by their weights"
     assert floor < 1.1 * (work.product_flops / 8e14 + work.attention_flops / 6e14)
     assert 0.5 * floor < ceilings.floor_seconds(base, "float8_e4m3fn") < 0.65 * floor
-    half = ceilings.floor_seconds(Case(cfg=False))
+    half = ceilings.floor_seconds(PictureCase(cfg=False))
     assert 0.48 * floor < half < 0.55 * floor
     text_only = Ceilings("x", "bfloat16", 4e12, {"bfloat16": 1e30}, 1e30, "flash", {}, 2.0, "events").floor_seconds(base)
     weights = QWEN_IMAGE.layers * 2 * 12 * QWEN_IMAGE.width**2 * 2
@@ -273,10 +273,10 @@ def test_ceilings_are_measured_once_and_again_where_the_file_is_of_something_els
 
 def test_the_grid_holds_what_was_asked_for():
     cases = full_cases(QWEN_IMAGE)
-    assert len(cases) == len(set(cases)) == 5 * 4 * 2 * 2 * 3 and cases[0] == Case()
+    assert len(cases) == len(set(cases)) == 5 * 4 * 2 * 2 * 3 and cases[0] == PictureCase()
     assert set(default_cases(QWEN_IMAGE)) & set(cases) == set(default_cases(QWEN_IMAGE))
-    lengths = Case(batch=4, text=128).text_lengths
-    assert len(set(lengths)) == 4 and max(lengths) == 128 and Case(batch=4, text=1).text_lengths == (1, 1, 1, 1)
+    lengths = PictureCase(batch=4, text=128).text_lengths
+    assert len(set(lengths)) == 4 and max(lengths) == 128 and PictureCase(batch=4, text=1).text_lengths == (1, 1, 1, 1)
 
 
 # Clocks and comparisons -----------------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def pipe():
 
 @pytest.mark.parametrize("enabled", [False, True])
 def test_a_clock_sees_every_step_and_ends_the_loop(pipe, enabled):
-    arguments = models.call_arguments(pipe, Case(32, 32, 5, True, 1, 6, TINY))
+    arguments = models.call_arguments(pipe, PictureCase(32, 32, 5, True, 1, 6, TINY))
     if enabled:
         qwen_fast.enable(pipe)
     try:
@@ -307,7 +307,7 @@ def test_a_clock_sees_every_step_and_ends_the_loop(pipe, enabled):
 
 
 def test_exact_latents_are_stock_s_in_fp32_and_leave_the_weights(pipe, monkeypatch):
-    arguments = models.call_arguments(pipe, Case(32, 48, 3, True, 2, 9, TINY))
+    arguments = models.call_arguments(pipe, PictureCase(32, 48, 3, True, 2, 9, TINY))
     before = {name: (parameter.data_ptr(), parameter.clone()) for name, parameter in pipe.transformer.named_parameters()}
     exact = exact_latents(pipe, arguments, 1)
     assert exact.dtype == torch.float32 and not pipe.transformer._forward_pre_hooks
@@ -374,7 +374,7 @@ def test_a_backend_that_takes_no_mask_is_not_measured_where_stock_needs_one(pipe
     from benchmarks.ladder.stock import COMPARED
 
     (flash,) = (rung for rung in COMPARED if "flash" in rung.name)
-    with flash.enter(pipe, Case(32, 32, 2, True, 1, 6, TINY)) as detail:
+    with flash.enter(pipe, PictureCase(32, 32, 2, True, 1, 6, TINY)) as detail:
         assert detail == "_native_flash"
-    with pytest.raises(NotMeasured, match="takes no mask"), flash.enter(pipe, Case(32, 32, 2, True, 2, 6, TINY)):
+    with pytest.raises(NotMeasured, match="takes no mask"), flash.enter(pipe, PictureCase(32, 32, 2, True, 2, 6, TINY)):
         pass

@@ -6,24 +6,24 @@ import pytest
 import torch
 
 from benchmarks.operators import run as operators
-from benchmarks.operators.cases import FP32, Case, Maker
+from benchmarks.operators.cases import FP32, Maker, OperatorCase
 from benchmarks.shared.ceilings import Ceilings
-from benchmarks.shared.rows import Rows, read
+from benchmarks.shared.rows import RowFile, read
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings("CPU", "float32", 1e10, {"float32": 1e11}, 1e11, "flash", {}, 1.0, "CPU time")
 CASES = [replace(case.small(), name=case.name, dtype=FP32) for case in operators.model_cases()]
 
 
-def one_of(op: str) -> Case:
+def one_of(op: str) -> OperatorCase:
     return next(case for case in CASES if case.op == op)
 
 
 @pytest.fixture
 def row(tmp_path):
-    rows = Rows(tmp_path / "operators_of_the_model.csv", operators.FIELDS)
+    rows = RowFile(tmp_path / "operators_of_the_model.csv", operators.FIELDS)
 
-    def measure(case: Case) -> dict[str, str]:
+    def measure(case: OperatorCase) -> dict[str, str]:
         operators.row_of(case, "operator", CPU, CEILINGS, rows, {}, 60.0)
         return read(rows.path)[-1]
 
@@ -60,7 +60,7 @@ def test_a_wrong_operator_and_one_that_moves_are_seen(row, monkeypatch, op):
             out[-1] *= 1.5
         return result
 
-    monkeypatch.setattr(Case, "operator", lambda self: disturbed)
+    monkeypatch.setattr(OperatorCase, "operator", lambda self: disturbed)
     wrong = True
     assert row(case)["status"] == "wrong result"
     wrong = False
@@ -70,7 +70,7 @@ def test_a_wrong_operator_and_one_that_moves_are_seen(row, monkeypatch, op):
 
 
 def test_a_failing_operator_has_its_error_in_its_row(row, monkeypatch):
-    monkeypatch.setattr(Case, "operator", lambda self: lambda *_: 1 / 0)
+    monkeypatch.setattr(OperatorCase, "operator", lambda self: lambda *_: 1 / 0)
     assert row(one_of("linear_gelu"))["reason"] == "ZeroDivisionError: division by zero"
 
 
@@ -78,7 +78,7 @@ def test_rows_of_other_sources_are_not_of_this_run(tmp_path):
     from benchmarks.shared.machine import provenance
     from benchmarks.shared.rows import of_this_state
 
-    rows = Rows(tmp_path / "rows.csv", operators.FIELDS)
+    rows = RowFile(tmp_path / "rows.csv", operators.FIELDS)
     assert of_this_state(rows.path, CPU) == [] and of_this_state(tmp_path / "none.csv", CPU) == []
     for changed in ({}, {"commit": "abc 123"}, {"machine": "another GPU"}):
         rows.add(provenance(CPU) | changed)

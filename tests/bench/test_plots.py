@@ -14,7 +14,7 @@ from matplotlib.colors import to_hex
 from benchmarks.pages.figures import color_of, ladder_figure, point_of, roofline_figure, scaling_figure
 from benchmarks.pages.plots import draw_all, draw_ladder, draw_roofline, draw_scaling, latest, main
 from benchmarks.shared.rows import append
-from benchmarks.shared.shapes import QWEN_IMAGE, Case
+from benchmarks.shared.shapes import QWEN_IMAGE, PictureCase
 
 PLACE = {"machine": "made-up GPU", "model": "random, 60 layers, 24 x 128", "dtype": "bfloat16", "torch": "2", "commit": "abc"}
 
@@ -140,7 +140,7 @@ def test_slow_machines_show_gflops():
 
 def test_a_step_has_a_place_under_the_roof():
     point = point_of(row(seconds=10.0))
-    work = Case(1024, 1024, 50, True, 1, 128, QWEN_IMAGE).work()
+    work = PictureCase(1024, 1024, 50, True, 1, 128, QWEN_IMAGE).work()
     assert point.variant == "stock" and point.rate == pytest.approx((work.product_flops + work.attention_flops) / 0.2)
     assert 500 < point.intensity < 5000  # far on the side of the products
     assert point_of(row(dtype="float32")).intensity == pytest.approx(point.intensity / 2)  # twice the bytes

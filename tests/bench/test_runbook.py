@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.runbook import archives, environment
 from benchmarks.runbook import run as runbook
-from benchmarks.runbook.run import State
+from benchmarks.runbook.run import Progress
 from benchmarks.runbook.stages import HOGS, LATER, STAGES, TUNING, Stage
 from benchmarks.shared import processes
 from benchmarks.shared.watchdog import GO_ON
@@ -38,10 +38,10 @@ def touch(name: str) -> Stage:
 def book(tmp_path, capsys):
     """`book(*stages)` runs them and gives the state and what was printed; again, and it goes on."""
 
-    def run(*stages: Stage, minutes: float = 5.0, key: str = KEY, **options) -> tuple[State, str]:
-        state = State(tmp_path / "state.json", key)
+    def run(*stages: Stage, minutes: float = 5.0, key: str = KEY, **options) -> tuple[Progress, str]:
+        state = Progress(tmp_path / "state.json", key)
         runbook.run(stages, tmp_path, state, dict(os.environ), minutes=minutes, **options)
-        return State(tmp_path / "state.json", key), capsys.readouterr().out
+        return Progress(tmp_path / "state.json", key), capsys.readouterr().out
 
     return run
 
@@ -180,14 +180,14 @@ def test_other_sources_are_another_run(book, tmp_path):
     book(touch("one"))
     state, _ = book(touch("one"), key="abc 456")
     assert (tmp_path / "one.txt").read_text() == "ran\nran\n"
-    assert State(tmp_path / "state.json", KEY).status("one") == "done"
+    assert Progress(tmp_path / "state.json", KEY).status("one") == "done"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '"x"'])
 def test_a_state_of_something_else_is_named(tmp_path, text):
     (tmp_path / "state.json").write_text(text)
     with pytest.raises(ValueError, match=r"state\.json: not the state of a run-book"):
-        State(tmp_path / "state.json", KEY)
+        Progress(tmp_path / "state.json", KEY)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -327,7 +327,7 @@ def test_an_unpacked_archive_goes_on(book, tmp_path):
     other = tmp_path / "other"
     with tarfile.open(tmp_path / "out" / "rows.tar.gz") as archive:
         archive.extractall(other, filter="data")
-    assert State(other / "state.json", KEY).status("one") == "done"
+    assert Progress(other / "state.json", KEY).status("one") == "done"
 
 
 @pytest.mark.gpu

@@ -19,11 +19,10 @@ from benchmarks.operators import bench_operators, suite
 from benchmarks.operators.arguments import TRAFFIC
 from benchmarks.operators.suite import DeviceClock, measure, sets
 from benchmarks.operators.work import Piece, count, floor_seconds
-from benchmarks.parts.transformer import Case as Forwards
+from benchmarks.parts.transformer import StepForwards
 from benchmarks.shared.ceilings import Ceilings
 from benchmarks.shared.rows import read
-from benchmarks.shared.shapes import SHAPES
-from benchmarks.shared.shapes import Case as GridCase
+from benchmarks.shared.shapes import SHAPES, PictureCase
 from qwen_fast_kernels import ada_layer_norm, euler_step
 
 ROOT = Path(__file__).parents[2]
@@ -271,11 +270,11 @@ def test_arguments_at_their_defaults_are_counted_too(monkeypatch):
 def test_the_count_of_a_step_agrees_with_the_ladders_arithmetic():
     """Two ways to the FLOPs of a step: counted while it runs, and from the sizes of the model."""
     with torch.no_grad():
-        case = Forwards("middle", 128, (14, 6), torch.float32)
+        case = StepForwards("middle", 128, (14, 6), torch.float32)
         case.from_table_packed()  # fills the table
         pieces = count(case.from_table_packed)
     large = [piece for piece in pieces if "attention" in piece.op or "linear" in piece.op or "mm" in piece.op]
-    work = GridCase(128, 128, 4, True, 1, 14, SHAPES["middle"]).work()
+    work = PictureCase(128, 128, 4, True, 1, 14, SHAPES["middle"]).work()
     counted = {kind: sum(piece.flops for piece in large if piece.kind == kind) for kind in ("product", "attention")}
     # The last block's text needs no queries, but has them (20 rows); the latents enter once for both predictions (64 rows).
     queries, entered = 2 * 20 * 512 * 512, 2 * 64 * 64 * 512

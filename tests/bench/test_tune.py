@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.operators.cases import BF16, Case, Size
+from benchmarks.operators.cases import BF16, OperatorCase, Size
 from benchmarks.shared.budget import results
 from benchmarks.tuning import precompile
 from benchmarks.tuning import run as tune
@@ -137,7 +137,7 @@ def test_fp32_attention_has_its_own_tiles():
 
 
 def task_of(rows: int = 4096) -> Task:
-    return Task.of(Case("linear_gelu", f"{rows} rows", BF16, Size((), (rows,))), 90)
+    return Task.of(OperatorCase("linear_gelu", f"{rows} rows", BF16, Size((), (rows,))), 90)
 
 
 def outcome_of(task: Task, gain: float) -> Outcome:
@@ -262,7 +262,7 @@ def test_an_unwritable_folder_is_named_before_anything_is_measured(tmp_path):
 @pytest.mark.triton
 @pytest.mark.parametrize("op", ["qk_norm_rope", "gated_residual_ada_layer_norm", "joint_attention"])
 def test_a_wrong_kernel_is_seen(op, device, monkeypatch):
-    case = Case(op, "small", BF16, Size((5,), (30,), 2, 64))
+    case = OperatorCase(op, "small", BF16, Size((5,), (30,), 2, 64))
     checker, task = Checker(case, device), Task.of(case, 80)
     assert checker.check(task.default) is None
     assert checker.check(task.default) is None, "what an operator in place writes must not be its next input"
@@ -281,7 +281,7 @@ def test_a_wrong_kernel_is_seen(op, device, monkeypatch):
 
 @pytest.mark.triton
 def test_an_unwritten_row_is_seen(device, monkeypatch):
-    case = Case("gated_residual", "small", torch.float32, Size((5,), (30,), 2, 64))
+    case = OperatorCase("gated_residual", "small", torch.float32, Size((5,), (30,), 2, 64))
     checker, task = Checker(case, device), Task.of(case, 80)
     module = case.module()
     right = module.launch_gated_residual

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.ladder.session import FIELDS
 from benchmarks.pages import tables as readme
-from benchmarks.shared.rows import Rows
+from benchmarks.shared.rows import RowFile
 from qwen_fast import Schedule
 from qwen_fast.schedule.comparison import historical_errors
 from qwen_fast.schedule.configs import QWEN_IMAGE_SCHEDULER_CONFIG
@@ -76,9 +76,9 @@ def test_without_a_ladder_the_tables_say_so(tmp_path, monkeypatch):
 def test_a_gpu_s_ladder_comes_before_a_cpu_s(tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     for row in [*rungs(), *rungs(machine="x86_64 CPU, 1 thread", width="256")]:
-        Rows(tmp_path / "ladder.csv", FIELDS).add(row)
+        RowFile(tmp_path / "ladder.csv", FIELDS).add(row)
     for row in rungs(image_s_p50="10.0"):
-        Rows(tmp_path / "ladder-1.csv", FIELDS).add(row)  # what a later run wrote beside a damaged file
+        RowFile(tmp_path / "ladder-1.csv", FIELDS).add(row)  # what a later run wrote beside a damaged file
     assert readme.gpu_lines() == [
         "| 1024x1024, 50 steps, CFG | 18.000 s | 10.000 s, 1.636x "
         "| NVIDIA H200, bfloat16, random, 60 layers, 24 x 128, from 4 steps |"
@@ -108,7 +108,7 @@ def test_quality_of_the_row_with_the_most_pictures_the_last_of_them(tmp_path, mo
     assert "No row is committed yet" in readme.quality()[0] and "No row" in readme.schedule_errors()[0]
     common = {"about": "ours", "reference": "stock", "width": "64", "height": "64", "steps": "8", "psnr_p50": "inf"}
     common |= {"things": "all", "everything": "0.9", "latent_max": "1e-6"}
-    rows = Rows(tmp_path / "quality.csv", [*common, "mode", "pictures", "same_verdict"])
+    rows = RowFile(tmp_path / "quality.csv", [*common, "mode", "pictures", "same_verdict"])
     for mode, pictures, verdict in (("ours", 128, 0.5), ("ours", 128, 0.25), ("ours", 64, 1), ("error-mu", 64, 0.75)):
         rows.add(common | {"mode": mode, "pictures": pictures, "same_verdict": verdict})
     rows.add(common | {"mode": "ours", "pictures": 999, "same_verdict": 1, "things": "one"})
