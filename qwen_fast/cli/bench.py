@@ -126,13 +126,13 @@ def run(args: argparse.Namespace) -> int:
     default = grid.default_cases(shape)[0] if on_gpu else grid.small_cases(shape)[0]
     if several:
         cases, changing = (
-            [grid.Case(*size, steps, cfg, default.batch, args.text or default.text, shape) for size, steps, cfg in given]
+            [grid.PictureCase(*size, steps, cfg, default.batch, args.text or default.text, shape) for size, steps, cfg in given]
             for given in (args.case, args.changing)
         )
     elif custom:
         (width, height), steps = args.size or (default.width, default.height), args.steps or default.steps
         text = args.text or default.text
-        cases = [grid.Case(width, height, steps, not args.no_cfg, args.batch or default.batch, text, shape)]
+        cases = [grid.PictureCase(width, height, steps, not args.no_cfg, args.batch or default.batch, text, shape)]
     options = bench.Options(
         device=device,
         dtype=dtype,

@@ -140,7 +140,7 @@ def _pipeline(
     else:
         models, grid = benchmarks("ladder.models"), benchmarks("shared.shapes")
         shape = grid.SHAPES[args.shape]
-        case = grid.Case(*size, args.steps, guided, 1, _TEXT_TOKENS, shape)
+        case = grid.PictureCase(*size, args.steps, guided, 1, _TEXT_TOKENS, shape)
         models.check_memory([case], device, dtype)
         pipe = models.random_pipeline(shape, device, dtype)
         # It has no text encoder.
