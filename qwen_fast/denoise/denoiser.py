@@ -67,7 +67,7 @@ class Denoiser:
         self.predictions: tuple[torch.Tensor, ...] = ()
         self.graph: graph.StepGraph | None = None
         self._context = contextlib.ExitStack()
-        self._scale, self._steps = 1.0, 0
+        self.lora_scale, self._steps = 1.0, 0
         self.own_step: OwnStep | None = None
         self.watched = False
         self._seen_scale: float | None = None
@@ -85,15 +85,15 @@ class Denoiser:
             reason = self.pipe.install_transformer()
             if reason is not None:
                 self.state.fall_back(reason)
-            self.model, self.call, self.packs, self._scale = self.pipe.transformer, None, None, 1.0
+            self.model, self.call, self.packs, self.lora_scale = self.pipe.transformer, None, None, 1.0
         if ATTACHED not in self.model.__dict__:
             self.packs = None
             return
         call = self.call = self.call or Call(self.model, self.state)
         before, scale = call.survey, (self.pipe.attention_kwargs or {}).get("scale", 1.0)
         call.survey = found = self.model.look()
-        if found is not before or scale != self._seen_scale:
-            self._seen_scale = scale
+        rescaled, self._seen_scale = scale != self._seen_scale, scale
+        if found is not before or rescaled:
             for reason in found.foreign:
                 self.state.fall_back(reason)
             # Only a hook can forbid one.
@@ -102,13 +102,13 @@ class Denoiser:
             if self.state.options.modulation != "layers" and self.state.no_table is None:
                 tables = self.model.__dict__[ATTACHED].tables
                 call.source = FromTable(self.model, tables, self.timesteps, self.step_index)
-        if self.graph is not None and (found is not before or changed_prompt):
+        if self.graph is not None and (found is not before or rescaled or changed_prompt):
             self._leave_graph()
-            self.state.graph = "a callback changed the model or the prompt"
+            self.state.graph = "a callback changed the model, its LoRA scale or the prompt"
         if not self._takes_rows():
             self.packs = None
             self._context.close()  # stock's forward scales LoRA layers itself
-            self._scale = 1.0
+            self.lora_scale = 1.0
         elif self.packs is None or changed_prompt:
             self.packs = self._pack()
 
@@ -228,10 +228,10 @@ class Denoiser:
     def _apply_lora_scale(self) -> None:
         """`attention_kwargs={"scale": ...}`: once for all steps, and again where a callback has changed it."""
         scale = (self.pipe.attention_kwargs or {}).get("scale", 1.0)
-        if scale != self._scale:
+        if scale != self.lora_scale:
             self._context.close()
             self._context.enter_context(lora_scale(self.model, {"scale": scale}))
-            self._scale = scale
+            self.lora_scale = scale
 
     def _pack(self, together: bool | None = None) -> list[PromptBatch]:
         prompts = [self._rows_of(*prompt) for prompt in self.task.prompts]

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,14 +35,11 @@ DEVICES = ("cuda",)
 _PROMPT_CAPACITIES = (128, 256, 512, 768, 1024)
 _NEGATIVE_CAPACITIES = (16, 32, 64, *_PROMPT_CAPACITIES)
 _PLAIN = (torch.nn.Parameter, torch.Tensor)
+_BY_VALUE = (float, bool, str)
 _KEPT = 4  # graphs of one model; each keeps the activations of a step
 # "auto", image tokens of all predictions of a step: at 512x512 with guidance (2048) a graph gains a fifth and more on an
 # H100, where the host is slower than the device; at 1024x1024 it loses 3 %, because cuDNN's attention is out of its reach.
 _FEW_TOKENS = 3072
-# On an H100 steps in a graph gave NaN now and then (benchmarks/results/LOG.md, 2026-11-26). The attention kernel that is most
-# probably to blame is out of use; until a GPU has shown that nothing else is, "auto" takes no graph. The run-book's stage
-# "stress" (benchmarks/attention/stress.py) can show it.
-AUTO = False
 _CAPTURING = threading.Lock()  # graphs of two threads must not meet on the stream that captures
 _SYNCHRONISING = ("Linear8bitLt",)  # layers that wait for the device, which no capture can hold
 
@@ -60,8 +57,6 @@ def reason_against(denoiser: "Denoiser") -> str | None:
         return "cuda_graph=False"
     if denoiser.device.type not in DEVICES:
         return f"the device is {denoiser.device}"
-    if state.options.cuda_graph == "auto" and not AUTO:
-        return "auto: not before a GPU has shown that the NaN of first light is gone; cuda_graph=True captures"
     if denoiser.packs is None:
         return "hooks, caches, compiled blocks or custom attention processors"
     if len(denoiser.packs) > 1:
@@ -130,6 +125,7 @@ class StepGraph:
         self.lock, self.captures = threading.Lock(), True
         self._model, self._device, self._dtype = denoiser.model, denoiser.device, denoiser.dtype
         self._calls, self._is_warm = 0, False
+        self._home = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         self._replay: Callable[[], None] | None = None
         self._done: torch.cuda.Event | None = None
         with torch.inference_mode(False), torch.no_grad():  # buffers that calls in either mode may write
@@ -177,6 +173,7 @@ class StepGraph:
             self.prompts.text[place : place + length] = pack.text[start : start + length]
             layout.rope[place : place + length] = pack.layout.rope[start : start + length]
             start += length
+        layout.rope[layout.txt_rows :] = pack.layout.rope[start:]  # of the images: their table may have been replaced
         source = denoiser.call.source
         if source is not None:
             source.begin(denoiser.timesteps[:1])
@@ -218,6 +215,10 @@ class StepGraph:
             self._done = torch.cuda.current_stream(self._device).record_event()
         self._denoiser = self._table = None
         self.lock.release()
+
+    def __del__(self):
+        if self._done is not None:  # the buffers go back to the stream that they came from, behind the last replay
+            self._home.wait_event(self._done)
 
     def _compute(self) -> None:
         from .denoiser import sampler_step  # which imports this module
@@ -271,22 +272,43 @@ def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None
     """`step` as a CUDA graph; calling what is returned replays it. Nothing is computed meanwhile.
 
     Whatever happens, the current stream is again what it was: `torch.cuda.graph` leaves its own behind when the end of a
-    capture raises.
+    capture raises. The graph has memory and a cuBLAS workspace of its own: one that it shared with the stream could be freed
+    by whoever clears them all, as Inductor does, and two graphs replayed side by side would write into the same one.
     """
     # The one wait of a capture: memory that finished work has used can serve the graph.
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device), _beside(device):
+        _clear_workspaces()
         # Only this thread's calls can spoil the capture: another may be decoding the picture before.
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             step()
         except BaseException:
             with contextlib.suppress(Exception):
-                graph.capture_end()
+                _end(graph, device)
             raise
-        graph.capture_end()
+        finally:
+            _clear_workspaces()  # into the graph's memory, which nobody else gets
+        _end(graph, device)
     return graph.replay
+
+
+def _end(graph: "torch.cuda.CUDAGraph", device: torch.device) -> None:
+    """The end of a capture; where it raises, PyTorch's allocator is told that nothing is captured any more."""
+    try:
+        graph.capture_end()
+    except BaseException:
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            with contextlib.suppress(Exception):  # private ones, which versions of PyTorch may lack
+                getattr(torch._C, name)(indexed(device).index, graph.pool())
+        raise
+
+
+def _clear_workspaces() -> None:
+    """Let every stream's next product take a new workspace."""
+    if hasattr(torch._C, "_cuda_clearCublasWorkspaces"):
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 def _capacities(denoiser: "Denoiser") -> tuple[int, ...]:
@@ -320,6 +342,12 @@ def _key(denoiser: "Denoiser", latents: torch.Tensor) -> tuple[Any, ...]:
         (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
         products,
         tuple(map(type, found.modules)),
-        found.adapters,
+        _constants(found.modules),
+        (found.adapters, denoiser.lora_scale),
         addresses,
     )
+
+
+def _constants(modules: Iterable[torch.nn.Module]) -> tuple[Any, ...]:
+    """What kernels get by value: the eps of a norm, the share of a dropout and whether it is on, the form of a GELU."""
+    return tuple(value for module in modules for value in module.__dict__.values() if type(value) in _BY_VALUE)

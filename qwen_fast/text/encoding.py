@@ -199,6 +199,8 @@ def rest(pipe: Any) -> None:
     if encoder is None or texts.placement == "keep" or (texts.placement == "offload" and encoder.device.type == "cpu"):
         return
     reason = "hooks on it" if is_hooked(encoder) else weights_reason(encoder)
+    if texts.placement == "free" and texts.content is None:  # dropped, it would leave nothing behind
+        reason = reason or f"its prompts are not kept ({texts.uncached})"
     if reason is not None:
         logger.info("the text encoder stays where it is: %s.", reason)
     elif texts.placement == "offload":

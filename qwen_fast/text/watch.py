@@ -165,7 +165,9 @@ def _walk(encoder: nn.Module) -> tuple[list[Any], list[torch.Tensor], str | None
 def _replaced(encoder: nn.Module) -> str | None:
     """Functions of the encoder's module, or torch's, that somebody replaced, or a mode of torch's that sees every call."""
     home = sys.modules[type(encoder).__module__]
-    functions = [name for name, value in vars(home).items() if isinstance(value, types.FunctionType)]
+    functions = [
+        name for name, value in vars(home).items() if isinstance(value, types.FunctionType) and not _is_python_s(value)
+    ]
     found = foreign_functions(home, functions) + foreign_functions(F, _FUNCTIONS)
     if found:
         return f"{found[0]} was replaced"
@@ -176,6 +178,12 @@ def _replaced(encoder: nn.Module) -> str | None:
     # A default device is a mode too, and changes nothing for tensors that are there.
     modes = [type(mode).__name__ for stack in modes for mode in stack if type(mode) is not DeviceContext]
     return f"the mode {modes[0]} is on" if modes else None
+
+
+def _is_python_s(function: types.FunctionType) -> bool:
+    """Whether it is one of the standard library, such as `dataclass`, which a module has only imported."""
+    module = function.__module__
+    return module in sys.stdlib_module_names and getattr(sys.modules.get(module), function.__name__, None) is function
 
 
 def _groups(tensors: list[torch.Tensor]) -> list[_Group]:

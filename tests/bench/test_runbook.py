@@ -249,7 +249,7 @@ def test_stages_are_chosen_by_name():
 
 
 def test_the_time_limit_of_a_test_needs_its_plugin(monkeypatch, tmp_path):
-    for there, expected in ((True, ["--timeout=20", "--timeout-method=thread"]), (None, [])):
+    for there, expected in ((True, ["--timeout=60", "--timeout-method=thread"]), (None, [])):
         monkeypatch.setattr("importlib.util.find_spec", lambda name, there=there: there)
         assert runbook.words_of(["-m", "{timeout}", "{out}/x"], tmp_path, "") == ["-m", *expected, f"{tmp_path}/x"]
 

@@ -84,7 +84,6 @@ def test_what_is_captured_once(pair, captures, name):
 
 @pytest.mark.parametrize("when", ["at the start", "within", "at the end"])
 def test_a_capture_that_fails_costs_a_message(pair, monkeypatch, caplog, when):
-    monkeypatch.setattr(graph, "AUTO", True)
     monkeypatch.setattr(graph, "DEVICES", ("cpu", "cuda"))
     tried = []
 
@@ -193,6 +192,50 @@ def test_lora_scales_are_part_of_the_key(pair, captures):
             pipe.transformer.set_adapters(["a"], [scale])
         assert_same_latents(draw(pair[1], **PROMPT, **GUIDED), draw(pair[0], **PROMPT, **GUIDED))
     assert captures == [3, 3]
+
+
+def test_the_scale_of_a_call_is_part_of_the_key(pair, captures):
+    for pipe in pair:
+        add_lora(pipe)
+    for scale in (0.5, 1.0, 0.2, 0.5, 1.0, 0.2, 0.5):
+        arguments = PROMPT | GUIDED | {"attention_kwargs": {"scale": scale}}
+        assert_same_latents(draw(pair[1], **arguments), draw(pair[0], **arguments))
+    assert captures == [7, 3, 3]
+
+
+def test_a_callback_that_changes_the_scale(pair, captures):
+    for pipe in pair:
+        add_lora(pipe)
+
+    def rescale(pipe, i, t, tensors):
+        pipe._attention_kwargs = {"scale": 0.2 if i else 0.7}
+        return {}
+
+    for _ in range(3):
+        arguments = PROMPT | GUIDED | {"attention_kwargs": {"scale": 0.5}, "callback_on_step_end": rescale}
+        assert_same_latents(draw(pair[1], **arguments), draw(pair[0], **arguments))
+
+
+def change_eps(pipe):
+    for block in pipe.transformer.transformer_blocks:
+        block.img_norm1.eps = block.attn.norm_q.eps = 0.3
+
+
+def change_theta(pipe):
+    module = pipe.transformer.pos_embed
+    pipe.transformer.pos_embed = type(module)(50.0, module.axes_dim, module.scale_rope)
+
+
+@pytest.mark.parametrize("change", [change_eps, change_theta])
+def test_numbers_that_a_graph_would_bake_in(pair, captures, change):
+    for _ in range(2):
+        before = draw(pair[1], **PROMPT, **GUIDED)
+    for pipe in pair:
+        change(pipe)
+    expected = draw(pair[0], **PROMPT, **GUIDED)
+    assert (expected - before).abs().max() > 1e-3 * before.abs().max()
+    for _ in range(3):
+        assert_same_latents(draw(pair[1], **PROMPT, **GUIDED), expected)
 
 
 def progress(pipe, i, t, tensors):
@@ -315,3 +358,27 @@ def test_a_new_prompt_replays_on_a_gpu(checkpoint, device):
         expected, actual = (draw(pipe, prompt=text, latents=latents, **GUIDED) for pipe in (eager, captured))
         assert (actual - expected).abs().max() <= 0.02 * expected.abs().max()
     assert qwen_fast.report(captured).calls["graph captures"] == 1
+
+
+@pytest.mark.gpu
+def test_behind_a_capture_that_fails_work_and_captures_go_on(device):
+    values, weight = torch.zeros(8, 64, device=device), torch.ones(64, 64, device=device)
+
+    def step():
+        values.add_(torch.mm(values + 1, weight))
+
+    def waits():
+        step()
+        values.sum().item()
+
+    step()
+    with pytest.raises(RuntimeError):
+        graph.capture(waits, device)
+    values.zero_()
+    replay = graph.capture(step, device)
+    step()  # takes and gives back memory and a workspace
+    torch._C._cuda_clearCublasWorkspaces()
+    spoilt = [torch.full((2**25,), float("nan"), device=device) for _ in range(4)]
+    values.zero_()
+    replay()
+    assert torch.equal(values, torch.full_like(values, 64)) and len(spoilt) == 4

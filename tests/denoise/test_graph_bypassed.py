@@ -92,13 +92,6 @@ def test_an_attention_that_was_named_is_not_replaced_in_a_graph(checkpoint, capt
     assert not captures and f"attention='{attention}' cannot read" in pipe.fast_state.graph
 
 
-def test_auto_takes_no_graph_for_now(checkpoint, captures, monkeypatch):
-    monkeypatch.setattr(graph, "AUTO", False)
-    pipe = qwen_fast.enable(stock(checkpoint))
-    draw(pipe, **PROMPT, **SMALL)
-    assert not captures and "cuda_graph=True captures" in pipe.fast_state.graph
-
-
 def test_without_a_gpu_nothing_is_captured(checkpoint):
     pipe = qwen_fast.enable(stock(checkpoint), cuda_graph=True)
     draw(pipe, **PROMPT, **SMALL)

@@ -72,7 +72,7 @@ def keep_out(pipe, step, timestep, tensors):
 
 
 CASES = {
-    "as it comes": Case(),  # "auto" takes no graph for now
+    "as it comes": Case(graph=True),
     "graph": graphed(),
     "eager": eager(),
     "picture": graphed({"output_type": "pt"}),

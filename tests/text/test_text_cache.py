@@ -1,6 +1,7 @@
 """What is kept of prompts, in memory and on disk, what is bounded, and where the text encoder goes after encoding."""
 
 import copy
+import dataclasses
 import functools
 import pickle
 import subprocess
@@ -224,6 +225,25 @@ def test_a_failed_call_frees_nothing(checkpoint, monkeypatch):
     assert pipe.text_encoder is not None
     encode(pipe, "a cat")
     assert pipe.text_encoder is None
+
+
+def test_an_encoder_whose_prompts_are_not_kept_stays(checkpoint, monkeypatch):
+    pipe = qwen_fast.enable(stock(checkpoint), text_encoder_mode="free")
+    with monkeypatch.context() as patch:
+        home = sys.modules[text.STOCK.__module__]
+        patch.setattr(home, "rotate_half", lambda x: x)
+        encode(pipe, "a cat")
+        assert pipe.text_encoder is not None and "rotate_half was replaced" in str(qwen_fast.report(pipe))
+    encode(pipe, "a cat")
+    assert pipe.text_encoder is None
+
+
+def test_what_an_encoder_s_module_imports_of_python_s_own_is_no_replacement(checkpoint, monkeypatch):
+    # transformers 5.17 has `dataclass` there: every prompt was encoded anew
+    pipe = qwen_fast.enable(stock(checkpoint))
+    monkeypatch.setattr(sys.modules[text.STOCK.__module__], "dataclass", dataclasses.dataclass, raising=False)
+    encode(pipe, "a cat")
+    assert pipe.fast_state.texts.uncached is None
 
 
 def pretend_on_device(monkeypatch, encoder) -> list[str]:
