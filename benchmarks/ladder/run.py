@@ -13,7 +13,7 @@ import torch
 from qwen_fast.common.hardware import check_device
 from qwen_fast.common.options import writable_folder
 
-from ..shared.ceilings import kept_ceilings
+from ..shared.ceilings import kept_ceilings, known_ceilings
 from ..shared.machine import PROVENANCE, Sampler, provenance
 from ..shared.measure import silence
 from ..shared.rows import RowFile, of_this_state
@@ -230,6 +230,7 @@ def measure(
     tokens = first.image_tokens + first.text
     say(f"ceilings, sustained for {options.ceiling_seconds:g} s each")
     copied = None if device.type == "cuda" else 2**24
+    known = known_ceilings(options.ceilings, device, options.dtype)
     with Sampler(device) as sampler:
         how = {"seconds": options.ceiling_seconds, "shape": shape, "tokens": tokens, "copy_bytes": copied}
         ceilings = kept_ceilings(options.ceilings, device, options.dtype, **how)
@@ -237,7 +238,8 @@ def measure(
         provenance(device) | sampler.summary() | {"model": name, "seconds": f"{ceilings.seconds:g}", "clock": ceilings.clock}
     )
     for row in ceilings.rows():
-        ceiling_rows.add(common | row)
+        if known is None:  # else whoever measured them has written them
+            ceiling_rows.add(common | row)
         say(f"  {row['what']}, {row['detail']}: {float(row['rate']) / 1e12:.4g} T{row['unit']}")
     say(f"the model: {name}, {str(options.dtype).removeprefix('torch.')} on {device}")
     if options.model is not None:

@@ -152,19 +152,25 @@ def kept_ceilings(path: Path | None, device: torch.device | str, dtype: torch.dt
         path: of the file; None keeps nothing. A file of another device or dtype, or none of ours, is written anew.
         how: for `measure_ceilings`.
     """
-    device = torch.device(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    try:
-        known = Ceilings(**json.loads(path.read_text()))
-        if (known.device, known.dtype) == (name, name_of(dtype)):
-            return known
-    except (AttributeError, OSError, TypeError, ValueError):
-        pass  # no file is named, there is none, or it is cut off
+    known = known_ceilings(path, device, dtype)
+    if known is not None:
+        return known
     found = measure_ceilings(device, dtype, **how, own=not (path and _attention_is_wrong(path.with_name("environment.json"))))
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n")
     return found
+
+
+def known_ceilings(path: Path | None, device: torch.device | str, dtype: torch.dtype) -> Ceilings | None:
+    """Those that lie in the file, of this device and dtype."""
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    try:
+        known = Ceilings(**json.loads(path.read_text()))
+    except (AttributeError, OSError, TypeError, ValueError):
+        return None  # no file is named, there is none, or it is cut off
+    return known if (known.device, known.dtype) == (name, name_of(dtype)) else None
 
 
 def _attention_is_wrong(environment: Path) -> bool:

@@ -301,7 +301,6 @@ def test_a_dry_run_killed_after_each_stage_goes_on(tmp_path):
         "environment.json",
         "operators_of_the_model.csv",
         "ceilings.json",
-        "tests-ops.xml",
         "profile/report.txt",
     } <= names
     assert {"ladder/ladder.csv", "ladder/ceilings.csv", "ladder/changing.csv", "profile/kernels.csv"} <= names
