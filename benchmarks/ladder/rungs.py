@@ -43,7 +43,7 @@ def ours(
             raise NotMeasured("there is one prediction a step")
         with ExitStack() as stack:
             if not packed:
-                stack.enter_context(mock.patch("qwen_fast.denoise.denoiser.fits_in_memory", lambda *_: False))
+                stack.enter_context(mock.patch("qwen_fast.denoise.packing.fits_in_memory", lambda *_: False))
             if not fused:
                 # What a transformer that cannot be fused makes the pipeline do, without its warning.
                 stack.enter_context(mock.patch.object(logger, "warning"))

@@ -20,7 +20,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import retrieve_timesteps
 
 import qwen_fast
 from qwen_fast.common.state import State
-from qwen_fast.denoise.denoiser import sampler_step
+from qwen_fast.denoise.step import sampler_step
 from qwen_fast.schedule import Schedule, calculate_mu
 from qwen_fast.schedule.configs import QWEN_IMAGE_SCHEDULER_CONFIG
 from qwen_fast.testing import build_checkpoint

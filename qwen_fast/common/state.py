@@ -27,6 +27,7 @@ class State:
         calls: fast calls so far, by operator.
         fallbacks: calls left to stock diffusers, by reason.
         stock_scheduler: the scheduler to give back, where ours took its place.
+        device: where the call that is under way runs; None between calls.
         transformer, vae: the models that this pipeline attached to.
         graph: why the last call's steps were not captured in a CUDA graph; None: they were, or there was no call yet.
         vae_note: how the last picture was coded, or None.
@@ -41,6 +42,7 @@ class State:
     calls: Counter = field(default_factory=Counter)
     fallbacks: Counter = field(default_factory=Counter)
     stock_scheduler: Any = None
+    device: torch.device | None = None
     transformer: Any = None
     vae: Any = None
     graph: str | None = None

@@ -1,229 +1,388 @@
-"""One denoising step: the predictions, guidance, and the Euler update."""
+"""One denoising step: the predictions, guidance, and the Euler update.
+
+diffusers' own loop asks for it, see pipelines/stock_call.py, so that whatever a pipeline or a callback does between two steps
+happens as in stock. At each step the loop hands over what it would have called the transformer with; what differs from the
+step before is followed.
+"""
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 
-from qwen_fast_kernels import cfg_euler_step, euler_step
-
-from ..common.hardware import free_bytes
-from ..common.state import State, logger
-from ..schedule import Schedule
+from ..common.stages import steps
+from ..common.state import STATE, logger
 from ..transformer.call import ATTACHED, Call, PromptBatch, entered, lora_scale
 from ..transformer.layout import check_image_shapes
-from ..transformer.modulation import FromTable
+from ..transformer.modulation import FromScheduledTable, FromTable
 from ..transformer.modulation_weights import table_reason
 from . import graph
+from .packing import packed_prompts
+from .step import (
+    SHOWN,
+    Found,
+    Step,
+    drew,
+    guided,
+    row_of,
+    same_inputs,
+    sampler_step,
+    scheduling,
+    version_of,
+    without_references,
+)
+from .watch import FiniteCheck, Pace
 
-OwnStep = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-Prompt = tuple[torch.Tensor, torch.Tensor | None]  # embeddings [B, S_txt, C_txt], mask [B, S_txt] or None
+_CURRENT: ContextVar["Denoiser | None"] = ContextVar("qwen_fast_denoiser", default=None)
 
 
-@dataclass
-class Task:
-    """One call's denoising.
+def take_step(
+    pipe: Any,
+    t: torch.Tensor,
+    latents: torch.Tensor,
+    timestep: torch.Tensor,
+    cond: dict[str, Any],
+    uncond: dict[str, Any] | None,
+    true_cfg_scale: float | None,
+    normalize: bool,
+) -> Found | None:
+    """A step of the call of `pipe` that is under way, see `Step`; None: stock's loop takes it."""
+    denoiser = _CURRENT.get()
+    if denoiser is None or denoiser.pipe is not pipe:
+        return None
+    forwards = (cond,) if uncond is None else (cond, uncond)
+    return denoiser.step(Step(t, latents, timestep, forwards, true_cfg_scale, normalize))
 
-    Attributes:
-        schedule: sigmas and timesteps on the device.
-        prompts: of the prompt, and of the negative prompt if there is guidance.
-        true_cfg_scale: None for no classifier-free guidance.
-        guidance: `[B]` fp32 for guidance-distilled models.
-        img_shapes: as stock hands them to its transformer.
-    """
 
-    schedule: Schedule
-    prompts: list[Prompt]
-    true_cfg_scale: float | None
-    guidance: torch.Tensor | None
-    img_shapes: list
+def behind_step(pipe: Any, i: int, latents: torch.Tensor) -> None:
+    """Where stock's loop ends its turn `i`, behind callbacks."""
+    denoiser = _CURRENT.get()
+    if denoiser is not None and denoiser.pipe is pipe:
+        denoiser.behind(i, latents)
+
+
+def around_steps(timesteps: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The timesteps that stock's loop goes through."""
+    denoiser = _CURRENT.get()
+    if denoiser is not None:
+        denoiser.scheduled = timesteps
+    return steps(timesteps)
 
 
 class Denoiser:
-    """Takes the steps of one call, in one of two ways.
+    """Takes the steps of one call of a pipeline.
 
     Where the model is stock's own throughout, or has what is known to compute by rows, the predictions of a step are packed
     into one forward. Where something of the user's has to be called, each prediction is asked of the transformer as stock
     asks, one after the other, and what can be fused inside still is.
 
     Args:
-        latents: `[B, S_img, C]` in the model's dtype, for sizes, dtype and device.
+        pipe: whose transformer is attached.
+        names: variables of stock's loop that a callback asks for.
+    Attributes:
+        call: what the transformer is told.
+        packs: the prompts of a step, of one forward or of one each; None: forwards as stock asks for them.
+        places: `[2]` int32 on the device, which sigma and which row of the timesteps come next.
+        timesteps: `[T]` of the schedule, in the model's dtype and over 1000.
+        guidance: `[1]`, the scale on the device, so that a graph can read another one; None without.
+        shapes: of the pictures of each sample.
+        references: rows of each sample behind the latents'.
+        loads: how often a graph was loaded.
     """
 
-    def __init__(self, pipe: Any, task: Task, latents: torch.Tensor):
-        self.pipe, self.task, self.model = pipe, task, pipe.transformer
-        self.state: State = pipe.fast_state
-        self.batch, self.dtype, self.device = latents.shape[0], latents.dtype, latents.device
-        self.timesteps = task.schedule.model_timesteps(self.dtype)
-        self.step_index = torch.zeros(1, dtype=torch.int32, device=self.device)
-        self.call: Call | None = None
+    def __init__(self, pipe: Any, names: Iterable[str] = ()):
+        self.pipe, self.state, self.model = pipe, pipe.fast_state, pipe.transformer
+        self._gets_more = not {"latents"}.issuperset(names)
+        self.call = Call(self.model, self.state)
+        self.watched = not set(SHOWN).isdisjoint(names)
+        self.scheduled: torch.Tensor | None = None
         self.packs: list[PromptBatch] | None = None
-        self.guidance: torch.Tensor | None = None
-        if task.true_cfg_scale is not None:  # on the device, so that a graph can read another one
-            dtype = torch.promote_types(self.dtype, torch.float32)
-            self.guidance = torch.full((1,), task.true_cfg_scale, dtype=dtype, device=self.device)
-        self.predictions: tuple[torch.Tensor, ...] = ()
         self.graph: graph.StepGraph | None = None
+        self.guidance: torch.Tensor | None = None
+        self.lora_scale, self.references, self.loads = 1.0, 0, 0
         self._context = contextlib.ExitStack()
-        self.lora_scale, self._steps = 1.0, 0
-        self.own_step: OwnStep | None = None
-        self.watched = False
-        self._seen_scale: float | None = None
+        self._step: Step | None = None
+        self._seen: tuple | None = None
+        self._dirty = True  # code of the user's has run
+        self._table: tuple | None = None
+        self._own_step: str | None = None
+        self._held: tuple[int, int | None] | None = None
+        self._check: FiniteCheck | None = None
+        self._pace: Pace | None = None
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, steps can be taken, and forwards of the transformer are fused."""
         self.look()
+        token = _CURRENT.set(self)
+        try:
+            with self._context, entered(self.call):
+                yield
+            if isinstance(self.call.source, FromScheduledTable):
+                self.call.source.check()
+            self._report()
+        finally:
+            _CURRENT.reset(token)
+            self._leave_graph()
 
-    def look(self, changed_prompt: bool = True) -> None:
-        """Read what of the model is stock's own: before the first step, and after code of the user's has run.
+    def outside(self, callback: Callable[..., Any]) -> Callable[..., Any]:
+        """`callback_on_step_end` outside the call, since it may run anything; then everything is looked at again."""
 
-        Args:
-            changed_prompt: the embeddings may be others, or others in place.
-        """
+        def called(pipe, *args, **kwargs):
+            scheduler = pipe.scheduler
+            before = scheduling(scheduler)
+            token = _CURRENT.set(None)
+            self.state.device = None  # it may move the pipeline
+            try:
+                with entered(None):
+                    result = callback(pipe, *args, **kwargs)
+            finally:
+                _CURRENT.reset(token)
+            if pipe.scheduler is scheduler and drew(scheduler, before):
+                vars(scheduler).update(before)
+            self._dirty = True
+            if pipe.__dict__.get(STATE) is self.state and self.pipe.transformer is self.model:
+                self.look()
+            return result
+
+        return called
+
+    # What there is -----------------------------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Read what of the model is stock's own: before the call, and after code of the user's has run."""
+        if ATTACHED not in self.model.__dict__:
+            return
+        call, before = self.call, self.call.survey
+        call.survey = found = self.model.look()
+        if found is before:
+            return
+        for reason in found.foreign:
+            self.state.fall_back(reason)
+        # Only a hook can forbid one.
+        self.state.no_table = found.modulation or (table_reason(self.model) if found.touched else None)
+        self._table, call.source = None, None
+        if self.wants_table:  # of forwards that stock's loop asks for itself
+            call.source = FromScheduledTable(self.model, self.model.__dict__[ATTACHED].tables, self.pipe)
+
+    @property
+    def wants_table(self) -> bool:
+        return self.state.options.modulation != "layers" and self.state.no_table is None
+
+    def _follow(self, step: Step) -> bool:
+        """Take over what the loop hands over now; False: stock's own statements have to take this step."""
+        if self.pipe.__dict__.get(STATE) is not self.state:
+            return False  # a callback disabled it
         if self.pipe.transformer is not self.model:  # a callback put another in
             self._leave_graph()
             self._context.close()
             reason = self.pipe.install_transformer()
             if reason is not None:
                 self.state.fall_back(reason)
-            self.model, self.call, self.packs, self.lora_scale = self.pipe.transformer, None, None, 1.0
+            self.model, self.lora_scale, self.packs = self.pipe.transformer, 1.0, None
+            self.call.model, self.call.survey, self._dirty = self.model, None, True
+            self.look()
         if ATTACHED not in self.model.__dict__:
-            self.packs = None
-            return
-        call = self.call = self.call or Call(self.model, self.state)
-        before, scale = call.survey, (self.pipe.attention_kwargs or {}).get("scale", 1.0)
-        call.survey = found = self.model.look()
-        rescaled, self._seen_scale = scale != self._seen_scale, scale
-        if found is not before or rescaled:
-            for reason in found.foreign:
-                self.state.fall_back(reason)
-            # Only a hook can forbid one.
-            self.state.no_table = found.modulation or (table_reason(self.model) if found.touched else None)
-            call.source = None
-            if self.state.options.modulation != "layers" and self.state.no_table is None:
-                tables = self.model.__dict__[ATTACHED].tables
-                call.source = FromTable(self.model, tables, self.timesteps, self.step_index)
-        if self.graph is not None and (found is not before or rescaled or changed_prompt):
-            self._leave_graph()
-            self.state.graph = "a callback changed the model, its LoRA scale or the prompt"
-        if not self._takes_rows():
+            return False
+        if self._step is None:
+            self.dtype, self.device = step.latents.dtype, step.latents.device
+            self._pace = Pace(self.device)
+            self.pipe.require_kernels(self.dtype, self.device)
+            if self.state.options.check_nan and self.scheduled is not None:
+                self._check = FiniteCheck(step.latents, self.scheduled)
+        if self._dirty:
+            self._own_step = self.pipe.steps_itself()
+            if self._own_step is not None and self._step is not None:
+                self.state.fall_back("a callback changed the scheduler, which takes the steps from there on")
+        self._schedule(step)
+        seen = self._inputs(step)
+        changed = self._seen is None or not same_inputs(seen, self._seen)
+        self._step, self._seen, self._dirty = step, seen, False
+        if changed:
+            self._take_over(step)
+        return True
+
+    def _inputs(self, step: Step) -> tuple:
+        """What a pack depends on: tensors with their versions, of which those of no version count as new behind a callback."""
+        held = [tensor for prompt in step.prompts for tensor in prompt] + [step.shared("guidance")]
+        held.append(step.shared("additional_t_cond"))
+        if self._dirty:  # a callback may have written into them
+            self._weights = [*self.model.txt_in.parameters(), *self.model.txt_norm.parameters()]
+        scale = (self.pipe.attention_kwargs or {}).get("scale", 1.0)
+        others = frozenset(self.pipe.attention_kwargs or ()) - {"scale"}
+        shapes, hidden = step.shared("img_shapes"), step.shared("hidden_states")
+        plain = (self.call.survey, scale, others, step.true_cfg_scale, step.normalize, self._own_step is None)
+        plain += (shapes, tuple(hidden.shape), tuple(step.latents.shape), step.is_shared)
+        plain += (step.shared("controlnet_block_samples") is None, self._row is None)
+        return held, [version_of(one, self._dirty and self._gets_more) for one in (*held, *self._weights)], plain
+
+    def _take_over(self, step: Step) -> None:
+        self._leave_graph("a callback changed the model, its LoRA scale or the prompt")
+        latents, hidden = step.latents, step.shared("hidden_states")
+        self.batch, self.references = latents.shape[0], hidden.shape[1] - latents.shape[1]
+        self.guidance = None
+        if step.true_cfg_scale is not None:
+            dtype = torch.promote_types(self.dtype, torch.float32)
+            self.guidance = torch.full((1,), float(step.true_cfg_scale), dtype=dtype, device=self.device)
+        self._source(step)
+        if self._takes_rows(step):
+            self.shapes = check_image_shapes(step.shared("img_shapes"), self.batch)
+            self.packs = packed_prompts(self, step)
+            self._apply_lora_scale()  # before a graph bakes it in
+        else:
             self.packs = None
             self._context.close()  # stock's forward scales LoRA layers itself
             self.lora_scale = 1.0
-        elif self.packs is None or changed_prompt:
-            self.packs = self._pack()
+        reason = "the scheduler takes the steps itself" if self._own_step is not None else None
+        reason = reason or ("a callback gets the predictions" if self.watched else graph.reason_against(self, step))
+        self.state.graph = reason
+        if reason is None:
+            self.graph = graph.take(self, step)
 
-    def _takes_rows(self) -> bool:
+    def _schedule(self, step: Step) -> None:
+        """Which sigma and which timestep of the scheduler's come next."""
+        scheduler, t = self.pipe.scheduler, step.t
+        scheduled = getattr(scheduler, "timesteps", None)
+        table = (scheduled, version_of(scheduled, False)) if isinstance(scheduled, torch.Tensor) else None
+        if table is None or self._table is None or not (table[0] is self._table[0] and table[1] == self._table[1]):
+            self._table, self.call.source = table, None
+            self.timesteps = None if table is None else scheduled.to(self.device, self.dtype) / 1000
+            self.places = torch.zeros(2, dtype=torch.int32, device=self.device)
+            self._held = self._seen = None
+        self._row = None if table is None else row_of(t, scheduled)
+        self._index = 0
+        if self._own_step is None:
+            if scheduler.step_index is None:
+                scheduler._init_step_index(t)
+            self._index = scheduler.step_index
+        if self._held != (self._index, self._row):
+            if self._held is None or self._held[0] != self._index:
+                self.places[:1].fill_(self._index)
+            if self._held is None or self._held[1] != self._row:
+                self.places[1:].fill_(self._row or 0)
+            self._held = self._index, self._row
+
+    def _source(self, step: Step) -> None:
+        """Where modulations come from: one table of the schedule's timesteps wherever there can be one."""
+        call, condition = self.call, step.shared("additional_t_cond")
+        call.source = None
+        if condition is not None:
+            values = set(condition.tolist())  # the host waits, once a call
+            condition = condition[:1] if len(values) == 1 else None
+            if condition is None:
+                return
+        if self.wants_table and self._row is not None:
+            tables = self.model.__dict__[ATTACHED].tables
+            call.source = FromTable(self.model, tables, self.timesteps, self.places[1:], condition)
+
+    def _takes_rows(self, step: Step) -> bool:
         """Whether both predictions of a step can share a forward."""
         found, others = self.call.survey, set(self.pipe.attention_kwargs or ()) - {"scale"}
-        if not found.rows or found.whole is not None or others or self.task.guidance is not None:
+        if not found.rows or found.whole is not None or others or step.shared("guidance") is not None:
             return False
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(self.device.type):
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(self.device.type) or not step.is_shared:
+            return False
+        if any(embeds is None or self.batch % embeds.shape[0] for embeds, _ in step.prompts):
             return False
         return not getattr(self.model, "is_cache_enabled", False) and getattr(self.model, "_parallel_config", None) is None
 
-    @contextlib.contextmanager
-    def running(self, latents: torch.Tensor, own_step: OwnStep | None, watched: bool) -> Iterator[None]:
-        """Inside, steps can be taken.
+    # One step ----------------------------------------------------------------------------------------------------------
 
-        Args:
-            latents: those of the first step.
-            own_step: the user's own step in place of ours, from velocity, timestep and latents.
-            watched: somebody wants to see the predictions.
-        """
-        self.own_step, self.watched = own_step, watched
-        with self._context:
-            if self.packs is not None:
-                self._apply_lora_scale()  # before a graph bakes it in
-            reason = "the scheduler takes the steps itself" if own_step is not None else None
-            reason = reason or ("a callback gets the predictions" if watched else graph.reason_against(self))
-            self.state.graph = reason
-            if reason is None:
-                self.graph = graph.take(self, latents)
-            try:
-                yield
-            finally:
-                self._leave_graph()
-
-    def leave_steps_to(self, step: OwnStep) -> None:
-        """From here on the user's own step is taken."""
-        self._leave_graph()
-        self.own_step = step
-
-    def _leave_graph(self) -> None:
+    def step(self, step: Step) -> Found | None:
+        """The step, or None where stock's own statements have to take it."""
+        if not self._follow(step):
+            self._leave_graph()
+            return None
+        scheduler, latents = self.pipe.scheduler, step.latents
+        if self._own_step is None and self._index + 1 >= len(scheduler.sigmas):
+            self._leave_graph()
+            return None  # and fails there
         if self.graph is not None:
-            self.graph.release()
-            self.graph = None
-            self.step_index.fill_(self._steps)
-
-    def step(self, index: int, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """The latents `[B, S_img, C]` behind step `index`, whose timestep is `t`."""
-        self._steps = index + 1
-        if self.graph is not None:
-            return self.graph.run(index, latents)
-        self.predictions = self.predict(latents.to(self.dtype) if self.state.options.precise_sampler else latents)
-        if self.own_step is not None:
-            velocity = guided(self.predictions, self.task.true_cfg_scale)["noise_pred"]
-            latents = self.own_step(velocity, t, latents)
-        elif self.predictions[0].dtype != latents.dtype and not self.state.options.precise_sampler:
-            self.state.fall_back(f"predictions in {self.predictions[0].dtype} for latents in {latents.dtype}")  # as by autocast
-            velocity = guided(self.predictions, self.task.true_cfg_scale)["noise_pred"]
-            latents = self.pipe.step_of_scheduler(velocity, t, latents)
+            latents = self.graph.run(self._index, self._row, latents)
+            scheduler._step_index += 1
+            return Found(latents)
+        precise = self.state.options.precise_sampler and self._own_step is None
+        if precise:
+            latents = latents.float()
+        predictions = self.predict(step)
+        shown = guided(predictions, step) if self.watched or not step.normalize else {}
+        if self._own_step is not None or (predictions[0].dtype != latents.dtype and not precise):
+            if self._own_step is None:  # as by autocast
+                self.state.fall_back(f"predictions in {predictions[0].dtype} for latents in {latents.dtype}")
+            shown = shown or guided(predictions, step)
+            latents = scheduler.step(shown["noise_pred"], step.t, latents, return_dict=False)[0]
         else:
-            sigmas = self.task.schedule.sigmas
-            latents = sampler_step(self.state, latents, self.predictions, sigmas, self.step_index, self.guidance)
-        self.step_index.add_(1)  # in stream order, so no program of this step can see the next index
-        return latents
+            if not step.normalize:
+                predictions = (shown["noise_pred"],)
+            guidance = self.guidance if len(predictions) == 2 else None
+            latents = sampler_step(self.state, latents, predictions, scheduler.sigmas, self.places[:1], guidance)
+            scheduler._step_index += 1
+        self.places.add_(1)  # in stream order, so no program of this step can see the next index
+        self._held = self._index + 1, None if self._row is None else self._row + 1
+        return Found(latents, shown.get("noise_pred"), tuple(shown.get(name) for name in SHOWN[1:]))
 
-    def predict(self, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The prediction for the prompt, and with guidance the one for the negative prompt, each `[B, S_img, C]`.
+    def behind(self, i: int, latents: torch.Tensor) -> None:
+        """The end of turn `i` of the loop."""
+        if self._check is not None:
+            self._check.look(i, latents)
+        if self._pace is not None:
+            self._pace.step()
 
-        Args:
-            latents: `[B, S_img, C]` in the model's dtype.
-        """
-        timestep = self.timesteps.index_select(0, self.step_index)
+    def predict(self, step: Step) -> tuple[torch.Tensor, ...]:
+        """The prediction for the prompt, and with guidance the one for the negative prompt, each `[B, S_img, C]`."""
+        hidden = step.shared("hidden_states").to(self.dtype)
         if self.packs is None:
             with entered(self.call):
-                return tuple(self._as_stock(latents, timestep, n) for n in range(len(self.task.prompts)))
-        self._apply_lora_scale()
+                return tuple(self._as_stock(step, hidden, n) for n in range(len(step.forwards)))
+        timestep = self.timesteps.index_select(0, self.places[1:]) if self._row is not None else self._timestep(step)[:1]
         try:
-            return self._packed(latents, timestep)
+            return self._packed(step, hidden, timestep)
         except torch.OutOfMemoryError:
-            if len(self.packs) == len(self.task.prompts):
+            if len(self.packs) == len(step.forwards):
                 raise
             logger.warning("memory was too short for one forward of both predictions: they come one after the other.")
             self.state.calls["packed transformer out of memory"] += 1
-            self.packs = self._pack(together=False)
+            self.packs = packed_prompts(self, step, together=False)
         torch.cuda.empty_cache()
-        return self._packed(latents, timestep)
+        return self._packed(step, hidden, timestep)
 
-    def _packed(self, latents: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _packed(self, step: Step, hidden: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor, ...]:
         predictions = []
+        others = {"controlnet_block_samples": step.shared("controlnet_block_samples")}
+        others["additional_t_cond"] = None if self.call.source is not None else step.shared("additional_t_cond")
         for pack in self.packs:
             if self.call.survey.placed:
                 self.call.prompts = pack
                 try:
                     with entered(self.call):
-                        output = self.model(hidden_states=latents, timestep=timestep, return_dict=False)[0]
+                        output = self.model(hidden_states=hidden, timestep=timestep, return_dict=False, **others)[0]
                 finally:
                     self.call.prompts = None
             else:
-                output = self.model.predict(self.call, latents, timestep, pack)
-            predictions += output.chunk(pack.copies)
+                output = self.model.predict(self.call, hidden, timestep, pack, **others)
+            predictions += without_references(output, pack.copies, step.latents.shape[1])
         return tuple(predictions)
 
-    def _as_stock(self, latents: torch.Tensor, timestep: torch.Tensor, n: int) -> torch.Tensor:
-        embeds, mask = self.task.prompts[n]
+    def _as_stock(self, step: Step, hidden: torch.Tensor, n: int) -> torch.Tensor:
         with self.model.cache_context(("cond", "uncond")[n]):
-            return self.model(
-                hidden_states=latents,
-                timestep=timestep.expand(self.batch),
-                guidance=self.task.guidance,
-                encoder_hidden_states_mask=mask,
-                encoder_hidden_states=embeds,
-                img_shapes=self.task.img_shapes,
-                attention_kwargs=self.pipe.attention_kwargs,
-                return_dict=False,
-            )[0]
+            arguments = step.forwards[n] | {"hidden_states": hidden, "timestep": self._timestep(step)}
+            return self.model(**arguments, return_dict=False)[0][:, : step.latents.shape[1]]
+
+    def _timestep(self, step: Step) -> torch.Tensor:
+        """`[B]`, what stock hands to its transformer; latents of a precise sampler have another dtype than the model."""
+        timestep = step.timestep
+        if timestep.dtype != self.dtype:
+            timestep = step.t.expand(step.latents.shape[0]).to(self.dtype)
+        return timestep / 1000
+
+    def _leave_graph(self, why: str | None = None) -> None:
+        if self.graph is not None:
+            self.graph.release()
+            self.graph, self._held = None, None
+            if why is not None:
+                self.state.graph = why
 
     def _apply_lora_scale(self) -> None:
         """`attention_kwargs={"scale": ...}`: once for all steps, and again where a callback has changed it."""
@@ -233,72 +392,9 @@ class Denoiser:
             self._context.enter_context(lora_scale(self.model, {"scale": scale}))
             self.lora_scale = scale
 
-    def _pack(self, together: bool | None = None) -> list[PromptBatch]:
-        prompts = [self._rows_of(*prompt) for prompt in self.task.prompts]
-        shapes = check_image_shapes(self.task.img_shapes, self.batch)
-
-        def packed(group: list) -> PromptBatch:
-            embeds = torch.cat([embeds for embeds, _ in group])
-            positions = [position for _, own in group for position in own]
-            return PromptBatch(self.model.layout(shapes * len(group), positions, self.device), embeds, len(group))
-
-        batch = packed(prompts)
-        if together is None:
-            together = fits_in_memory(batch.layout.rows, self.model, self.dtype, self.device)
-        return [batch] if together or len(prompts) == 1 else [packed([prompt]) for prompt in prompts]
-
-    def _rows_of(self, embeds: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, list[int | tuple[int, ...]]]:
-        """Embeddings as rows without the masked ones, and per sample how many they are, or where they stood."""
-        embeds = embeds.expand(self.batch, -1, -1)
-        if mask is None:
-            return embeds.flatten(0, 1), [embeds.shape[1]] * self.batch
-        # The one place where the host reads the device, once per prompt and before the loop.
-        kept = [row.nonzero()[:, 0].tolist() for row in mask.bool().expand(self.batch, -1).cpu()]
-        rows = [own[index] for own, index in zip(embeds, kept, strict=True)]
-        prefixes = [index == list(range(len(index))) for index in kept]
-        positions = [len(index) if prefix else tuple(index) for index, prefix in zip(kept, prefixes, strict=True)]
-        return torch.cat(rows), positions
-
-
-def guided(predictions: tuple[torch.Tensor, ...], true_cfg_scale: float | None) -> dict[str, torch.Tensor]:
-    """What stock's loop has of a step's predictions, by its names and with its roundings; "noise_pred" is the velocity.
-
-    Source: diffusers 0.42.1, pipelines/qwenimage/pipeline_qwenimage.py, QwenImagePipeline.__call__.
-    """
-    if true_cfg_scale is None:
-        return {"noise_pred": predictions[0]}
-    cond, uncond = predictions
-    combined = uncond + true_cfg_scale * (cond - uncond)
-    cond_norm, noise_norm = (torch.norm(one, dim=-1, keepdim=True) for one in (cond, combined))
-    return {
-        "noise_pred": combined * (cond_norm / noise_norm),
-        "neg_noise_pred": uncond,
-        "comb_pred": combined,
-        "cond_norm": cond_norm,
-        "noise_norm": noise_norm,
-    }
-
-
-def sampler_step(
-    state: State,
-    latents: torch.Tensor,
-    predictions: tuple[torch.Tensor, ...],
-    sigmas: torch.Tensor,
-    step_index: torch.Tensor,
-    guidance: torch.Tensor | None,
-) -> torch.Tensor:
-    """The update of one step from its one or two predictions, counted."""
-    if guidance is None:
-        state.calls["euler_step"] += 1
-        return euler_step(latents, predictions[0], sigmas, step_index)
-    state.calls["cfg_euler_step"] += 1
-    return cfg_euler_step(latents, *predictions, sigmas, step_index, guidance)
-
-
-def fits_in_memory(rows: int, model: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the activations of a forward over so many token rows fit into free GPU memory. True on the CPU."""
-    if device.type != "cuda":
-        return True
-    # Residual twice, norm, branch, attended, query, key and value, four times the width in the MLP; and some room.
-    needed = 1.25 * 12 * rows * model.inner_dim * dtype.itemsize
-    return needed < free_bytes(device, enough=needed)
+    def _report(self) -> None:
+        if self._check is not None:
+            found = self._check.found()
+            self.state.nan_note = found or "all finite"
+            if found is not None:
+                logger.warning("check_nan: %s.", found)

@@ -22,9 +22,10 @@ from ..common.stages import stage
 from ..common.state import logger
 from ..transformer.attention import chosen_backend
 from ..transformer.call import ATTACHED, Call, PromptBatch
-from ..transformer.layout import build_layout, check_image_shapes
+from ..transformer.layout import build_layout
 from ..transformer.modulation import FromRow, ModulationTable
 from ..transformer.modulation_weights import host_bytes
+from .step import Step, combined, sampler_step, without_references
 
 if TYPE_CHECKING:
     from .denoiser import Denoiser
@@ -50,15 +51,19 @@ def capacity(length: int, negative: bool = False) -> int:
     return next((size for size in sizes if size >= length), -(-length // 512) * 512)
 
 
-def reason_against(denoiser: "Denoiser") -> str | None:
+def reason_against(denoiser: "Denoiser", step: Step) -> str | None:
     """Why the steps of this call do not go through a `StepGraph`, or None."""
-    state, model, found = denoiser.state, denoiser.model, denoiser.call and denoiser.call.survey
+    state, model, found = denoiser.state, denoiser.model, denoiser.call.survey
     if state.options.cuda_graph is False:
         return "cuda_graph=False"
     if denoiser.device.type not in DEVICES:
         return f"the device is {denoiser.device}"
     if denoiser.packs is None:
         return "hooks, caches, compiled blocks or custom attention processors"
+    if step.shared("controlnet_block_samples") is not None:
+        return "a ControlNet's residuals are new at each step"
+    if denoiser.call.source is None and step.shared("additional_t_cond") is not None:
+        return "modulations with a condition of each sample's own"
     if len(denoiser.packs) > 1:
         return "memory is too short for one forward of both predictions"
     if found.touched:
@@ -79,20 +84,20 @@ def reason_against(denoiser: "Denoiser") -> str | None:
     return None
 
 
-def take(denoiser: "Denoiser", latents: torch.Tensor) -> "StepGraph":
+def take(denoiser: "Denoiser", step: Step) -> "StepGraph":
     """The graph for this call, held by it until `release` and loaded with its inputs.
 
     Where another thread holds the one that is kept, this call gets one of its own, which is never captured: the same kernels
     on buffers of the same sizes.
     """
-    model, key = denoiser.model, _key(denoiser, latents)
+    model, key = denoiser.model, _key(denoiser, step)
     kept = model.__dict__[ATTACHED]
     with kept.lock:
         graph = kept.graphs.get(key)
         if graph is not None and graph.lock.acquire(blocking=False):
             kept.graphs.move_to_end(key)
         else:
-            fresh = StepGraph(denoiser, latents)
+            fresh = StepGraph(denoiser, step)
             fresh.lock.acquire()
             if graph is None:
                 kept.graphs[key] = fresh
@@ -102,7 +107,7 @@ def take(denoiser: "Denoiser", latents: torch.Tensor) -> "StepGraph":
                 fresh.captures = False
             graph = fresh
     try:
-        graph.load(denoiser, latents)
+        graph.load(denoiser, step)
     except BaseException:
         graph.release()
         raise
@@ -118,10 +123,10 @@ class StepGraph:
 
     Args:
         denoiser: of the call; its sizes and options are taken over.
-        latents: `[B, S_img, C]`, for shape and dtype.
+        step: the first one, for shapes and dtypes.
     """
 
-    def __init__(self, denoiser: "Denoiser", latents: torch.Tensor):
+    def __init__(self, denoiser: "Denoiser", step: Step):
         self.lock, self.captures = threading.Lock(), True
         self._model, self._device, self._dtype = denoiser.model, denoiser.device, denoiser.dtype
         self._calls, self._is_warm = 0, False
@@ -129,37 +134,41 @@ class StepGraph:
         self._replay: Callable[[], None] | None = None
         self._done: torch.cuda.Event | None = None
         with torch.inference_mode(False), torch.no_grad():  # buffers that calls in either mode may write
-            self._allocate(denoiser, latents)
+            self._allocate(denoiser, step)
         counting = copy.copy(denoiser.state)
         counting.calls = Counter()
         self._counting, self._counts = counting, Counter()
         self._call = Call(self._model, counting, self._source, denoiser.call.survey)
 
-    def _allocate(self, denoiser: "Denoiser", latents: torch.Tensor) -> None:
-        pack, task, model, device = denoiser.packs[0], denoiser.task, denoiser.model, denoiser.device
-        self.latents = torch.empty_like(latents)
+    def _allocate(self, denoiser: "Denoiser", step: Step) -> None:
+        pack, model, device = denoiser.packs[0], denoiser.model, denoiser.device
+        dtype = torch.float32 if denoiser.state.options.precise_sampler else step.latents.dtype
+        self.latents = torch.empty_like(step.latents, dtype=dtype)
+        # What the forward reads: the latents, behind them what does not change.
+        self.hidden = torch.empty_like(step.shared("hidden_states"), dtype=self._dtype)
+        self._normalize = step.normalize
         self.sigmas = torch.empty(2, dtype=torch.float32, device=device)
         self.step_index = torch.zeros(1, dtype=torch.int32, device=device)
         self.timestep = torch.empty(1, dtype=self._dtype, device=device)
         self.guidance = None if denoiser.guidance is None else torch.empty_like(denoiser.guidance)
-        shapes = check_image_shapes(task.img_shapes, denoiser.batch) * pack.copies
-        layout = build_layout(model.pos_embed, shapes, _capacities(denoiser), device)
+        layout = build_layout(model.pos_embed, pack.shapes, _capacities(denoiser), device)
         text = torch.zeros(layout.txt_rows, model.inner_dim, dtype=self._dtype, device=device)
-        self.prompts = PromptBatch(replace(layout, padded=True), pack.embeds.new_empty(0), pack.copies, text)
+        self.prompts = PromptBatch(replace(layout, padded=True), pack.embeds.new_empty(0), pack.copies, pack.shapes, text)
         self._source: FromRow | None = None
         self._table: ModulationTable | None = None
         if denoiser.call.source is not None:
             denoiser.call.source.begin(denoiser.timesteps[:1])
             self._source = FromRow(denoiser.call.source.table.row_buffer())
 
-    def load(self, denoiser: "Denoiser", latents: torch.Tensor) -> None:
-        """Put a call's latents, guidance and prompts into the buffers."""
+    def load(self, denoiser: "Denoiser", step: Step) -> None:
+        """Put a call's references, guidance and prompts into the buffers."""
         if self._done is not None:  # another stream may still be at the call before
             torch.cuda.current_stream(self._device).wait_event(self._done)
-        self._calls += 1
+        self._calls += denoiser.loads == 0  # another prompt in the same call is none
+        denoiser.loads += 1
         self._denoiser = denoiser
         self._call.survey = denoiser.call.survey
-        self.latents.copy_(latents)
+        self.hidden.copy_(step.shared("hidden_states"))
         if self.guidance is not None:
             self.guidance.copy_(denoiser.guidance)
         pack, layout = denoiser.packs[0], self.prompts.layout
@@ -181,22 +190,20 @@ class StepGraph:
             if source.zero_row is not None:
                 self._source.table.values[1:].copy_(source.table.values[source.zero_row :])
 
-    def run(self, index: int, latents: torch.Tensor) -> torch.Tensor:
+    def run(self, index: int, row: int | None, latents: torch.Tensor) -> torch.Tensor:
         """One step.
 
         Args:
-            index: of the step.
+            index, row: of the sigma that the step begins with, and of the timestep.
             latents: `[B, S_img, C]`, those of the step before, or what a callback made of them.
         Returns:
-            Tensor: the next latents, in the buffer.
+            Tensor: the next latents, the caller's own.
         """
-        if latents is not self.latents:
-            self.latents.copy_(latents)
-        schedule = self._denoiser.task.schedule
-        self.sigmas.copy_(schedule.sigmas[index : index + 2])
-        self.timestep.copy_(self._denoiser.timesteps[index : index + 1])
+        self.latents.copy_(latents)
+        self.sigmas.copy_(self._denoiser.pipe.scheduler.sigmas[index : index + 2])
+        self.timestep.copy_(self._denoiser.timesteps[row : row + 1])
         if self._table is not None:
-            self._source.table.values[:1].copy_(self._table.values[index : index + 1])
+            self._source.table.values[:1].copy_(self._table.values[row : row + 1])
         if self._replay is not None:
             self._replay()
         elif not self.captures or self._calls < 2 or not _CAPTURING.acquire(blocking=False):
@@ -207,7 +214,7 @@ class StepGraph:
             finally:
                 _CAPTURING.release()
         self._denoiser.state.calls.update(self._counts)
-        return self.latents
+        return self.latents.clone()
 
     def release(self) -> None:
         """The call is over: the next one may write into the buffers, behind its work."""
@@ -221,11 +228,13 @@ class StepGraph:
             self._home.wait_event(self._done)
 
     def _compute(self) -> None:
-        from .denoiser import sampler_step  # which imports this module
-
-        latents = self.latents.to(self._dtype)
-        predictions = self._model.predict(self._call, latents, self.timestep, self.prompts).chunk(self.prompts.copies)
-        self.latents.copy_(sampler_step(self._counting, self.latents, predictions, self.sigmas, self.step_index, self.guidance))
+        rows, copies = self.latents.shape[1], self.prompts.copies
+        self.hidden[:, :rows].copy_(self.latents)
+        output = self._model.predict(self._call, self.hidden, self.timestep, self.prompts)
+        predictions, guidance = tuple(without_references(output, copies, rows)), self.guidance
+        if guidance is not None and not self._normalize:
+            predictions, guidance = (combined(*predictions, guidance),), None
+        self.latents.copy_(sampler_step(self._counting, self.latents, predictions, self.sigmas, self.step_index, guidance))
 
     def _counted(self) -> None:
         self._counting.calls.clear()
@@ -317,7 +326,7 @@ def _capacities(denoiser: "Denoiser") -> tuple[int, ...]:
     return tuple(capacity(length, negative=n >= denoiser.batch) for n, length in enumerate(lengths))
 
 
-def _key(denoiser: "Denoiser", latents: torch.Tensor) -> tuple[Any, ...]:
+def _key(denoiser: "Denoiser", step: Step) -> tuple[Any, ...]:
     """All that a graph bakes in."""
     found, state, device = denoiser.call.survey, denoiser.state, denoiser.device.type
     addresses = tuple(
@@ -331,13 +340,11 @@ def _key(denoiser: "Denoiser", latents: torch.Tensor) -> tuple[Any, ...]:
     products = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     products += str(matmul.allow_bf16_reduced_precision_reduction), str(matmul.allow_fp16_reduced_precision_reduction)
     return (
-        tuple(latents.shape),
-        latents.dtype,
-        denoiser.dtype,
-        latents.device,
-        _capacities(denoiser),
-        str(denoiser.task.img_shapes),
-        denoiser.guidance is None,
+        (tuple(step.latents.shape), tuple(step.shared("hidden_states").shape)),
+        (denoiser.dtype, state.options.precise_sampler),
+        denoiser.device,
+        (_capacities(denoiser), denoiser.packs[0].shapes),
+        (denoiser.guidance is None, step.normalize),
         (state.options.attention, denoiser.call.source is None),
         (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
         products,

@@ -1,7 +1,7 @@
 """What all accelerated pipelines share."""
 
 import contextlib
-from collections.abc import Callable
+import copy
 from typing import Any
 
 import torch
@@ -15,20 +15,14 @@ from ..text import encoding as text
 from ..transformer.attach import attach, detach, settle_modulation
 from ..transformer.call import ATTACHED
 from ..vae import pictures as fast_vae
-
-
-def without_no_grad(call: Callable[..., Any]) -> Callable[..., Any]:
-    """`__call__` of a pipeline as it runs where gradients are on: reward tuning takes it from under its torch.no_grad."""
-    return getattr(call, "__wrapped__", call) if torch.is_grad_enabled() else call
+from .foreign import scheduler_reason
+from .scheduler import FlowMatchEulerDiscreteScheduler
 
 
 class AcceleratedPipeline(PickledAsStock):
     """What all accelerated pipelines share: state, checks before any work, and the repair of diffusers' mask pairing."""
 
     NOT_PICKLED = (STATE,)
-
-    supports_precise_sampler = False
-    supports_check_nan = False
 
     @property
     def fast_state(self) -> State:
@@ -142,6 +136,12 @@ class AcceleratedPipeline(PickledAsStock):
             return self.transformer.device
         return super().device
 
+    @property
+    def _execution_device(self) -> torch.device:
+        """As diffusers', which asks every module for its hooks: once a call."""
+        state = self.__dict__.get(STATE)
+        return super()._execution_device if state is None or state.device is None else state.device
+
     def install_transformer(self, device: torch.device | None = None) -> str | None:
         """Attach to the transformer that the pipeline has now, which runs on `device`; returns why it cannot be, or None."""
         state, model = self.fast_state, self.transformer
@@ -216,8 +216,34 @@ class AcceleratedPipeline(PickledAsStock):
                 "text_encoder_mode='free' has dropped the text encoder: set `pipe.text_encoder` to encode new prompts."
             )
 
-    def install_scheduler(self) -> None:
-        """Put our scheduler in, where the pipeline's own loop calls `scheduler.step`."""
+    def install_scheduler(self) -> str | None:
+        """Put our scheduler in the place of the one that the pipeline has now; returns why it cannot be, or None."""
+        state, current = self.fast_state, self.scheduler
+        if current is None:
+            return None
+        reason = scheduler_reason(current)
+        ours = type(current) is FlowMatchEulerDiscreteScheduler
+        if ours and reason is None and current.is_of(state):
+            return None
+        if reason is not None:
+            self.remove_scheduler()  # ours goes around the method that somebody replaced
+            state.stock_scheduler = None
+            return reason
+        state.stock_scheduler = state.stock_scheduler if ours and current.is_of(state) else current
+        self.scheduler = FlowMatchEulerDiscreteScheduler.adopt(current, state)
+        return None
+
+    def steps_itself(self) -> str | None:
+        """Why the scheduler takes the steps itself, in stock's way, or None."""
+        scheduler = self.scheduler
+        reason = scheduler_reason(scheduler)
+        if reason is None and not (type(scheduler) is FlowMatchEulerDiscreteScheduler and scheduler.is_of(self.fast_state)):
+            return "another scheduler was put in"
+        return reason
 
     def remove_scheduler(self) -> None:
         """Give the user's scheduler back."""
+        if type(self.scheduler) is FlowMatchEulerDiscreteScheduler:
+            self.scheduler.release()  # somebody's wrapper may hold on to it
+            stock = self.fast_state.stock_scheduler
+            self.scheduler = copy.copy(self.scheduler) if stock is None else stock

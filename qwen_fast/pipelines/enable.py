@@ -61,15 +61,6 @@ def enable(pipe: Pipeline, **options: Any) -> Pipeline:
     if ours is None:
         raise ValueError(_refusal(pipe))
     options = Options.of(options)
-    if options.precise_sampler and not ours.supports_precise_sampler:
-        raise ValueError(
-            f"`precise_sampler` is True, but {stock.__name__} keeps diffusers' own loop and latents; "
-            "it applies to QwenImagePipeline."
-        )
-    if options.check_nan and not ours.supports_check_nan:
-        raise ValueError(
-            f"`check_nan` is True, but {stock.__name__} keeps diffusers' own loop; it applies to QwenImagePipeline."
-        )
     reason = unsupported_reason(pipe.device)
     if reason is not None:
         if options.strict:

@@ -27,7 +27,6 @@ HELPERS = (
     "attention_kwargs",
 )
 FUNCTIONS = ("calculate_shift", "retrieve_timesteps", "randn_tensor")
-_SCHEDULING = FUNCTIONS[:2]
 SCHEDULER = (
     "set_timesteps",
     "step",
@@ -75,8 +74,3 @@ def scheduler_reason(scheduler: Any) -> str | None:
         return "stochastic_sampling"
     found = foreign_methods(type(scheduler), SCHEDULER) + foreign_on(scheduler, SCHEDULER)
     return f"{', '.join(dict.fromkeys(found))}: not diffusers' own" if found else None
-
-
-def scheduling_is_foreign(stock: type) -> bool:
-    """Whether somebody replaced what the module of `stock` calls for a schedule."""
-    return bool(foreign_functions(sys.modules[stock.__module__], _SCHEDULING))

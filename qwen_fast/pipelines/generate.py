@@ -11,6 +11,7 @@ import torch
 
 from ..common.hooks import is_hooked
 from ..common.stages import Recorder, on_device, record, stage
+from .call import reason_for_stock
 from .text_to_image import QwenImagePipeline
 
 # Stock's decode takes 5.25 GiB at 1024x1024 in bf16 (reported by users): more than ours, which is the room to spare.
@@ -81,7 +82,7 @@ def _beside(pipe: Any, prompts: list[str], seed: int, settings: dict[str, Any]) 
             stack.enter_context(on_device(device))
             stack.enter_context(stage("vae"))
             stack.enter_context(pipe._images())
-            images = pipe._decode(latents, height, width, settings.get("output_type", "pil"))
+            images = decoded_latents(pipe, latents, height, width, settings.get("output_type", "pil"))
             if stream is not None and isinstance(images, torch.Tensor):
                 images.record_stream(user)
                 stream.synchronize()
@@ -113,6 +114,20 @@ def _beside(pipe: Any, prompts: list[str], seed: int, settings: dict[str, Any]) 
         yield decoded(len(prompts) - 1, *waiting)
 
 
+def decoded_latents(pipe: Any, latents: torch.Tensor, height: int, width: int, output_type: str) -> Any:
+    """Packed latents `[B, S_img, C]` as pictures, as stock's `__call__` makes them, in the VAE's dtype."""
+    latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor).to(pipe.vae.dtype)
+
+    def per_channel(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values).view(1, pipe.vae.config.z_dim, 1, 1, 1).to(latents.device, latents.dtype)
+
+    # Division by a rounded reciprocal is what stock does; a product with the deviation rounds otherwise.
+    inverse_std = 1.0 / per_channel(pipe.vae.config.latents_std)
+    latents = latents / inverse_std + per_channel(pipe.vae.config.latents_mean)
+    image = pipe.vae.decode(latents, return_dict=False)[0][:, :, 0]
+    return pipe.image_processor.postprocess(image, output_type=output_type)
+
+
 def _call(pipe: Any, prompts: list[str], index: int, seed: int, settings: dict[str, Any]) -> Any:
     config = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(**{**(config or {}), "desc": f"{index + 1}/{len(prompts)}"})
@@ -133,7 +148,7 @@ def _reason_against(pipe: Any, settings: dict[str, Any]) -> str | None:
     device = pipe._execution_device
     if device.type != "cuda":
         return f"the device is {device}"
-    if type(pipe) is not QwenImagePipeline or pipe._fallback_reason(device) is not None:
+    if type(pipe) is not QwenImagePipeline or reason_for_stock(pipe, device) is not None:
         return "the loop is diffusers'"
     if settings.get("output_type", "pil") == "latent":
         return "nothing is decoded"

@@ -1,6 +1,7 @@
 """Checks of a pipeline call's arguments, all before any GPU work; each message names the argument, its value and what works."""
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,6 +37,20 @@ def check_components(pipe: Any, arguments: dict[str, Any]) -> None:
             )
 
 
+def check_callback_inputs(names: Iterable[str], call: Any) -> None:
+    """`callback_on_step_end_tensor_inputs` against the variables of `call`, in whose loop stock looks them up after a step.
+
+    Stock allows those of `_callback_tensor_inputs`, a list of the class that users extend.
+    """
+    known = getattr(getattr(call, "__code__", None), "co_varnames", None)
+    for name in names:
+        if known is not None and name not in known:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` names {name!r}, but the loop has nothing by that name; it has latents, "
+                "prompt_embeds, noise_pred and the other variables of the pipeline's __call__."
+            )
+
+
 def check_call(pipe: Any, arguments: dict[str, Any]) -> None:
     """Check the arguments of `pipe.__call__` that diffusers lets through, or fails on late and unclearly.
 
@@ -45,13 +60,13 @@ def check_call(pipe: Any, arguments: dict[str, Any]) -> None:
     Raises:
         ValueError: naming the argument.
     """
-    if arguments["sigmas"] is None:
+    if arguments.get("sigmas") is None:
         check_num_inference_steps(arguments["num_inference_steps"])
     else:
         check_sigmas(arguments["sigmas"])
     patch = pipe.vae_scale_factor * 2
     for name in ("height", "width"):
-        value = arguments[name]
+        value = arguments.get(name)  # Layered has a `resolution`
         if value is not None and value < patch:
             raise ValueError(f"`{name}` is {value}; one patch is {patch} pixels, so use a multiple of {patch}.")
     per_prompt = arguments["num_images_per_prompt"]
@@ -60,6 +75,8 @@ def check_call(pipe: Any, arguments: dict[str, Any]) -> None:
 
     _check_latents(pipe, arguments.get("latents"))
     batch = _check_prompt(arguments, "prompt", "prompt_embeds")
+    if batch is None and type(pipe).__name__ == "QwenImageLayeredPipeline":
+        batch = 1  # which then describes the picture itself
     if batch is None:
         raise ValueError("`prompt` and `prompt_embeds` are both None; pass one of the two.")
     negative_batch = _check_prompt(arguments, "negative_prompt", "negative_prompt_embeds")

@@ -76,8 +76,7 @@ def report(pipe: Any) -> Report:
     replaced = []
     if state is not None and not alone:
         precision = "fp32 latents" if state.options.precise_sampler else "stock's roundings"
-        loop = "scheduler step" if state.stock_scheduler is not None else "denoising loop, CFG and Euler step"
-        replaced = ["schedule (on the device, once per call)", f"{loop} ({precision})"]
+        replaced = ["schedule (on the device, once per call)", f"guidance and Euler step ({precision})"]
         if state.transformer is not None:
             modulation = f"layers, since {state.no_table}" if state.no_table else state.options.modulation
             memory |= state.transformer.fast_memory()
@@ -87,9 +86,8 @@ def report(pipe: Any) -> Report:
             replaced.append(f"transformer (fused blocks, modulation {modulation}, attention {state.options.attention})")
             if state.options.attention == "auto":
                 replaced += attention.described()
-            if state.stock_scheduler is None:
-                graphs = f"no CUDA graph: {state.graph}" if state.graph else f"CUDA graph {state.options.cuda_graph}"
-                replaced.append(f"steps ({graphs})")
+            graphs = f"no CUDA graph: {state.graph}" if state.graph else f"CUDA graph {state.options.cuda_graph}"
+            replaced.append(f"steps ({graphs})")
         if state.texts is not None:
             replaced.append(f"text encoding (no logits; {_prompts(state.texts)}; text encoder: {state.texts.placement})")
             memory["prompt cache"] = state.texts.cache.nbytes

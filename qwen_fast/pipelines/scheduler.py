@@ -1,4 +1,4 @@
-"""Schedule and Euler step behind the interface of diffusers' scheduler, for pipelines that keep stock's denoising loop."""
+"""Schedule and Euler step behind the interface of diffusers' scheduler."""
 
 import copy
 from typing import Any
@@ -18,26 +18,44 @@ STOCK = diffusers.FlowMatchEulerDiscreteScheduler
 class FlowMatchEulerDiscreteScheduler(PickledAsStock, STOCK):
     """diffusers' scheduler, its tables computed on the device and its step one kernel with the index on the device.
 
-    Everything else (`scale_noise`, `index_for_timestep`, the config, saving) is stock's.
+    Everything else (`scale_noise`, `index_for_timestep`, the config, saving) is stock's. It shares all attributes with the
+    scheduler that it stands for, so that whoever holds that one sees the same run. Copies and pickles of it are stock's.
     """
 
+    __slots__ = ("_own_state", "_device_step_index")
     STANDS_FOR = STOCK
-    NOT_PICKLED = ("_qwen_fast_state", "_device_step_index")
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "FlowMatchEulerDiscreteScheduler":
+        made = super().__new__(cls)
+        made._own_state: State | None = None  # as stock's: whoever makes another one of this type
+        made._device_step_index = None  # ([1] int32 tensor, the value it holds)
+        return made
 
     @classmethod
     def adopt(cls, scheduler: STOCK, state: State) -> "FlowMatchEulerDiscreteScheduler":
-        """A copy of `scheduler` in its present state that counts into `state`. The original is left alone."""
-        adopted = copy.copy(scheduler)
-        adopted.__class__ = cls
-        adopted._qwen_fast_state = state
-        adopted._device_step_index = None  # ([1] int32 tensor, the value it holds)
+        """Another object with the attributes of `scheduler`, which counts into `state`."""
+        adopted = cls.__new__(cls)
+        adopted.__dict__ = scheduler.__dict__
+        adopted._own_state = state
         return adopted
 
+    def is_of(self, state: State) -> bool:
+        """Whether it counts into `state`."""
+        return self._own_state is state
+
     def release(self) -> None:
-        """Make this object stock's in place. What users put on it stays, and what they wrapped of ours is stock's then."""
-        for name in self.NOT_PICKLED:
-            del vars(self)[name]
-        self.__class__ = STOCK
+        """From now on its methods, which somebody's wrapper may still hold, are stock's."""
+        self._own_state = self._device_step_index = None
+
+    def __copy__(self) -> STOCK:
+        twin = STOCK.__new__(STOCK)
+        vars(twin).update(vars(self))
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> STOCK:
+        twin = memo[id(self)] = STOCK.__new__(STOCK)
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
     def set_timesteps(
         self,
@@ -48,11 +66,11 @@ class FlowMatchEulerDiscreteScheduler(PickledAsStock, STOCK):
         timesteps: list[float] | None = None,
     ) -> None:
         """As stock's, for the `sigmas` that the Qwen-Image pipelines pass; one step gives sigmas [1, 0] instead of NaN."""
-        if "_qwen_fast_state" not in vars(self):  # released, but still behind somebody's wrapper
-            return STOCK.set_timesteps(self, num_inference_steps, device, sigmas=sigmas, mu=mu, timesteps=timesteps)
+        if self._own_state is None:
+            return super().set_timesteps(num_inference_steps, device, sigmas=sigmas, mu=mu, timesteps=timesteps)
         self._device_step_index = None
         if sigmas is None or timesteps is not None:
-            self._qwen_fast_state.fall_back("set_timesteps without sigmas, or with timesteps of the caller")
+            self._own_state.fall_back("set_timesteps without sigmas, or with timesteps of the caller")
             return super().set_timesteps(num_inference_steps, device, sigmas=sigmas, mu=mu, timesteps=timesteps)
         if num_inference_steps is not None and num_inference_steps != len(sigmas):
             raise ValueError(f"`sigmas` has {len(sigmas)} values, but `num_inference_steps` is {num_inference_steps}.")
@@ -62,12 +80,12 @@ class FlowMatchEulerDiscreteScheduler(PickledAsStock, STOCK):
         self.num_inference_steps = schedule.num_inference_steps
         self.timesteps, self.sigmas = schedule.timesteps, schedule.sigmas
         self._step_index = self._begin_index = None
-        self._qwen_fast_state.calls["flow_match_schedule"] += 1
+        self._own_state.calls["flow_match_schedule"] += 1
 
     def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As stock's, bit for bit; stochastic sampling, per-token timesteps and mixed dtypes run on stock."""
-        if "_qwen_fast_state" not in vars(self):
-            return STOCK.step(self, model_output, timestep, sample, *args, **kwargs)
+        if self._own_state is None:
+            return super().step(model_output, timestep, sample, *args, **kwargs)
         reason = None
         if self.config.stochastic_sampling:
             reason = "stochastic_sampling"
@@ -77,8 +95,10 @@ class FlowMatchEulerDiscreteScheduler(PickledAsStock, STOCK):
             reason = "a timestep that is not a floating-point tensor"
         elif model_output.dtype != sample.dtype or model_output.shape != sample.shape:
             reason = "a prediction whose dtype or shape differs from the sample's"
+        elif (self.step_index or 0) + 1 >= len(self.sigmas):
+            reason = "a step beyond the last sigma"  # which raises there
         if reason is not None:
-            self._qwen_fast_state.fall_back(reason)
+            self._own_state.fall_back(reason)
             return super().step(model_output, timestep, sample, *args, **kwargs)
 
         if self.step_index is None:
@@ -89,7 +109,7 @@ class FlowMatchEulerDiscreteScheduler(PickledAsStock, STOCK):
         prev_sample = euler_step(sample, model_output, self.sigmas.to(sample.device), held[0])
         self._step_index += 1
         self._device_step_index = (held[0].add_(1), self._step_index)
-        self._qwen_fast_state.calls["euler_step"] += 1
+        self._own_state.calls["euler_step"] += 1
         if not kwargs.get("return_dict", True):
             return (prev_sample,)
         return diffusers.schedulers.scheduling_flow_match_euler_discrete.FlowMatchEulerDiscreteSchedulerOutput(

@@ -16,7 +16,7 @@ from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 
 from ..common.state import State
 from .blocks import TableRows
-from .layout import Layout
+from .layout import ImageShapes, Layout
 from .modulation import ModulationSource, TableCache
 from .survey import Survey
 
@@ -62,6 +62,7 @@ class PromptBatch:
         layout: its sequences, `copies` times the batch.
         embeds: `[txt_rows, C_txt]`, the prompts' embeddings, sequence after sequence.
         copies: how often the image rows of the batch are repeated.
+        shapes: of the pictures of each sequence.
         text: `[txt_rows, C]`, the embeddings after txt_norm and txt_in; the first forward fills it in (before it, an
             offloaded model's weights are not on the device).
     """
@@ -69,6 +70,7 @@ class PromptBatch:
     layout: Layout
     embeds: torch.Tensor
     copies: int
+    shapes: tuple[ImageShapes, ...]
     text: torch.Tensor | None = None
 
 

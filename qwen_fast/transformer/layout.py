@@ -229,3 +229,19 @@ def lay_out(frequencies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Layout:
         spans=rope.new_empty(0),
     )
     return replace(layout, spans=layout.spans_of(text_lengths).to(rope.device))
+
+
+class RotaryKey:
+    """What a rotary table is made of, compared by identity and held, so that no other object takes its place."""
+
+    def __init__(self, module: nn.Module):
+        tables = (module.pos_freqs, module.neg_freqs)
+        versions = tuple(0 if table.is_inference() else table._version for table in tables)
+        self.held = (module, *tables)
+        self.key = (*map(id, self.held), versions, module.theta, tuple(module.axes_dim), module.scale_rope)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RotaryKey) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)

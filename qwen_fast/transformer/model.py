@@ -27,7 +27,7 @@ from ..common.state import State
 from .block_module import STOCK_BLOCK, QwenImageTransformerBlock, context_reason
 from .blocks import TableRows, TokenStream, as_batches
 from .call import ATTACHED, CALL, Call, ModelState, PromptBatch, SharedForward, entered, lora_scale
-from .layout import ImageShapes, Layout, build_layout, check_image_shapes, lay_out
+from .layout import ImageShapes, Layout, RotaryKey, build_layout, check_image_shapes, lay_out
 from .linear import linear_into
 from .modulation import FromLayers, ModulationSource
 from .modulation_weights import host_bytes
@@ -59,7 +59,8 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
         if call is None:  # also where a hook that outlived `disable` calls this for a model of stock's
             return STOCK.forward(self, *args, **kwargs)
         if call.prompts is not None:  # through a hook that brings the weights
-            return (self.predict(call, kwargs["hidden_states"], kwargs["timestep"], call.prompts),)
+            given = {name: kwargs.get(name) for name in ("controlnet_block_samples", "additional_t_cond")}
+            return (self.predict(call, kwargs["hidden_states"], kwargs["timestep"], call.prompts, **given),)
         found = call.look()
         hidden_states = kwargs.get("hidden_states", args[0] if args else None)
         reason = found.whole or context_reason(found, hidden_states)
@@ -91,12 +92,22 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
         kept.survey = survey(self, kept.survey)
         return kept.survey
 
-    def predict(self, call: Call, hidden_states: torch.Tensor, timestep: torch.Tensor, prompts: PromptBatch) -> torch.Tensor:
+    def predict(
+        self,
+        call: Call,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        prompts: PromptBatch,
+        controlnet_block_samples: Sequence[torch.Tensor] | None = None,
+        additional_t_cond: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Several predictions for the same latents in one forward.
 
         Args:
-            hidden_states: `[B, S_img, C_in]`.
+            hidden_states: `[B, S_img, C_in]`, reference pictures behind each sample's own.
             timestep: `[1]` or `[B]`, in their dtype and over 1000.
+            controlnet_block_samples: `[B, S_img, C]` each, added behind the blocks of every prediction.
+            additional_t_cond: `[B]`, of Layered; None also where the call's table of modulations holds it.
         Returns:
             Tensor: `[copies * B, S_img, C_out]`, prompt after prompt.
         """
@@ -109,9 +120,11 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
         image = residual[layout.txt_rows :].unflatten(0, (prompts.copies, -1))
         linear_into(found.img_in, hidden_states.flatten(0, 1), image[0])
         image[1:] = image[0]
-        source = self._source(call, found, timestep, hidden_states, None)
-        stream = self._stream(call, residual, layout, TableRows(source.step_index, None))
-        output = self._run(call, found, stream, source)
+        if additional_t_cond is not None:
+            timestep = timestep.expand(hidden_states.shape[0])
+        source = self._source(call, found, timestep, hidden_states, additional_t_cond)
+        stream = self._stream(call, residual, layout, self.table_rows(source, layout, prompts.shapes))
+        output = self._run(call, found, stream, source, controlnet_block_samples)
         call.state.calls["packed transformer" if prompts.copies > 1 else "transformer"] += 1
         return output.unflatten(0, (prompts.copies * hidden_states.shape[0], -1))
 
@@ -242,7 +255,8 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
                 else:
                     work()
             if controlnet is not None:
-                stream.residual[stream.split :] += controlnet[index // every].flatten(0, 1)
+                sample = controlnet[index // every].flatten(0, 1)
+                stream.residual[stream.split :].view(-1, *sample.shape).add_(sample)  # to each of several predictions
         return self._out(found, stream, source)
 
     def _out(self, found: Survey, stream: TokenStream, source: ModulationSource) -> torch.Tensor:
@@ -304,7 +318,7 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
     ) -> Layout:
         """The rows of these sequences; the last few layouts are kept. See `build_layout`."""
         return self._kept(
-            ("layout", tuple(shapes), tuple(text_positions), device, _Rotary(self.pos_embed)),
+            ("layout", tuple(shapes), tuple(text_positions), device, RotaryKey(self.pos_embed)),
             lambda: build_layout(self.pos_embed, shapes, text_positions, device),
         )
 
@@ -315,11 +329,13 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
             """Own rows for samples with timesteps of their own, and for reference pictures at timestep 0."""
             if source.samples == 1 and source.zero_row is None:
                 return None
-            per_sample = range(layout.sequences) if source.samples > 1 else [-1] * layout.sequences
+            # A sample has the same row in each of several predictions.
+            several = source.samples > 1
+            per_sample = [n % source.samples if several else -1 for n in range(layout.sequences)]
             text = [own for own, length in zip(per_sample, layout.txt_lengths, strict=True) for _ in range(length)]
             image = []
-            for n, (own, entry) in enumerate(zip(per_sample, shapes, strict=True)):
-                zero = source.zero_row if source.samples == 1 else source.samples + n
+            for own, entry in zip(per_sample, shapes, strict=True):
+                zero = source.samples + own if several else source.zero_row
                 for i, shape in enumerate(entry):
                     reference = i > 0 and source.zero_row is not None
                     image += [zero if reference else own] * math.prod(shape)
@@ -336,22 +352,6 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
                 kept.popitem(last=False)
         kept.move_to_end(key)
         return kept[key]
-
-
-class _Rotary:
-    """What a rotary table is made of, compared by identity and held, so that no other object takes its place."""
-
-    def __init__(self, module: torch.nn.Module):
-        tables = (module.pos_freqs, module.neg_freqs)
-        versions = tuple(0 if table.is_inference() else table._version for table in tables)
-        self.held = (module, *tables)
-        self.key = (*map(id, self.held), versions, module.theta, tuple(module.axes_dim), module.scale_rope)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Rotary) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
 
 
 def _call_of(model: torch.nn.Module) -> Call | None:

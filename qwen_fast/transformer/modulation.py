@@ -11,31 +11,19 @@ row of a table.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import diffusers
 import torch
-from diffusers.hooks import layerwise_casting
-from diffusers.models import embeddings
-from diffusers.models.transformers import transformer_qwenimage
 from torch import nn
 
 from ..common.fingerprint import Signature, modules_signature
 from ..common.hardware import indexed
-from ..common.hooks import is_hooked
 from ..common.placement import lies_elsewhere, on_device, on_device_in_turn
 from ..common.stages import stage
-from .modulation_weights import HostSequential, disk_reason, modulation_modules, table_modules
-
-# Modules that give each row of their input what it would get alone, and so may take all rows at once. Any other, such as a
-# quantised linear with one scale for all its activations, may not: that moved a row from 1.5 % to 101 % of error.
-_ROW_BY_ROW = {nn.Sequential, HostSequential, nn.ModuleDict, nn.ParameterDict, nn.Identity, nn.Dropout, nn.SiLU, nn.Linear}
-_ROW_BY_ROW |= {nn.Embedding, embeddings.Timesteps, embeddings.TimestepEmbedding}
-_ROW_BY_ROW |= {transformer_qwenimage.QwenTimestepProjEmbeddings}
-_ADAPTERS = {"peft.tuners.lora.layer.Linear", "peft.tuners.lora.dora.DoraLinearLayer"}  # by name: peft need not be there
-_CASTS = (layerwise_casting.LayerwiseCastingHook, layerwise_casting.PeftInputAutocastDisableHook)
+from .by_rows import of_rows
+from .modulation_weights import disk_reason, modulation_modules, table_modules
 
 
 class BlockModulation(NamedTuple):
@@ -91,7 +79,9 @@ class ModulationTable:
             buffer.values[1:].copy_(self.values[self.zero_row :])
 
 
-def compute_table(transformer: nn.Module, timesteps: torch.Tensor, device: torch.device | str) -> ModulationTable:
+def compute_table(
+    transformer: nn.Module, timesteps: torch.Tensor, device: torch.device | str, condition: torch.Tensor | None = None
+) -> ModulationTable:
     """The table of a schedule, on `device`.
 
     The modules are called as stock calls them, hooks, LoRA layers and all; once with all timesteps if that cannot make one
@@ -100,6 +90,7 @@ def compute_table(transformer: nn.Module, timesteps: torch.Tensor, device: torch
 
     Args:
         timesteps (Tensor): `[T]` in the model's dtype: what stock's forward gets as `timestep`, 1 for pure noise.
+        condition (Tensor): `[1]`, what it gets as `additional_t_cond`, of Layered.
     Raises:
         ValueError: timesteps of another shape or type, weights that are on disk, or a module that gives another dtype than
             the model's.
@@ -117,7 +108,8 @@ def compute_table(transformer: nn.Module, timesteps: torch.Tensor, device: torch
             zero_row, timesteps = len(timesteps), torch.cat([timesteps, timesteps[:1] * 0])
         embed, norm = transformer.time_text_embed, transformer.norm_out
         # After the timesteps stand the hidden states, of which only the dtype counts.
-        temb = _of_rows(embed, on_device(embed, device), timesteps, timesteps.new_empty(0))
+        others = () if condition is None else (condition.to(device),)
+        temb = of_rows(embed, on_device(embed, device), timesteps, timesteps.new_empty(0), *others)
         width, modules = temb.shape[1], [module for _, module in modulation_modules(transformer)]
         values = temb.new_empty(len(temb), (6 * len(modules) + 3) * width)
 
@@ -127,8 +119,8 @@ def compute_table(transformer: nn.Module, timesteps: torch.Tensor, device: torch
             values[:, start : start + found.shape[1]] = found
 
         for place, call in enumerate(on_device_in_turn(modules, device)):
-            fill(6 * width * place, _of_rows(modules[place], call, temb))
-        fill(6 * width * len(modules), _of_rows(norm.linear, on_device(norm.linear, device), norm.silu(temb).to(dtype)))
+            fill(6 * width * place, of_rows(modules[place], call, temb))
+        fill(6 * width * len(modules), of_rows(norm.linear, on_device(norm.linear, device), norm.silu(temb).to(dtype)))
         fill(values.shape[1] - width, temb)
     return ModulationTable(values, width, zero_row)
 
@@ -167,7 +159,13 @@ class TableCache:
             for key in [key for key, (table, _, _) in self._tables.items() if table.values.device != device]:
                 del self._tables[key]
 
-    def get(self, transformer: nn.Module, timesteps: torch.Tensor, device: torch.device | str) -> ModulationTable:
+    def get(
+        self,
+        transformer: nn.Module,
+        timesteps: torch.Tensor,
+        device: torch.device | str,
+        condition: torch.Tensor | None = None,
+    ) -> ModulationTable:
         """`compute_table` of these arguments, or the table kept since an equal call.
 
         The key holds the weights by content and not by address, so that offloading, which moves them, does not miss. Timesteps
@@ -176,11 +174,11 @@ class TableCache:
         device = indexed(device)
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         with self._lock:
-            key = self._key(transformer, timesteps, device)
+            key = self._key(transformer, timesteps, device, condition)
             kept = self._tables.get(key)
             self.hits, self.misses = self.hits + (kept is not None), self.misses + (kept is None)
             if kept is None:
-                table = compute_table(transformer, timesteps, device)
+                table = compute_table(transformer, timesteps, device, condition)
                 kept = table, stream, None if stream is None else stream.record_event()
             elif kept[1] != stream:
                 stream.wait_event(kept[2])
@@ -192,12 +190,13 @@ class TableCache:
                 self._tables.popitem(last=False)
         return kept[0]
 
-    def _key(self, transformer: nn.Module, timesteps: torch.Tensor, device: torch.device) -> tuple | None:
+    def _key(self, transformer: nn.Module, timesteps: torch.Tensor, device: torch.device, condition) -> tuple | None:
         content = weights_signature(transformer).content
         if content is None or device.type == "meta":
             return None
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
         schedule = tuple(timesteps.tolist()), timesteps.dtype, bool(transformer.zero_cond_t)
+        schedule += (None if condition is None else tuple(condition.tolist()),)
         return content, schedule, device, autocast, torch.get_float32_matmul_precision()
 
 
@@ -313,12 +312,20 @@ class FromTable(FromRow):
         timesteps: `[T]` in the model's dtype and over 1000. On the device's own tensor stock's division was made: in fp32 it
             differs from the host's, by a last digit.
         step_index: `[1]` int32 on the device; whoever advances it moves all forwards to the next row.
+        condition: `[1]`, the same `additional_t_cond` of all samples, or None.
     """
 
     table: ModulationTable | None = None
 
-    def __init__(self, model: nn.Module, tables: TableCache, timesteps: torch.Tensor, step_index: torch.Tensor):
-        self._model, self._tables = model, tables
+    def __init__(
+        self,
+        model: nn.Module,
+        tables: TableCache,
+        timesteps: torch.Tensor,
+        step_index: torch.Tensor,
+        condition: torch.Tensor | None = None,
+    ):
+        self._model, self._tables, self._condition = model, tables, condition
         self.timesteps, self.step_index = timesteps, step_index
 
     def begin(self, timestep: torch.Tensor) -> bool:
@@ -330,8 +337,8 @@ class FromTable(FromRow):
 
     def _computed(self, device: torch.device) -> ModulationTable:
         if any([lies_elsewhere(module, device) for _, module in modulation_modules(self._model)]):
-            return self._tables.get(self._model, self.timesteps, device)
-        return compute_table(self._model, self.timesteps, device)
+            return self._tables.get(self._model, self.timesteps, device, self._condition)
+        return compute_table(self._model, self.timesteps, device, self._condition)
 
 
 class FromScheduledTable(FromTable):
@@ -372,24 +379,3 @@ class FromScheduledTable(FromTable):
                 "the transformer was called with a timestep that `pipe.scheduler.timesteps` does not hold, so there was no "
                 "row of modulations for it; use modulation='layers', which computes them in each forward."
             )
-
-
-def _of_rows(module: nn.Module, call: Callable[..., torch.Tensor], rows: torch.Tensor, *others: Any) -> torch.Tensor:
-    """What `call`, which is `module` on the device, gives each of `rows`."""
-    parts = [module]
-    for part in parts:  # which grows meanwhile
-        if not _row_by_row(part):
-            return torch.cat([call(row, *others) for row in rows.split(1)])
-        parts += [child for child in part._modules.values() if child is not None]
-    return call(rows, *others)
-
-
-def _row_by_row(part: nn.Module) -> bool:
-    kind, hooks = type(part), getattr(part.__dict__.get("_diffusers_hook"), "hooks", {})
-    if kind not in _ROW_BY_ROW and f"{kind.__module__}.{kind.__qualname__}" not in _ADAPTERS:
-        return False
-    casts = bool(hooks) and all(type(hook) in _CASTS for hook in hooks.values())
-    if is_hooked(part) and (not casts or part._forward_hooks or part._forward_pre_hooks):
-        return False
-    tensors = (*part._parameters.values(), *part._buffers.values())
-    return all(type(tensor) in (nn.Parameter, torch.Tensor, type(None)) for tensor in tensors)

@@ -252,9 +252,10 @@ def edit_prompt(pipe, i, t, tensors):
 
 @pytest.mark.parametrize(
     ("callback", "names", "replays"),
-    [(progress, [], [3, 7]), (edit_latents, ["latents"], [3, 7]), (edit_prompt, ["latents", "prompt_embeds"], [])],
+    # Another prompt is loaded into the same graph.
+    [(progress, [], [3, 7]), (edit_latents, ["latents"], [3, 7]), (edit_prompt, ["latents", "prompt_embeds"], [3, 7])],
 )
-def test_a_callback_keeps_the_graph_until_it_changes_more_than_the_latents(pair, captures, callback, names, replays):
+def test_a_callback_keeps_the_graph_where_it_changes_latents_or_prompt(pair, captures, callback, names, replays):
     others = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": names}
     for expected in ([], *([count] for count in replays)):
         assert_same_latents(draw(pair[1], **PROMPT, **GUIDED, **others), draw(pair[0], **PROMPT, **GUIDED, **others))

@@ -67,7 +67,7 @@ def test_bypassed_and_said_so(pair, captures, forbid):
 
 
 def test_memory_too_short_for_one_forward(pair, captures, monkeypatch):
-    monkeypatch.setattr("qwen_fast.denoise.denoiser.fits_in_memory", lambda *_: False)
+    monkeypatch.setattr("qwen_fast.denoise.packing.fits_in_memory", lambda *_: False)
     assert_same_latents(draw(pair[1], **PROMPT, **GUIDED), draw(pair[0], **PROMPT, **GUIDED))
     assert not captures and "memory is too short" in pair[1].fast_state.graph
 
@@ -77,10 +77,8 @@ def test_memory_too_short_for_one_forward(pair, captures, monkeypatch):
 )
 def test_auto_decides_by_the_image_tokens_of_a_step(checkpoint, captures, monkeypatch, height, guided, captured):
     pipe = qwen_fast.enable(stock(checkpoint))
-    monkeypatch.setattr(graph.StepGraph, "run", lambda self, index, latents: latents)
-    monkeypatch.setattr(
-        "qwen_fast.denoise.denoiser.Denoiser.predict", lambda self, latents: (latents,) * len(self.task.prompts)
-    )
+    monkeypatch.setattr(graph.StepGraph, "run", lambda self, index, row, latents: latents)
+    monkeypatch.setattr("qwen_fast.denoise.denoiser.Denoiser.predict", lambda self, step: (step.latents,) * len(step.forwards))
     draw(pipe, **PROMPT, **(SMALL | guided | {"height": height, "width": 512, "num_inference_steps": 2}))
     assert bool(pipe.transformer.__dict__[ATTACHED].graphs) is captured and (pipe.fast_state.graph is None) is captured
 

@@ -11,7 +11,6 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 import qwen_fast
 from qwen_fast.cli.generate import _destination
-from qwen_fast.pipelines.callbacks import Callback
 from qwen_fast.pipelines.opening import _lora_source
 from qwen_fast.text.watch import EncoderWatch
 from qwen_fast.transformer.call import ATTACHED
@@ -55,20 +54,16 @@ def test_the_users_own_scheduler_comes_back(field):
         assert pipe.scheduler is own, "our step goes around the one that was replaced"
     draw(pipe, **guided(IMAGE_TO_IMAGE))
     assert type(pipe.scheduler) is not EULER, "what was put back is stock's own again"
-    assert pipe.fast_state.calls["euler_step"] == 3
+    assert pipe.fast_state.calls["cfg_euler_step"] == 3
     qwen_fast.disable(pipe)
     assert pipe.scheduler is own
 
 
-def test_the_step_that_the_loop_asks_for(field):
+def test_who_takes_the_steps(field):
     pipe = qwen_fast.enable(field.pipe())
-    assert pipe.own_step() is None
+    assert pipe.steps_itself() is None
     weaken(pipe.scheduler)
-    pipe.scheduler.set_timesteps(sigmas=[1.0, 0.5], mu=0.5)
-    velocity, latents = torch.ones(1, 4, 64), torch.zeros(1, 4, 64)
-    before, after = pipe.scheduler.sigmas[:2]
-    stepped = pipe.own_step()(velocity, pipe.scheduler.timesteps[0], latents)
-    assert torch.allclose(stepped, (after - before) * 0.9 * velocity)
+    assert "FlowMatchEulerDiscreteScheduler.step" in pipe.steps_itself()
 
 
 @pytest.mark.parametrize("cls", [IMAGE_TO_IMAGE, INPAINT])
@@ -91,6 +86,7 @@ def test_a_timestep_that_the_scheduler_does_not_have_is_no_picture_of_nan(field,
 
 def test_a_row_that_is_not_there_raises_where_the_host_does_not_wait(field, monkeypatch):
     pipe = qwen_fast.enable(field.pipe(IMAGE_TO_IMAGE))
+    monkeypatch.setattr("qwen_fast.pipelines.call.with_own_steps", lambda stock: None)  # a loop that is not known
     monkeypatch.setattr(FromScheduledTable, "begin", lambda self, _: setattr(self, "_found", torch.tensor(False)))
     with pytest.raises(RuntimeError, match="timestep that `pipe.scheduler.timesteps` does not hold.*modulation='layers'"):
         draw(pipe, **guided(IMAGE_TO_IMAGE))
@@ -284,12 +280,12 @@ def test_a_mode_that_sees_every_call_sees_the_encoders(field):
 # Callbacks
 
 
-def test_names_for_a_callback_are_checked_before_any_work():
+def test_names_for_a_callback_are_checked_before_any_work(field, monkeypatch):
+    ours = qwen_fast.enable(field.pipe(TEXT_TO_IMAGE))
+    monkeypatch.setattr(ours.text_encoder, "forward", lambda *a, **k: pytest.fail("work was begun"))
+    names = {"callback_on_step_end_tensor_inputs": ["latents", "nothing"], "callback_on_step_end": print}
     with pytest.raises(ValueError, match="names 'nothing', but the loop has nothing by that name"):
-        Callback(print, ["latents", "nothing"], {}, guided=True)
-    with pytest.raises(ValueError, match="names 'neg_noise_pred', but without guidance there is none"):
-        Callback(print, ["neg_noise_pred"], {}, guided=False)
-    assert Callback(print, ["mu", "noise_pred"], {"mu": 1.0}, guided=False).inputs == ["latents", "noise_pred"]
+        draw(ours, **guided(TEXT_TO_IMAGE), **names)
 
 
 # What can be known before weights load

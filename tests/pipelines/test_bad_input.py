@@ -118,13 +118,6 @@ def test_options_have_the_same_names_everywhere(checkpoint):
         pipe.fast_state.options.strict = True
 
 
-def test_precise_sampler_where_it_does_not_apply(checkpoint):
-    pipe = stock(checkpoint, cls=diffusers.QwenImageImg2ImgPipeline)
-    with pytest.raises(ValueError, match="`precise_sampler` is True, but QwenImageImg2ImgPipeline"):
-        qwen_fast.enable(pipe, precise_sampler=True)
-    assert type(pipe) is diffusers.QwenImageImg2ImgPipeline
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_cuda_asked_for_where_there_is_none(pipes):
     for pipe in pipes.values():
@@ -155,8 +148,7 @@ def test_moved_to_unsupported_hardware_after_enable(checkpoint, monkeypatch, cls
     arguments = {"prompt": "a red circle"} | SMALL | EDITING.get(cls, {})
     expected = draw(pipe, **arguments)
     qwen_fast.enable(pipe)
-    for home in ("text_to_image", "stock_loop"):
-        monkeypatch.setattr(f"qwen_fast.pipelines.{home}.unsupported_reason", lambda device: "Tesla T4 is sm_75")
+    monkeypatch.setattr("qwen_fast.pipelines.call.unsupported_reason", lambda device: "Tesla T4 is sm_75")
     assert torch.equal(draw(pipe, **arguments), expected)
     report = qwen_fast.report(pipe)
     assert report.fallbacks == {"Tesla T4 is sm_75": 1}

@@ -25,7 +25,7 @@ MASK = PIL.Image.fromarray(np.random.default_rng(1).integers(0, 2, (64, 96), dty
 IMAGE = {"image": PICTURE, "strength": 0.9}
 TWO = {"prompt": ["a red circle", "two green squares on a hill"], "negative_prompt": ["x", "low quality"]}
 CAPTURES = "qwen_fast/denoise/graph.py"  # waits once, for the memory of finished work
-PACE = "qwen_fast/denoise/loop.py"  # the host stays two steps ahead of the device, by events
+PACE = "qwen_fast/denoise/watch.py"  # the host stays two steps ahead of the device, by events
 STOCK_INPAINT = ("pipeline_qwenimage_inpaint.py", "scheduling_flow_match_euler_discrete.py")
 
 
@@ -102,10 +102,11 @@ CASES = {
     "LoRA scale": graphed({"attention_kwargs": {"scale": 0.5}}, prepare=add_lora),
     "callback": eager({"callback_on_step_end": keep_out}),
     "callback, weights on the host": eager({"callback_on_step_end": keep_out}, options={"modulation": "host"}),
-    "image to image": Case({}, IMAGE, diffusers.QwenImageImg2ImgPipeline),
-    "image to image, two": Case({}, IMAGE | {"num_images_per_prompt": 2}, diffusers.QwenImageImg2ImgPipeline),
+    "image to image": graphed(IMAGE, cls=diffusers.QwenImageImg2ImgPipeline),
+    "eager image to image": eager(IMAGE, cls=diffusers.QwenImageImg2ImgPipeline),
+    "image to image, two": graphed(IMAGE | {"num_images_per_prompt": 2}, cls=diffusers.QwenImageImg2ImgPipeline),
     # diffusers' own loop looks each step's timestep up and adds noise to the picture anew.
-    "inpaint": Case({}, IMAGE | {"mask_image": MASK}, diffusers.QwenImageInpaintPipeline, waits=STOCK_INPAINT),
+    "inpaint": graphed(IMAGE | {"mask_image": MASK}, cls=diffusers.QwenImageInpaintPipeline, waits=STOCK_INPAINT),
 }  # fmt: skip
 
 
@@ -316,9 +317,9 @@ def test_a_prompt_encoded_on_the_cpu_by_weights_on_the_device(checkpoint, emulat
 def a_value_is_asked_for(monkeypatch):
     step = QwenImageTransformer2DModel.predict
 
-    def asked(self, call, latents, timestep, prompts):
+    def asked(self, call, latents, timestep, prompts, **others):
         timestep.item()
-        return step(self, call, latents, timestep, prompts)
+        return step(self, call, latents, timestep, prompts, **others)
 
     monkeypatch.setattr(QwenImageTransformer2DModel, "predict", asked)
 
@@ -339,7 +340,7 @@ def test_a_wait_in_the_loop_is_seen(checkpoint, emulated_cuda, monkeypatch, faul
     pipe.progress_bar = StepsBar(emulated_cuda.notes)
     fault(monkeypatch)
     draw(pipe, **GUIDED, **PROMPT)
-    with pytest.raises(AssertionError, match="qwen_fast/denoise/loop.py|tests/pipelines/test_emulated"):
+    with pytest.raises(AssertionError, match="qwen_fast/denoise/watch.py|tests/pipelines/test_emulated"):
         assert_steps_go_on(emulated_cuda.notes)
 
 
@@ -368,9 +369,8 @@ def test_a_buffer_that_is_not_loaded_again_is_seen(checkpoint, emulated_cuda, mo
     pipe = qwen_fast.enable(stock(checkpoint).to("cuda"), cuda_graph=True)
     for _ in range(2):
         expected = draw(pipe, **GUIDED, **PROMPT).clone()
-    load = graph.StepGraph.load
-    monkeypatch.setattr(graph.StepGraph, "load", lambda self, denoiser, latents: load(self, denoiser, self.latents))
-    monkeypatch.setattr(denoiser.Denoiser, "step", lambda self, index, t, latents: self.graph.run(index, self.graph.latents))
+    run = graph.StepGraph.run
+    monkeypatch.setattr(graph.StepGraph, "run", lambda self, index, row, latents: run(self, index, row, self.latents))
     assert (draw(pipe, **GUIDED, **PROMPT) - expected).abs().max() > 0.1
 
 

@@ -79,7 +79,7 @@ def test_seconds_belong_to_their_picture(pipe, draw):
 def test_the_next_denoises_while_a_picture_is_decoded(pipe, monkeypatch):
     """The decoding of picture 0 waits here until picture 1 is being denoised: in turn it would wait for ever."""
     second_began = threading.Event()
-    decode, call = type(pipe)._decode, drawing._call
+    decode, call = drawing.decoded_latents, drawing._call
 
     def slow(self, *args):
         assert second_began.wait(30)
@@ -90,7 +90,7 @@ def test_the_next_denoises_while_a_picture_is_decoded(pipe, monkeypatch):
             second_began.set()
         return call(pipe, prompts, index, *args)
 
-    monkeypatch.setattr(type(pipe), "_decode", slow)
+    monkeypatch.setattr(drawing, "decoded_latents", slow)
     monkeypatch.setattr(drawing, "_call", watched)
     assert len(list(beside(pipe, PROMPTS[:2]))) == 2
 
@@ -117,7 +117,7 @@ def test_an_error_of_the_decoding_surfaces_with_its_picture(pipe, monkeypatch):
     def fail(*_):
         raise RuntimeError("no room to decode")
 
-    monkeypatch.setattr(type(pipe), "_decode", fail)
+    monkeypatch.setattr(drawing, "decoded_latents", fail)
     with pytest.raises(RuntimeError, match="no room to decode"):
         list(beside(pipe, PROMPTS))
     monkeypatch.undo()
@@ -137,7 +137,7 @@ def test_nothing_is_decoded_beside_the_next_on_the_cpu(pipe):
 
 def test_what_keeps_the_decoding_in_turn(pipe, monkeypatch):
     monkeypatch.setattr(diffusers.QwenImagePipeline, "_execution_device", torch.device("cuda"))
-    monkeypatch.setattr("qwen_fast.pipelines.text_to_image.unsupported_reason", lambda device: None)
+    monkeypatch.setattr("qwen_fast.pipelines.call.unsupported_reason", lambda device: None)
     free = 10 * 2**30
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 2**30))
     assert drawing._reason_against(pipe, SETTINGS) is None

@@ -157,7 +157,8 @@ def test_in_a_pipeline_with_stocks_loop(checkpoint, cls):
             pipe.set_adapters(["style"], [scale])
         arguments = ARGUMENTS | EDITING[cls]
         assert_same_latents(draw(pair[1], **arguments), draw(pair[0], **arguments))
-    assert qwen_fast.report(pair[1]).calls["transformer"] > 0 and not qwen_fast.report(pair[1]).fallbacks
+    report = qwen_fast.report(pair[1])
+    assert {"transformer", "packed transformer"} & report.calls.keys() and not report.fallbacks
 
 
 def test_weights_written_through_data(pair):

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qwen_fast
 from benchmarks.shared.stock import assert_same_latents, draw, stock
-from qwen_fast.denoise import denoiser as forwards
-from qwen_fast.denoise import loop as denoise
+from qwen_fast.denoise import packing as forwards
+from qwen_fast.denoise import watch
 from qwen_fast.schedule.configs import LIGHTNING_SCHEDULER_CONFIG as LIGHTNING
 from qwen_fast.transformer import blocks, modulation
 from qwen_fast.transformer.call import ATTACHED
@@ -258,7 +258,7 @@ def test_the_loop_never_waits_for_the_device(checkpoint, modulation, monkeypatch
     pipe = stock(checkpoint, cls=qwen_fast.QwenImagePipeline)
     qwen_fast.enable(pipe, modulation=modulation)
     recorder, marks = Recorder(), []
-    monkeypatch.setattr(denoise._Pace, "step", lambda self: marks.append(len(recorder.names)))
+    monkeypatch.setattr(watch.Pace, "step", lambda self: marks.append(len(recorder.names)))
     with recorder:
         draw(pipe, prompt="a red circle", **GUIDED)
     loop = recorder.names[marks[0] : marks[-1]]
@@ -326,7 +326,7 @@ def test_the_host_stays_two_steps_behind_the_device_at_most(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", "of {}".format)
-    pace = denoise._Pace(torch.device("cuda:1"))
+    pace = watch.Pace(torch.device("cuda:1"))
     for _ in range(4):
         pace.step()
     assert log == [("record", 0), ("record", 1), ("record", 2), ("wait", 0), ("record", 3), ("wait", 1)]

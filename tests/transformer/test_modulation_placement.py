@@ -248,7 +248,7 @@ def test_a_fallback_where_they_do_not_fit_runs_on_stock_all_the_same(checkpoint,
     pipe = qwen_fast.enable(stock(checkpoint), modulation="host").to("cuda")
     expected = draw(stock(checkpoint), **PROMPT, **SMALL)
     monkeypatch.setattr("qwen_fast.transformer.modulation_weights.free_bytes", lambda device, **_: 1000)
-    monkeypatch.setattr("qwen_fast.pipelines.text_to_image.unsupported_reason", lambda device: "another reason")
+    monkeypatch.setattr("qwen_fast.pipelines.call.unsupported_reason", lambda device: "another reason")
     actual = draw(pipe, **PROMPT, **SMALL).cpu()
     assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert rests_on_host(pipe.transformer) and "nothing was moved" in caplog.text
@@ -312,7 +312,7 @@ def test_free_bytes_counts_what_this_stream_can_have(emulated_cuda, monkeypatch)
 @pytest.fixture
 def overestimated(monkeypatch):
     """More is counted as free than there is."""
-    for place in ("qwen_fast.denoise.denoiser.free_bytes", "qwen_fast.vae.bands.free_bytes"):
+    for place in ("qwen_fast.denoise.step.free_bytes", "qwen_fast.vae.bands.free_bytes"):
         monkeypatch.setattr(place, lambda device, **_: 2**40)
 
 

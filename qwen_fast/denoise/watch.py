@@ -1,0 +1,56 @@
+"""What runs beside the steps: whether latents stay finite, and how far the host runs ahead of the device."""
+
+from collections import deque
+
+import torch
+
+_STEPS_AHEAD = 2  # the host may prepare so many steps before it waits: `interrupt` and the progress bar stay honest
+
+
+class FiniteCheck:
+    """Remembers on the device after which step each picture's latents first were not finite; the host asks at the end.
+
+    Args:
+        latents: `[B, S_img, C]`, before the first step.
+        timesteps: `[T]`, of the schedule.
+    """
+
+    def __init__(self, latents: torch.Tensor, timesteps: torch.Tensor):
+        self._timesteps = timesteps
+        self._first = torch.full(latents.shape[:1], len(timesteps), dtype=torch.int64, device=latents.device)
+        self.look(-1, latents)
+
+    def look(self, step: int, latents: torch.Tensor) -> None:
+        """Note the pictures that are not finite after `step` (0-based; -1: as they came), without waiting for the device."""
+        bad = ~latents.flatten(1).isfinite().all(dim=1)
+        self._first.masked_fill_(bad & (self._first > step), step)
+
+    def found(self) -> str | None:
+        """Where it began, or None if all stayed finite."""
+        timesteps, parts = self._timesteps.tolist(), []
+        for picture, step in enumerate(self._first.tolist()):
+            if step < 0:
+                parts.append(f"the latents of picture {picture} are not finite before the first step")
+            elif step < len(timesteps):
+                parts.append(
+                    f"the latents of picture {picture} are not finite after step {step} of 0 to {len(timesteps) - 1} "
+                    f"(timestep {timesteps[step]:g})"
+                )
+        return "; ".join(parts) or None
+
+
+class Pace:
+    """Keeps the host from running more than two steps ahead of the device."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._events: deque | None = deque() if device.type == "cuda" else None
+
+    def step(self) -> None:
+        if self._events is None:
+            return
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))  # which need not be the current device
+        self._events.append(event)
+        if len(self._events) > _STEPS_AHEAD:
+            self._events.popleft().synchronize()

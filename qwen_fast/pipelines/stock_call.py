@@ -1,0 +1,149 @@
+"""diffusers' own `__call__`, but for the statements of a denoising step: those are asked of the denoiser first.
+
+All nine Qwen-Image pipelines of diffusers share the heart of their loop: a forward for the prompt, one for the negative
+prompt, guidance, `scheduler.step`. Everything around it differs, and is stock's own business. So the source of stock's
+`__call__` is read, and these statements become
+
+    found = take_step(self, t, latents, timestep, {arguments of the first forward}, {of the second} or None, ...)
+    if found is None:
+        <stock's statements>
+    else:
+        noise_pred, latents = found.noise_pred, found.latents
+
+The function runs in the namespace of stock's module, so that what somebody replaced there is what is called.
+"""
+
+import ast
+import functools
+import inspect
+import textwrap
+import types
+from collections.abc import Callable
+from typing import Any
+
+from ..denoise.denoiser import around_steps, behind_step, take_step
+
+_INJECTED = {"_qwen_fast_step": take_step, "_qwen_fast_behind": behind_step, "_qwen_fast_steps": around_steps}
+_STEP, _BEHIND, _STEPS = _INJECTED
+_GUIDED = ("neg_noise_pred", "comb_pred", "cond_norm", "noise_norm")
+
+
+class _Unknown(Exception):
+    """A loop that is none of those known here."""
+
+
+@functools.cache
+def with_own_steps(stock: type) -> Callable[..., Any] | None:
+    """`stock.__call__`, without torch.no_grad, with its steps asked of `take_step`; None where its source is not as known."""
+    original = inspect.unwrap(stock.__call__)
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(original)))
+        (function,) = tree.body
+        _rewrite(function)
+    except (OSError, TypeError, SyntaxError, ValueError, _Unknown):
+        return None
+    function.decorator_list = []
+    maker = ast.parse(f"def make({', '.join(_INJECTED)}):\n    pass").body[0]
+    maker.body = [function]
+    module = ast.fix_missing_locations(ast.Module([maker], []))
+    ast.increment_lineno(module, original.__code__.co_firstlineno - 1)  # tracebacks show stock's lines
+    made = compile(module, original.__code__.co_filename, "exec")
+    outer = next(one for one in made.co_consts if isinstance(one, types.CodeType))
+    code = next(one for one in outer.co_consts if isinstance(one, types.CodeType) and one.co_name == function.name)
+    cells = tuple(types.CellType(_INJECTED[name]) for name in code.co_freevars)
+    found = types.FunctionType(code, original.__globals__, original.__name__, original.__defaults__, cells)
+    found.__kwdefaults__ = original.__kwdefaults__
+    return found
+
+
+def _rewrite(function: ast.FunctionDef) -> None:
+    """Put our step into the loop of a `__call__`, in place."""
+    loops = [node for node in ast.walk(function) if isinstance(node, ast.For) and _text(node.iter) == "enumerate(timesteps)"]
+    if len(loops) != 1 or _text(loops[0].target) != "(i, t)" or loops[0].orelse:
+        raise _Unknown
+    body = loops[0].body
+    first = next((n for n, one in enumerate(body) if _is_forward(one, "cond")), None)
+    last = next((n for n, one in enumerate(body) if _is_scheduler_step(one)), None)
+    if first is None or last is None or last < first:
+        raise _Unknown
+    step = body[first : last + 1]
+    cond, uncond, normalize = _read(step)
+    guided = "do_true_cfg" if uncond is not None else "False"
+    call = f"{_STEP}(self, t, latents, timestep, {cond}, {uncond} if {guided} else None, "
+    call += f"true_cfg_scale if {guided} else None, {normalize})"
+    lines = [f"_found = {call}", "if _found is None:", "    pass", "else:", "    noise_pred = _found.noise_pred"]
+    if uncond is not None:
+        lines += ["    if do_true_cfg:", f"        {', '.join(_GUIDED)} = _found.guided"]
+    lines += ["    latents_dtype = latents.dtype", "    latents = _found.latents"]
+    new = ast.parse("\n".join(lines)).body
+    for node in (node for one in new for node in ast.walk(one)):
+        ast.copy_location(node, step[0])
+    new[1].body = step
+    body[first : last + 1] = new
+    behind = ast.parse(f"{_BEHIND}(self, i, latents)").body[0]
+    body.append(ast.copy_location(behind, body[-1]))
+    loops[0].iter = ast.copy_location(ast.parse(f"enumerate({_STEPS}(timesteps))", mode="eval").body, loops[0].iter)
+
+
+def _read(step: list[ast.stmt]) -> tuple[str, str | None, str]:
+    """(arguments of the forward for the prompt as source of a dict, of the one for the negative prompt, whether guidance is
+    normalised) of statements that are known one by one; anything else among them is not."""
+    rest, uncond, normalize = list(step), None, "True"
+    cond = _arguments(rest.pop(0), "cond", "noise_pred")
+    if isinstance(rest[0], ast.If):
+        guidance = rest.pop(0)
+        if _text(guidance.test) != "do_true_cfg" or guidance.orelse:
+            raise _Unknown
+        inner = list(guidance.body)
+        uncond = _arguments(inner.pop(0), "uncond", "neg_noise_pred")
+        if _text(inner[0]) == "neg_noise_pred = neg_noise_pred[:, :latents.size(1)]":
+            inner.pop(0)
+        if _text(inner.pop(0)) != "comb_pred = neg_noise_pred + true_cfg_scale * (noise_pred - neg_noise_pred)":
+            raise _Unknown
+        if isinstance(inner[0], ast.If):
+            choice = inner.pop(0)
+            if [_text(one) for one in choice.orelse] != ["noise_pred = comb_pred"] or inner:
+                raise _Unknown
+            normalize, inner = _text(choice.test), choice.body
+        if [_text(one) for one in inner] != [
+            "cond_norm = torch.norm(noise_pred, dim=-1, keepdim=True)",
+            "noise_norm = torch.norm(comb_pred, dim=-1, keepdim=True)",
+            "noise_pred = comb_pred * (cond_norm / noise_norm)",
+        ]:
+            raise _Unknown
+    if [_text(one) for one in rest[:-1]] != ["latents_dtype = latents.dtype"]:
+        raise _Unknown
+    return cond, uncond, normalize
+
+
+def _arguments(node: ast.stmt, context: str, target: str) -> str:
+    """Source of a dict of the arguments of the forward in `with self.transformer.cache_context(context)`, but the timestep."""
+    if not _is_forward(node, context):
+        raise _Unknown
+    assign, *cut = node.body
+    if [_text(one) for one in cut] not in ([], [f"{target} = {target}[:, :latents.size(1)]"]):
+        raise _Unknown
+    value = assign.value if isinstance(assign, ast.Assign) and _text(assign.targets[0]) == target else None
+    if not isinstance(value, ast.Subscript) or _text(value.slice) != "0" or not isinstance(value.value, ast.Call):
+        raise _Unknown
+    call = value.value
+    words = {keyword.arg: _text(keyword.value) for keyword in call.keywords}
+    if call.args or _text(call.func) != "self.transformer" or words.pop("timestep", "") != "timestep / 1000":
+        raise _Unknown
+    if words.pop("return_dict", "") != "False" or None in words:
+        raise _Unknown
+    return "{" + ", ".join(f"{name!r}: {text}" for name, text in words.items()) + "}"
+
+
+def _is_forward(node: ast.stmt, context: str) -> bool:
+    if not isinstance(node, ast.With) or len(node.items) != 1:
+        return False
+    return _text(node.items[0].context_expr) == f"self.transformer.cache_context('{context}')"
+
+
+def _is_scheduler_step(node: ast.stmt) -> bool:
+    return _text(node) == "latents = self.scheduler.step(noise_pred, t, latents, return_dict=False)[0]"
+
+
+def _text(node: ast.AST) -> str:
+    return ast.unparse(node)
