@@ -2,6 +2,9 @@
 
 import contextlib
 import copy
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +23,7 @@ from .scheduler import FlowMatchEulerDiscreteScheduler
 
 
 class AcceleratedPipeline(PickledAsStock):
-    """What all accelerated pipelines share: state, checks before any work, and the repair of diffusers' mask pairing."""
+    """What all accelerated pipelines share: their state, what is put into them and taken out, diffusers' masks repaired."""
 
     NOT_PICKLED = (STATE,)
 
@@ -61,59 +64,19 @@ class AcceleratedPipeline(PickledAsStock):
 
         settle_modulation(model, device, coming)
 
-    def encode_prompt(
-        self,
-        prompt: str | list[str],
-        device: torch.device | None = None,
-        num_images_per_prompt: int = 1,
-        prompt_embeds: torch.Tensor | None = None,
-        prompt_embeds_mask: torch.Tensor | None = None,
-        max_sequence_length: int = 1024,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As diffusers', with the right mask for each picture.
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "STANDS_FOR" in vars(cls):
+            cls.encode_prompt = _with_right_masks(cls.STANDS_FOR)
 
-        diffusers 0.42.1 repeats embeddings prompt by prompt but tiles the masks, so prompts of different lengths with
-        num_images_per_prompt > 1 get each other's masks. Here both are repeated prompt by prompt.
-        """
-        if foreign_methods(self.STANDS_FOR, ("encode_prompt",)):
-            return super().encode_prompt(
-                prompt=prompt,
-                device=device,
-                num_images_per_prompt=num_images_per_prompt,
-                prompt_embeds=prompt_embeds,
-                prompt_embeds_mask=prompt_embeds_mask,
-                max_sequence_length=max_sequence_length,
-            )
-        prompt_embeds, prompt_embeds_mask = super().encode_prompt(
-            prompt=prompt,
-            device=device,
-            num_images_per_prompt=1,
-            prompt_embeds=prompt_embeds,
-            prompt_embeds_mask=prompt_embeds_mask,
-            max_sequence_length=max_sequence_length,
-        )
-        if num_images_per_prompt > 1:
-            prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
-            if prompt_embeds_mask is not None:
-                prompt_embeds_mask = prompt_embeds_mask.repeat_interleave(num_images_per_prompt, dim=0)
-        return prompt_embeds, prompt_embeds_mask
-
-    def _get_qwen_prompt_embeds(
-        self,
-        prompt: str | list[str] | None = None,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As diffusers', equal to the bit on the CPU: without logits, and from the prompt cache where it holds the prompt."""
-        reason = text.stock_reason(self)
-        if reason is not None:
-            self.fast_state.fall_back(reason)
-            text.bring_back(self, self.fast_state)
-            embeds = super()._get_qwen_prompt_embeds(prompt, device, *(() if dtype is None else (dtype,)))
-            text.rest(self)
-            return embeds
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        return text.prompt_embeds(self, prompts, device or self._execution_device, dtype)
+    def _get_qwen_prompt_embeds(self, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers', with its code; the text encoder comes from where it rests, and goes there again."""
+        state = self.fast_state
+        text.bring_back(self, state)
+        state.texts.content, state.texts.uncached = None, "diffusers' own code encodes its prompts"
+        embeds = super()._get_qwen_prompt_embeds(*args, **kwargs)
+        text.rest(self)
+        return embeds
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """As diffusers'; a pipeline whose text encoder was freed has none to save.
@@ -247,3 +210,44 @@ class AcceleratedPipeline(PickledAsStock):
             self.scheduler.release()  # somebody's wrapper may hold on to it
             stock = self.fast_state.stock_scheduler
             self.scheduler = copy.copy(self.scheduler) if stock is None else stock
+
+
+class EncodesText(AcceleratedPipeline):
+    """A pipeline whose prompts are text alone, and are encoded as those of QwenImagePipeline."""
+
+    def _get_qwen_prompt_embeds(
+        self,
+        prompt: str | list[str] | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As diffusers', equal to the bit on the CPU: without logits, and from the prompt cache where it holds the prompt."""
+        reason = text.stock_reason(self)
+        if reason is not None:
+            self.fast_state.fall_back(reason)
+            return super()._get_qwen_prompt_embeds(prompt, device, *(() if dtype is None else (dtype,)))
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        return text.prompt_embeds(self, prompts, device or self._execution_device, dtype)
+
+
+def _with_right_masks(stock: type) -> Callable[..., Any]:
+    """`encode_prompt` of `stock`, with the right mask for each picture.
+
+    diffusers 0.42.1 repeats embeddings prompt by prompt but tiles the masks, so prompts of different lengths with
+    num_images_per_prompt > 1 get each other's masks. Here both are repeated prompt by prompt.
+    """
+
+    @functools.wraps(stock.encode_prompt)
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        function = stock.encode_prompt
+        if foreign_methods(stock, ("encode_prompt",)):
+            return function(self, *args, **kwargs)
+        bound = inspect.signature(function).bind(self, *args, **kwargs)
+        copies = bound.arguments.pop("num_images_per_prompt", 1)
+        embeds, mask = function(**bound.arguments, num_images_per_prompt=1)
+        if copies > 1:
+            embeds = embeds.repeat_interleave(copies, dim=0)
+            mask = None if mask is None else mask.repeat_interleave(copies, dim=0)
+        return embeds, mask
+
+    return encode_prompt

@@ -22,9 +22,9 @@ def enable(pipe: Pipeline, **options: Any) -> Pipeline:
     the transformer, and no value of a weight.
 
     Args:
-        pipe: a QwenImagePipeline, QwenImageImg2ImgPipeline or QwenImageInpaintPipeline of diffusers.
-        precise_sampler: keep latents and step size in fp32 between steps, instead of the model's dtype as stock does
-            (QwenImagePipeline only; nearer to the exact solution, no longer bit-equal to stock in bf16).
+        pipe: any Qwen-Image pipeline of diffusers but those of 2.1 and modular ones.
+        precise_sampler: keep latents and step size in fp32 between steps, instead of the model's dtype as stock does (nearer
+            to the exact solution, no longer bit-equal to stock in bf16).
         modulation: where the layers rest that compute the modulations, a third of the transformer's parameters. "auto": on the
             device where they fit beside all else, in host memory where they would not. "device": wherever the model is. "host":
             in host memory. In all three the modulations of a whole schedule are computed at once, before its first step.
@@ -33,8 +33,7 @@ def enable(pipe: Pipeline, **options: Any) -> Pipeline:
             attention kernel. "cudnn", "flash", "efficient": torch's scaled_dot_product_attention by that name, sequence by
             sequence. "diffusers": diffusers' dispatcher. A backend chosen in diffusers itself is always used.
         cuda_graph: capture a whole step in a CUDA graph: True wherever nothing forbids it, False never. "auto": where
-            launches limit the speed, up to 3072 image tokens a step; for now never, until a GPU has shown that pictures of
-            NaN, seen on an H100 with graphs, are gone.
+            launches limit the speed, up to 3072 image tokens a step.
         vae_mode: "image": single frames through 2-D convolutions, which is what the VAE's causal 3-D ones are for them.
             "diffusers": as it is.
         vae_memory: bytes that the VAE's activations may take beyond the weights; larger pictures are coded in bands of rows,
@@ -45,7 +44,7 @@ def enable(pipe: Pipeline, **options: Any) -> Pipeline:
             copied to the device while it encodes a new prompt. "free": after encoding it is dropped (`pipe.text_encoder`
             is None, also after `disable`), and a prompt that is not in the cache raises a RuntimeError.
         check_nan: look after each step, on the device, whether latents are finite; a warning at the end and `report` name the
-            first step after which they were not, for each picture (QwenImagePipeline only).
+            first step after which they were not, for each picture.
         strict: raise where a call would run on stock diffusers, instead of running it there and saying so.
     Returns:
         The same object.

@@ -5,19 +5,25 @@ Same names as diffusers', so that a saved folder names the class that stock diff
 
 import diffusers
 
-from .base import AcceleratedPipeline
+from ..common.family import FAMILY
+from .base import AcceleratedPipeline, EncodesText
 from .call import accelerated_call
 from .text_to_image import QwenImagePipeline
 
-
-class QwenImageImg2ImgPipeline(AcceleratedPipeline, diffusers.QwenImageImg2ImgPipeline):
-    STANDS_FOR = diffusers.QwenImageImg2ImgPipeline
-    __call__ = accelerated_call(diffusers.QwenImageImg2ImgPipeline)
+# Whose prompts are encoded together with pictures, or are not cut at a length.
+_WITH_PICTURES = ("Edit", "Layered")
 
 
-class QwenImageInpaintPipeline(AcceleratedPipeline, diffusers.QwenImageInpaintPipeline):
-    STANDS_FOR = diffusers.QwenImageInpaintPipeline
-    __call__ = accelerated_call(diffusers.QwenImageInpaintPipeline)
+def _accelerated(stock: type) -> type:
+    """The class that `enable` gives to a pipeline of `stock`."""
+    name = stock.__name__
+    base = AcceleratedPipeline if any(part in name for part in _WITH_PICTURES) else EncodesText
+    attributes = {"STANDS_FOR": stock, "__call__": accelerated_call(stock), "__module__": __name__, "__doc__": stock.__doc__}
+    return type(name, (base, stock), attributes)
 
 
-ACCELERATED = {ours.STANDS_FOR: ours for ours in (QwenImagePipeline, QwenImageImg2ImgPipeline, QwenImageInpaintPipeline)}
+ACCELERATED: dict[type, type] = {diffusers.QwenImagePipeline: QwenImagePipeline}
+for _name in FAMILY:
+    _stock = getattr(diffusers, _name, None)  # an older diffusers has not all of them
+    if _stock is not None and _stock not in ACCELERATED:
+        ACCELERATED[_stock] = globals()[_name] = _accelerated(_stock)

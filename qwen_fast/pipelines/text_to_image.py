@@ -11,13 +11,13 @@ from ..common.options import NAMES, Options, takes_options, unknown_options
 from ..common.state import STATE, State
 from ..loading import check_folder, load
 from ..text.encoding import configure as configure_texts
-from .base import AcceleratedPipeline
+from .base import EncodesText
 from .call import accelerated_call
 
 STOCK = diffusers.QwenImagePipeline
 
 
-class QwenImagePipeline(AcceleratedPipeline, STOCK):
+class QwenImagePipeline(EncodesText, STOCK):
     """diffusers.QwenImagePipeline with its schedule on the device and CFG, norm rescale and Euler step in one kernel.
 
     Same signature, same outputs, same random stream; `from_pretrained`, `from_pipe`, LoRA, offload and saving are
