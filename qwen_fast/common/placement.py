@@ -108,15 +108,18 @@ def on_device_in_turn(modules: Sequence[nn.Module], device: torch.device) -> Ite
                 start += _aligned(tensor)
             return functools.partial(_with_tensors, module, copies), side.record_event()
 
-    following = send(0)
-    for turn in range(len(modules)):
-        call, arrived = following
-        if turn + 1 < len(modules):
-            following = send(turn + 1)
-        if arrived is not None:
-            user.wait_event(arrived)
-        yield call
-        used[turn % 2] = user.record_event()
+    try:
+        following = send(0)
+        for turn in range(len(modules)):
+            call, arrived = following
+            if turn + 1 < len(modules):
+                following = send(turn + 1)
+            if arrived is not None:
+                user.wait_event(arrived)
+            yield call
+            used[turn % 2] = user.record_event()
+    finally:
+        user.wait_stream(side)  # whoever stops early gives the buffers back while a copy is still under way
 
 
 def host_copy(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:

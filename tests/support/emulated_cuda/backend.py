@@ -31,6 +31,8 @@ from support.emulated_cuda.memory import Block, Memory, on_host, redispatch, vie
 from support.emulated_cuda.operators import BEFORE_COMPOSITES, PRODUCTS, SPECIAL, WAITING, product, waits
 from support.emulated_cuda.streams import Graph, Timeline
 
+INDEXING = "aten::index", "aten::index_put", "aten::index_put_"
+
 
 class Backend:
     """The operators of one device.
@@ -91,7 +93,13 @@ class Backend:
         args = numbers_as_tensors(schema, args)
         kwargs, device = self._device(kwargs, args)
         tensors = tensors_in((args, kwargs))
-        self.refuse_mixed(name, tensors)
+        if name.split(".")[0] in INDEXING:  # by indices on the host too, which travel first
+            for index in tensors_in(args[1]):
+                if not index.is_cuda:
+                    self.notes.add(kinds.TO_DEVICE, f"indices of {name}")
+            self.refuse_mixed(name, tensors_in((args[:1], args[2:], kwargs)))
+        else:
+            self.refuse_mixed(name, tensors)
         written = written_by(schema, args, kwargs)
         # An empty `out=` takes the size of what is computed.
         fresh = [] if kwargs.get("out") is None else [kwargs["out"]]
