@@ -1,5 +1,7 @@
 """How a projection computes: the one place that knows kinds of linear layers."""
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -11,26 +13,48 @@ from ..common.hooks import attached
 Places = list[tuple[slice, torch.Tensor, slice]]  # rows of the layer's own, and a tensor with the rows where they lie there
 
 
+class LowRank(NamedTuple):
+    """A LoRA adapter of a linear layer, `scaling[name] * (x @ down.T) @ up.T`, as PEFT's layer holds it now."""
+
+    down: dict[str, Any]
+    up: dict[str, Any]
+    scaling: dict[str, float]
+    name: str
+
+    def add(self, rows: torch.Tensor, out: torch.Tensor) -> None:
+        """To the products of the layer's own weight, in their place."""
+        out.addmm_(F.linear(rows, self.down["weight"]), self.up["weight"].t(), alpha=self.scaling[self.name])
+
+
 class Projection:
     """A layer in the place of an nn.Linear, as it was found.
 
     Attributes:
-        parameters: of a plain linear layer, `x @ weight.T + bias` and nothing else: it is read and not called. None for any
-            other. A LoRA layer of PEFT keeps the base weight under `.weight`, quantised layers keep codes there: reading
-            would drop what they add in silence.
+        parameters: of a plain linear layer, `x @ weight.T + bias` and nothing else, also of one under LoRA adapters: it is read
+            and not called. None for any other. Quantised layers keep codes under `.weight`, and DoRA, LoHa and LoKr are no
+            additions: reading would drop in silence what they do.
+        adapters: plain LoRA adapters that are on.
     """
 
-    __slots__ = ("module", "parameters")
+    __slots__ = ("module", "parameters", "adapters")
 
     def __init__(self, module: nn.Module, readable: bool = True):
         self.module = module
+        self.adapters: list[LowRank] = []
         plain = readable and type(module) is nn.Linear and attached(module) is None
         self.parameters = module.__dict__["_parameters"] if plain else None
+        adapters = _adapters(module) if readable and not plain else None
+        if adapters is not None:
+            self.parameters, self.adapters = module.base_layer.__dict__["_parameters"], adapters
 
     def weight_for(self, rows: torch.Tensor) -> torch.Tensor | None:
-        """The weight, if `rows` may be multiplied by it; torchao and tensor parallelism put tensors of their own there."""
-        weight = None if self.parameters is None else self.parameters["weight"]
-        return weight if type(weight) is nn.Parameter and weight.dtype == rows.dtype else None
+        """The weight, if `rows` may be multiplied by it and its adapters; torchao and tensor parallelism put tensors of their
+        own there, and adapters may have another dtype than the model."""
+        if self.parameters is None:
+            return None
+        held = (self.parameters, *(one for adapter in self.adapters for one in adapter[:2]))
+        weights = [parameters["weight"] for parameters in held]
+        return weights[0] if all(type(one) is nn.Parameter and one.dtype == rows.dtype for one in weights) else None
 
     def __call__(self, rows: torch.Tensor, batch: int | None) -> torch.Tensor:
         """The layer called, `[R, C_out]`: with rows in one piece or, as stock would, with `[batch, S, C_in]`."""
@@ -51,6 +75,8 @@ def linear_into(layer: Projection, rows: torch.Tensor, out: torch.Tensor, batch:
         out.copy_(layer(rows, batch))
     else:
         torch._C._nn.linear(rows, weight, layer.parameters["bias"], out=out)
+        for adapter in layer.adapters:
+            adapter.add(rows, out)
 
 
 def scatter_linear(layer: Projection, rows: torch.Tensor, places: Places, batch: int | None) -> None:
@@ -82,9 +108,34 @@ def feed_forward_into(
     weight = up.weight_for(rows)
     if weight is None:
         hidden = F.gelu(up(rows, batch), approximate="tanh")
+    elif up.adapters:
+        hidden = rows.new_empty(rows.shape[0], weight.shape[0])
+        linear_into(up, rows, hidden)
+        hidden = F.gelu(hidden, approximate="tanh")
     else:
         hidden = linear_gelu(rows, weight, up.parameters["bias"])
     linear_into(down, hidden, out, batch)
+
+
+def _adapters(module: nn.Module) -> list[LowRank] | None:
+    """The adapters of a LoRA layer of PEFT that adds low-rank products to a plain linear layer; None for any other layer."""
+    if (type(module).__module__, type(module).__qualname__) != ("peft.tuners.lora.layer", "Linear"):
+        return None
+    base, names = module.base_layer, [] if module.disable_adapters else module.active_adapters
+    if type(base) is not nn.Linear or module.merged or module.fan_in_fan_out or attached(module) or attached(base):
+        return None
+    found = []
+    for name in names:
+        if name not in module.lora_A:
+            continue
+        down, up, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
+        plain = type(down) is type(up) is nn.Linear and type(dropout) is nn.Identity
+        if not plain or up.bias is not None or any(attached(part) for part in (down, up, dropout)):
+            return None
+        if module.use_dora.get(name) or name in getattr(module, "lora_variant", ()) or name in module.lora_embedding_A:
+            return None
+        found.append(LowRank(down.__dict__["_parameters"], up.__dict__["_parameters"], module.scaling, name))
+    return found
 
 
 def called(module: nn.Module, rows: torch.Tensor, batch: int | None) -> torch.Tensor:

@@ -1,0 +1,128 @@
+"""LoRA layers of PEFT: plain ones are added to the fused products, all others are called."""
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+import qwen_fast
+from benchmarks.shared.stock import assert_same_latents, draw, stock
+from qwen_fast.transformer.linear import Projection, feed_forward_into, linear_into
+from qwen_fast.transformer.survey import survey
+from support.pipelines import GUIDED
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+
+def adapted(dtype: torch.dtype = torch.float32, **options) -> Two:
+    """Both layers under two adapters that are on together, each with a scale of its own."""
+    torch.manual_seed(0)
+    model = Two()
+    for name, rank in (("a", 4), ("b", 2)):
+        config = LoraConfig(r=rank, lora_alpha=6, target_modules=["up", "down"], init_lora_weights=False, **options)
+        inject_adapter_in_model(config, model, adapter_name=name)
+    for part in (model.up, model.down):
+        part.set_adapter(["a", "b"])
+        part.scaling["b"] = 0.3
+    return model.to(dtype).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_products_of_low_rank_are_added(dtype):
+    model = adapted(dtype)
+    up, down = Projection(model.up), Projection(model.down)
+    assert len(up.adapters) == 2 and up.weight_for(torch.empty(1, dtype=dtype)) is model.up.base_layer.weight
+    rows = torch.randn(40, 16, dtype=dtype)
+    wide = adapted()
+    exact = wide.up(rows.float())
+    out = torch.empty(40, 32, dtype=dtype)
+    linear_into(up, rows, out)
+    stocks = model.up(rows)
+    error, theirs = ((one.float() - exact).square().mean().sqrt() for one in (out, stocks))
+    assert error <= (2e-6 if dtype == torch.float32 else theirs) and (out - model.up.base_layer(rows)).abs().max() > 0.1
+    both = torch.empty(40, 16, dtype=dtype)
+    feed_forward_into(up, down, rows, both)
+    expected = wide.down(nn.functional.gelu(exact, approximate="tanh"))
+    limit = 1e-5 if dtype == torch.float32 else 2e-2
+    assert (both.float() - expected).abs().max() <= limit * expected.abs().max()
+
+
+def switch_off(model):
+    model.up.enable_adapters(False)
+
+
+def leave_one(model):
+    model.up.set_adapter(["b"])
+
+
+@pytest.mark.parametrize(("change", "left"), [(switch_off, []), (leave_one, ["b"])])
+@torch.no_grad()
+def test_adapters_that_are_off_are_not_added(change, left):
+    model = adapted()
+    change(model)
+    found = Projection(model.up)
+    assert [adapter.name for adapter in found.adapters] == left
+    rows, out = torch.randn(5, 16), torch.empty(5, 32)
+    linear_into(found, rows, out)
+    assert (out - model.up(rows)).abs().max() <= 1e-6
+
+
+def merge(model):
+    model.up.merge()
+
+
+def hook(model):
+    model.up.lora_A["a"].register_forward_hook(lambda *_: None)
+
+
+def replace(model):
+    model.up.lora_B["a"].forward = lambda x: x
+
+
+def bias(model):
+    model.up.lora_B["a"].bias = nn.Parameter(torch.ones(32))
+
+
+def subclass(model):
+    model.up.base_layer.__class__ = type("Own", (nn.Linear,), {})
+
+
+OTHERS = {
+    "DoRA": lambda: adapted(use_dora=True),
+    "dropout": lambda: adapted(lora_dropout=0.5),
+    **{change.__name__: (lambda change=change: (lambda model: (change(model), model)[1])(adapted())) for change in
+       (merge, hook, replace, bias, subclass)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_all_others_are_called(name):
+    found = Projection(OTHERS[name]().up)
+    assert found.parameters is None and not found.adapters
+
+
+def test_adapters_of_another_dtype_are_called():
+    model = adapted(torch.bfloat16)
+    model.up.lora_A["a"].to(torch.float32)
+    assert Projection(model.up).weight_for(torch.empty(1, dtype=torch.bfloat16)) is None
+
+
+def test_the_blocks_of_a_pipeline_read_them(checkpoint):
+    pipes = stock(checkpoint), qwen_fast.enable(stock(checkpoint), strict=True)
+    targets = ["to_q", "add_k_proj", "to_out.0", "to_add_out", "net.0.proj", "net.2", "img_in", "proj_out"]
+    for pipe in pipes:
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+        pipe.transformer.add_adapter(config, adapter_name="a")
+    for scale in (1.0, 0.4):
+        for pipe in pipes:
+            pipe.transformer.set_adapters(["a"], [scale])
+        expected, actual = (draw(pipe, prompt="a red circle", **GUIDED) for pipe in pipes)
+        assert_same_latents(actual, expected)
+    parts = survey(pipes[1].transformer).parts.values()
+    assert parts and all(part.image[0].adapters and part.to_out.adapters and not part.image[1].adapters for part in parts)
