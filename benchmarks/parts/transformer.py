@@ -72,7 +72,7 @@ class StepForwards:
         self.timestep = timestep.to(device)
         layout = self.model.layout((self.shapes,) * 2, text_tokens, self.latents.device)
         embeds = torch.cat([text[0] for text in self.texts])
-        self.prompts = PromptBatch(layout, embeds, 2)
+        self.prompts = PromptBatch(layout, embeds, 2, (self.shapes,) * 2)
 
     def stock(self) -> list[torch.Tensor]:
         """As stock's loop calls it: outside `accelerated` an attached model is stock to the bit."""

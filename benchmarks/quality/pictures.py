@@ -23,6 +23,7 @@ import qwen_fast_kernels
 from qwen_fast.demo.accuracy import held_out_requests
 from qwen_fast.demo.scenes import Request
 from qwen_fast.loading import check_folder
+from qwen_fast.pipelines.generate import decoded_latents
 from qwen_fast.pipelines.opening import library_output, load_pipeline
 
 from .modes import Mode, Setting
@@ -239,4 +240,4 @@ def decoded(pipe: Any, latents: torch.Tensor, setting: Setting) -> list:
     """The pictures of packed latents `[B, S_img, C]`, as a call of `pipe`, ours or diffusers', would decode them."""
     images = pipe._images() if qwen_fast.report(pipe).enabled else contextlib.nullcontext()
     with images:
-        return qwen_fast.QwenImagePipeline._decode(pipe, latents, setting.height, setting.width, "pil")
+        return decoded_latents(pipe, latents, setting.height, setting.width, "pil")

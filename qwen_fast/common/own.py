@@ -88,6 +88,11 @@ def foreign_functions(module: types.ModuleType, names: Iterable[str]) -> list[st
     return found
 
 
+def is_own(function: Any, package: str, name: str) -> bool:
+    """Whether `function` is what its package defined by that name."""
+    return _is_own_function(function, package, name)
+
+
 def process_reason() -> str | None:
     """Why no module at all may be gone around: what somebody did to torch itself, in words, or None."""
     if modules._global_forward_hooks or modules._global_forward_pre_hooks:
@@ -97,6 +102,7 @@ def process_reason() -> str | None:
     changed += [f"torch.nn.{name}" for name in foreign_functions(F, _IN_PYTHON)]
     if changed:
         return f"{changed[0]} was replaced"
+    # A dispatch mode is none: it looks on at the operators that run, ours too.
     modes = _get_current_function_mode_stack() if torch._C._len_torch_function_stack() else ()
     return next((f"a {type(mode).__name__}" for mode in modes if type(mode) is not DeviceContext), None)
 

@@ -79,8 +79,9 @@ class Denoiser:
     asks, one after the other, and what can be fused inside still is.
 
     Args:
-        pipe: whose transformer is attached.
+        pipe: whose transformer, where it is not attached, is called as it is.
         names: variables of stock's loop that a callback asks for.
+        proved: dtype whose kernels have proved themselves.
     Attributes:
         call: what the transformer is told.
         packs: the prompts of a step, of one forward or of one each; None: forwards as stock asks for them.
@@ -92,12 +93,13 @@ class Denoiser:
         loads: how often a graph was loaded.
     """
 
-    def __init__(self, pipe: Any, names: Iterable[str] = ()):
+    def __init__(self, pipe: Any, names: Iterable[str] = (), proved: torch.dtype | None = None):
         self.pipe, self.state, self.model = pipe, pipe.fast_state, pipe.transformer
         self._gets_more = not {"latents"}.issuperset(names)
         self.call = Call(self.model, self.state)
         self.watched = not set(SHOWN).isdisjoint(names)
         self.scheduled: torch.Tensor | None = None
+        self.proved = proved
         self.packs: list[PromptBatch] | None = None
         self.graph: graph.StepGraph | None = None
         self.guidance: torch.Tensor | None = None
@@ -122,7 +124,8 @@ class Denoiser:
                 yield
             if isinstance(self.call.source, FromScheduledTable):
                 self.call.source.check()
-            self._report()
+            if self._check is not None:
+                self.state.nan_note = self._check.told()
         finally:
             _CURRENT.reset(token)
             self._leave_graph()
@@ -153,7 +156,7 @@ class Denoiser:
 
     def look(self) -> None:
         """Read what of the model is stock's own: before the call, and after code of the user's has run."""
-        if ATTACHED not in self.model.__dict__:
+        if not self._attached:
             return
         call, before = self.call, self.call.survey
         call.survey = found = self.model.look()
@@ -168,8 +171,13 @@ class Denoiser:
             call.source = FromScheduledTable(self.model, self.model.__dict__[ATTACHED].tables, self.pipe)
 
     @property
+    def _attached(self) -> bool:
+        return ATTACHED in self.model.__dict__
+
+    @property
     def wants_table(self) -> bool:
-        return self.state.options.modulation != "layers" and self.state.no_table is None
+        """Whether the modulations of the whole schedule are computed at once."""
+        return self._attached and self.state.options.modulation != "layers" and self.state.no_table is None
 
     def _follow(self, step: Step) -> bool:
         """Take over what the loop hands over now; False: stock's own statements have to take this step."""
@@ -184,12 +192,11 @@ class Denoiser:
             self.model, self.lora_scale, self.packs = self.pipe.transformer, 1.0, None
             self.call.model, self.call.survey, self._dirty = self.model, None, True
             self.look()
-        if ATTACHED not in self.model.__dict__:
-            return False
         if self._step is None:
             self.dtype, self.device = step.latents.dtype, step.latents.device
             self._pace = Pace(self.device)
-            self.pipe.require_kernels(self.dtype, self.device)
+            if self.dtype != self.proved:
+                self.pipe.require_kernels(self.dtype, self.device)
             if self.state.options.check_nan and self.scheduled is not None:
                 self._check = FiniteCheck(step.latents, self.scheduled)
         if self._dirty:
@@ -209,7 +216,7 @@ class Denoiser:
         held = [tensor for prompt in step.prompts for tensor in prompt] + [step.shared("guidance")]
         held.append(step.shared("additional_t_cond"))
         if self._dirty:  # a callback may have written into them
-            self._weights = [*self.model.txt_in.parameters(), *self.model.txt_norm.parameters()]
+            self._weights = [*self.model.txt_in.parameters(), *self.model.txt_norm.parameters()] if self._attached else []
         scale = (self.pipe.attention_kwargs or {}).get("scale", 1.0)
         others = frozenset(self.pipe.attention_kwargs or ()) - {"scale"}
         shapes, hidden = step.shared("img_shapes"), step.shared("hidden_states")
@@ -280,7 +287,7 @@ class Denoiser:
     def _takes_rows(self, step: Step) -> bool:
         """Whether both predictions of a step can share a forward."""
         found, others = self.call.survey, set(self.pipe.attention_kwargs or ()) - {"scale"}
-        if not found.rows or found.whole is not None or others or step.shared("guidance") is not None:
+        if not self._attached or not found.rows or found.whole is not None or others or step.shared("guidance") is not None:
             return False
         if torch.is_grad_enabled() or torch.is_autocast_enabled(self.device.type) or not step.is_shared:
             return False
@@ -336,7 +343,9 @@ class Denoiser:
         if self.packs is None:
             with entered(self.call):
                 return tuple(self._as_stock(step, hidden, n) for n in range(len(step.forwards)))
-        timestep = self.timesteps.index_select(0, self.places[1:]) if self._row is not None else self._timestep(step)[:1]
+        timestep = (
+            self.timesteps.index_select(0, self.places[1:]) if self._row is not None else step.model_timestep(self.dtype)[:1]
+        )
         try:
             return self._packed(step, hidden, timestep)
         except torch.OutOfMemoryError:
@@ -367,15 +376,8 @@ class Denoiser:
 
     def _as_stock(self, step: Step, hidden: torch.Tensor, n: int) -> torch.Tensor:
         with self.model.cache_context(("cond", "uncond")[n]):
-            arguments = step.forwards[n] | {"hidden_states": hidden, "timestep": self._timestep(step)}
+            arguments = step.forwards[n] | {"hidden_states": hidden, "timestep": step.model_timestep(self.dtype)}
             return self.model(**arguments, return_dict=False)[0][:, : step.latents.shape[1]]
-
-    def _timestep(self, step: Step) -> torch.Tensor:
-        """`[B]`, what stock hands to its transformer; latents of a precise sampler have another dtype than the model."""
-        timestep = step.timestep
-        if timestep.dtype != self.dtype:
-            timestep = step.t.expand(step.latents.shape[0]).to(self.dtype)
-        return timestep / 1000
 
     def _leave_graph(self, why: str | None = None) -> None:
         if self.graph is not None:
@@ -391,10 +393,3 @@ class Denoiser:
             self._context.close()
             self._context.enter_context(lora_scale(self.model, {"scale": scale}))
             self.lora_scale = scale
-
-    def _report(self) -> None:
-        if self._check is not None:
-            found = self._check.found()
-            self.state.nan_note = found or "all finite"
-            if found is not None:
-                logger.warning("check_nan: %s.", found)

@@ -38,6 +38,11 @@ class Step:
         """Embeddings `[B, S_txt, C_txt]` and mask `[B, S_txt]` or None, of each forward."""
         return [tuple(forward.get(name) for name in _PROMPT) for forward in self.forwards]
 
+    def model_timestep(self, dtype: torch.dtype) -> torch.Tensor:
+        """`[B]`, what stock hands to its transformer; latents of a precise sampler have another dtype than the model."""
+        timestep = self.timestep if self.timestep.dtype == dtype else self.t.expand(len(self.latents)).to(dtype)
+        return timestep / 1000
+
     def shared(self, name: str) -> Any:
         """An argument that all forwards have alike."""
         return self.forwards[0].get(name)

@@ -4,6 +4,8 @@ from collections import deque
 
 import torch
 
+from ..common.state import logger
+
 _STEPS_AHEAD = 2  # the host may prepare so many steps before it waits: `interrupt` and the progress bar stay honest
 
 
@@ -24,6 +26,13 @@ class FiniteCheck:
         """Note the pictures that are not finite after `step` (0-based; -1: as they came), without waiting for the device."""
         bad = ~latents.flatten(1).isfinite().all(dim=1)
         self._first.masked_fill_(bad & (self._first > step), step)
+
+    def told(self) -> str:
+        """What was found, for `report`; what is wrong goes to the log too."""
+        found = self.found()
+        if found is not None:
+            logger.warning("check_nan: %s.", found)
+        return found or "all finite"
 
     def found(self) -> str | None:
         """Where it began, or None if all stayed finite."""

@@ -11,6 +11,7 @@ import torch
 
 from ..common import proofs
 from ..common.hardware import check_device, indexed
+from ..common.options import Options
 from ..common.own import foreign_methods
 from ..common.pickled import PickledAsStock
 from ..common.state import STATE, State, logger
@@ -31,6 +32,17 @@ class AcceleratedPipeline(PickledAsStock):
     def fast_state(self) -> State:
         """Options and counters of this instance."""
         return self.__dict__[STATE]
+
+    def put_in(self, options: Options) -> None:
+        """Put everything in as the options say."""
+        self.fast_state.options = options
+        text.configure(self, self.fast_state)
+        reason = self.install_transformer()
+        if reason is not None:
+            logger.warning("the transformer stays as it is: %s.", reason)
+        self.drop_unwanted_graphs()
+        self.install_vae()
+        self.install_scheduler()
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """As diffusers', but a CUDA device where there is none is refused before anything moves, modulation weights that have

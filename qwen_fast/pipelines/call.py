@@ -1,6 +1,5 @@
 """A call of an accelerated pipeline: stock's own `__call__`, with our schedule, steps, transformer, text and VAE below it."""
 
-import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -17,6 +16,8 @@ from . import cache_dit
 from .foreign import note_foreign
 from .inputs import check_attention, check_call, check_callback_inputs, check_components, whole
 from .stock_call import with_own_steps
+
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def accelerated_call(stock: type) -> Callable[..., Any]:
@@ -70,17 +71,14 @@ def _called(pipe: Any, stock: type, args: tuple[Any, ...], kwargs: dict[str, Any
             state.fall_back(reason)
     if arguments.get("callback_on_step_end") is not None:
         check_callback_inputs(arguments.get("callback_on_step_end_tensor_inputs") or (), call)
-    denoiser = None
-    if state.transformer is not None:
-        if arguments.get("image") is not None and pipe.transformer.dtype.is_floating_point:
-            pipe.require_kernels(pipe.transformer.dtype, device)  # the VAE encodes first
-        denoiser = Denoiser(pipe, arguments.get("callback_on_step_end_tensor_inputs") or ())
-        if arguments.get("callback_on_step_end") is not None:
-            arguments["callback_on_step_end"] = denoiser.outside(arguments["callback_on_step_end"])
-    running = contextlib.nullcontext() if denoiser is None else denoiser.running()
+    dtype = _dtype(pipe.transformer)
+    pipe.require_kernels(dtype, device)
+    denoiser = Denoiser(pipe, arguments.get("callback_on_step_end_tensor_inputs") or (), dtype)
+    if arguments.get("callback_on_step_end") is not None:
+        arguments["callback_on_step_end"] = denoiser.outside(arguments["callback_on_step_end"])
     try:
         state.device = device
-        with prompts_of_call(pipe, arguments), on_device(device), pipe._images(), running, staged(pipe):
+        with prompts_of_call(pipe, arguments), on_device(device), pipe._images(), denoiser.running(), staged(pipe):
             return call(*bound.args, **bound.kwargs)
     finally:
         state.device = None
@@ -97,6 +95,12 @@ def _function(pipe: Any, stock: type) -> tuple[Callable[..., Any], bool]:
     if replaced and cache_dit.is_cached(pipe):
         return without_no_grad(stock.__call__), True
     return with_own_steps(stock) or without_no_grad(stock.__call__), True
+
+
+def _dtype(model: torch.nn.Module) -> torch.dtype:
+    """What the model computes in; `model.dtype` asks every module."""
+    weight = next(iter(getattr(model, "img_in", torch.nn.Module()).parameters()), None)
+    return weight.dtype if weight is not None and weight.dtype in _PLAIN else model.dtype
 
 
 def without_no_grad(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,7 +7,6 @@ import diffusers
 from ..common.hardware import unsupported_reason
 from ..common.options import Options, takes_options
 from ..common.state import STATE, State, logger
-from ..text.encoding import configure as configure_texts
 from . import cache_dit
 from .family import ACCELERATED
 
@@ -66,19 +65,19 @@ def enable(pipe: Pipeline, **options: Any) -> Pipeline:
             raise RuntimeError(f"strict=True, and this pipeline cannot be accelerated: {reason}.")
         logger.warning("the pipeline stays on stock diffusers: %s.", reason)
         return pipe
-    state = pipe.__dict__.get(STATE)
-    if state is None:
-        state = pipe.__dict__[STATE] = State()
-        pipe.__class__ = ours
-    cache_dit.enabled(pipe, ours)
-    state.options = options
-    configure_texts(pipe, state)
-    reason = pipe.install_transformer()
-    if reason is not None:
-        logger.warning("the transformer stays as it is: %s.", reason)
-    pipe.drop_unwanted_graphs()
-    pipe.install_vae()
-    pipe.install_scheduler()
+    before = pipe.__dict__[STATE].options if STATE in pipe.__dict__ else None
+    try:
+        if before is None:
+            pipe.__dict__[STATE] = State()
+            pipe.__class__ = ours
+        cache_dit.enabled(pipe, ours)
+        pipe.put_in(options)
+    except BaseException:
+        if before is None:
+            disable(pipe)
+        else:
+            pipe.put_in(before)
+        raise
     return pipe
 
 

@@ -3,9 +3,14 @@
 Same names as diffusers', so that a saved folder names the class that stock diffusers loads.
 """
 
+import functools
+from typing import Any
+
 import diffusers
 
 from ..common.family import FAMILY
+from ..common.options import Options
+from ..common.state import STATE, State
 from .base import AcceleratedPipeline, EncodesText
 from .call import accelerated_call
 from .text_to_image import QwenImagePipeline
@@ -18,8 +23,16 @@ def _accelerated(stock: type) -> type:
     """The class that `enable` gives to a pipeline of `stock`."""
     name = stock.__name__
     base = AcceleratedPipeline if any(part in name for part in _WITH_PICTURES) else EncodesText
-    attributes = {"STANDS_FOR": stock, "__call__": accelerated_call(stock), "__module__": __name__, "__doc__": stock.__doc__}
-    return type(name, (base, stock), attributes)
+
+    @functools.wraps(stock.__init__)  # the components are read from its signature
+    def init(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers', enabled with the default options: what `type(pipe)(**pipe.components)` makes of an enabled one."""
+        stock.__init__(self, *args, **kwargs)
+        self.__dict__[STATE] = State()
+        self.put_in(Options())
+
+    attributes = {"STANDS_FOR": stock, "__init__": init, "__call__": accelerated_call(stock)}
+    return type(name, (base, stock), attributes | {"__module__": __name__, "__doc__": stock.__doc__})
 
 
 ACCELERATED: dict[type, type] = {diffusers.QwenImagePipeline: QwenImagePipeline}

@@ -10,7 +10,6 @@ from packaging.version import Version
 from ..common.options import NAMES, Options, takes_options, unknown_options
 from ..common.state import STATE, State
 from ..loading import check_folder, load
-from ..text.encoding import configure as configure_texts
 from .base import EncodesText
 from .call import accelerated_call
 
@@ -42,10 +41,7 @@ class QwenImagePipeline(EncodesText, STOCK):
         options = Options.of(options)
         super().__init__(scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer)
         self.__dict__[STATE] = State(options)
-        configure_texts(self, self.fast_state)
-        self.install_transformer()
-        self.install_vae()
-        self.install_scheduler()
+        self.put_in(options)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *, device=None, **kwargs: Any) -> "QwenImagePipeline":

@@ -50,11 +50,13 @@ class Projection:
     def weight_for(self, rows: torch.Tensor) -> torch.Tensor | None:
         """The weight, if `rows` may be multiplied by it and its adapters; torchao and tensor parallelism put tensors of their
         own there, and adapters may have another dtype than the model."""
-        if self.parameters is None:
+        weight = None if self.parameters is None else self.parameters["weight"]
+        if type(weight) is not nn.Parameter or weight.dtype != rows.dtype or weight.layout is not torch.strided:
             return None
-        held = (self.parameters, *(one for adapter in self.adapters for one in adapter[:2]))
-        weights = [parameters["weight"] for parameters in held]
-        return weights[0] if all(type(one) is nn.Parameter and one.dtype == rows.dtype for one in weights) else None
+        for adapter in self.adapters:
+            if not (adapter.down["weight"].dtype == adapter.up["weight"].dtype == rows.dtype):
+                return None
+        return weight
 
     def __call__(self, rows: torch.Tensor, batch: int | None) -> torch.Tensor:
         """The layer called, `[R, C_out]`: with rows in one piece or, as stock would, with `[batch, S, C_in]`."""

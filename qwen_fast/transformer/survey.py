@@ -8,8 +8,6 @@ instead, in stock's way and with stock's arguments and batches, and everything a
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
 from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
@@ -19,23 +17,10 @@ from torch import nn
 
 from ..common.fingerprint import adapter_state
 from ..common.hooks import Kind, attached
-from ..common.own import foreign_functions, foreign_methods, foreign_on, process_reason
+from ..common.own import foreign_methods, foreign_on, process_reason
+from .kinds import ADAPTING, KNOWN, METHODS, ROTARY, ROTARY_METHODS, foreign_kind, modules_below, replaced_functions
 from .linear import Projection
 
-ROTARY = (stock.QwenEmbedRope, stock.QwenEmbedLayer3DRope)
-# Packages whose layers take a linear layer's place and compute each row alone: adapters and quantised weights.
-_ADAPTING = ("peft.", "bitsandbytes.", "torchao.", "optimum.", "sdnq.", "diffusers.quantizers.")
-_KNOWN = ("torch.nn.", "diffusers.", "cache_dit.", *_ADAPTING)
-_ROTARY_METHODS = ("forward", "rope_params", "_get_device_freqs", "_compute_video_freqs", "_compute_condition_freqs")
-_METHODS = {
-    stock.QwenImageTransformerBlock: ("forward", "_modulate"),
-    stock.QwenDoubleStreamAttnProcessor2_0: ("__call__",),
-    GELU: ("forward", "gelu"),
-    **dict.fromkeys(ROTARY, _ROTARY_METHODS),
-}
-# What stock's attention looks up by name each time that it runs.
-_FUNCTIONS = ("apply_rotary_emb_qwen", "dispatch_attention_fn")
-_ATTENTION = torch._C._nn.scaled_dot_product_attention
 _NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 # What is read of modules beside their weights, and no module itself.
 _ODD = {
@@ -156,9 +141,9 @@ class _Look:
     """What is seen on one walk, and what follows from it."""
 
     def __init__(self, model: nn.Module):
-        self.model, self.modules = model, _modules(model)
+        self.model, self.modules = model, modules_below(model)
         kinds = set(map(type, self.modules))
-        self.kinds = {kind: words for kind in kinds if (words := _foreign_kind(kind)) is not None}
+        self.kinds = {kind: words for kind in kinds if (words := foreign_kind(kind)) is not None}
         touched = [  # something may be attached to: the quick look at all of them
             module
             for module in self.modules
@@ -169,15 +154,12 @@ class _Look:
         ]
         self.attached = {id(module): found for module in touched if (found := attached(module)) is not None}
         self.whole = process_reason()
-        functions = foreign_functions(stock, _FUNCTIONS)
-        if F.scaled_dot_product_attention is not _ATTENTION:
-            functions.append("torch.nn.functional.scaled_dot_product_attention")
-        self.functions = [f"{name} was replaced" for name in functions]
+        self.functions = [f"{name} was replaced" for name in replaced_functions()]
         self.stock = foreign_methods(stock.QwenImageTransformer2DModel, ("forward",))
         self.wrapped = [name for name in foreign_methods(type(model), ("forward",)) if name not in self.stock]
         self.processor_methods = foreign_methods(stock.QwenDoubleStreamAttnProcessor2_0, ("__call__",))
-        self.block_methods = foreign_methods(stock.QwenImageTransformerBlock, _METHODS[stock.QwenImageTransformerBlock])
-        self.rotary = foreign_on(model.pos_embed, _ROTARY_METHODS[1:])
+        self.block_methods = foreign_methods(stock.QwenImageTransformerBlock, METHODS[stock.QwenImageTransformerBlock])
+        self.rotary = foreign_on(model.pos_embed, ROTARY_METHODS[1:])
         self.contexts = [*foreign_methods(type(model), ("cache_context",)), *foreign_on(model, ("cache_context",))]
         self.foreign = [*self.kinds.values(), *self.functions, *self.stock, *self.wrapped, *self.contexts]
         self.foreign += [*self.block_methods, *self.processor_methods, *self.rotary]
@@ -339,7 +321,7 @@ class _Look:
 
     def _structure(self, part: Any, words: str) -> str:
         """`words`, and a note where `part` is of nobody that is known."""
-        if not type(part).__module__.startswith(_KNOWN):
+        if not type(part).__module__.startswith(KNOWN):
             self.foreign.append(words)
         return words
 
@@ -364,33 +346,9 @@ class _Look:
     def _takes_rows(self, module: nn.Module) -> bool:
         if self.reason(module) is not None:
             return False
-        known = type(module) is nn.Linear or type(module).__module__.startswith(_ADAPTING)
+        known = type(module) is nn.Linear or type(module).__module__.startswith(ADAPTING)
         return known or self._structure(module, f"a {type(module).__name__} in a linear layer's place") is None
 
     @staticmethod
     def _is_by_rows(plan: BlockPlan) -> bool:
         return plan.called is None and plan.stock is None and plan.attention is None and plan.mlps == (None, None)
-
-
-def _modules(model: nn.Module) -> list[nn.Module]:
-    """`model` and all modules below it, each once."""
-    found, seen = [model], {id(model)}
-    for module in found:  # which grows meanwhile
-        for child in module.__dict__["_modules"].values():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                found.append(child)
-    return found
-
-
-def _foreign_kind(kind: type) -> str | None:
-    """What of the methods of a class of modules is not its package's own, or why nothing is known of the class."""
-    if kind.__module__.startswith((*_ADAPTING, "cache_dit.", "qwen_fast.")):
-        return None
-    if not kind.__module__.startswith(_KNOWN):
-        return f"a {kind.__name__}"
-    if isinstance(kind, type) and issubclass(kind, (stock.QwenImageTransformerBlock, stock.QwenImageTransformer2DModel)):
-        return None  # asked about where it matters what of it was replaced
-    if kind.forward is nn.Module.forward:
-        return None  # a container, which nobody calls
-    return next(iter(foreign_methods(kind, _METHODS.get(kind, ("forward",)))), None)

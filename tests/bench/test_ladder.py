@@ -181,7 +181,7 @@ def test_a_failing_rung_has_its_error_in_its_row_and_the_next_goes_on(session, i
 
 
 def test_a_silent_fallback_to_stock_is_no_measurement(session, monkeypatch):
-    monkeypatch.setattr(qwen_fast.QwenImagePipeline, "_fallback_reason", lambda *_: "a reason")
+    monkeypatch.setattr("qwen_fast.pipelines.call.reason_for_stock", lambda *_: "a reason")
     rows, _, _ = session([STOCK, ENABLED])
     assert rows[1]["status"] == "failed" and "stock diffusers ran instead: a reason" in rows[1]["reason"]
 

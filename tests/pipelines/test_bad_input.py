@@ -9,20 +9,22 @@ import torch
 
 import qwen_fast
 from benchmarks.shared.stock import assert_same_latents, draw, stock
+from qwen_fast.common.family import TEXT_TO_IMAGE
 from qwen_fast.common.options import NAMES, Options
-from qwen_fast.pipelines.family import ACCELERATED
 from support.pipelines import GUIDED, SMALL
 from support.snapshots import EDITING, snapshot
 
 EMBEDS = torch.zeros(1, 9, 32)
 
+CLASSES = [getattr(diffusers, name) for name in TEXT_TO_IMAGE]  # the others: test_family.py
+
 
 @pytest.fixture(scope="module")
 def pipes(checkpoint):
-    return {cls: qwen_fast.enable(stock(checkpoint, cls=cls)) for cls in ACCELERATED}
+    return {cls: qwen_fast.enable(stock(checkpoint, cls=cls)) for cls in CLASSES}
 
 
-@pytest.mark.parametrize("cls", ACCELERATED)
+@pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -62,8 +64,7 @@ def test_call(pipes, cls, arguments, message, monkeypatch):
 @pytest.mark.parametrize(
     ("cls", "message"),
     [
-        (diffusers.QwenImageEditPipeline, "`pipe` is a QwenImageEditPipeline, which is not accelerated yet"),
-        (diffusers.QwenImageControlNetPipeline, "QwenImageControlNetPipeline, which is not accelerated yet"),
+        (diffusers.QwenImageModularPipeline, "`pipe` is a QwenImageModularPipeline, which is not accelerated yet"),
         (diffusers.FluxPipeline, "`pipe` is a FluxPipeline, not a pipeline of the Qwen-Image family"),
         (dict, "`pipe` is a dict, not a pipeline"),
     ],
@@ -142,7 +143,7 @@ def test_hardware_that_triton_does_not_support(checkpoint, monkeypatch, caplog):
         qwen_fast.enable(pipe, strict=True)
 
 
-@pytest.mark.parametrize("cls", ACCELERATED)
+@pytest.mark.parametrize("cls", CLASSES)
 def test_moved_to_unsupported_hardware_after_enable(checkpoint, monkeypatch, cls):
     pipe = stock(checkpoint, cls=cls)
     arguments = {"prompt": "a red circle"} | SMALL | EDITING.get(cls, {})

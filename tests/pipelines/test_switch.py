@@ -11,6 +11,7 @@ import torch
 
 import qwen_fast
 from benchmarks.shared.stock import assert_same_latents, draw, stock
+from qwen_fast.common.family import TEXT_TO_IMAGE
 from qwen_fast.pipelines.family import ACCELERATED
 from qwen_fast.schedule.configs import LIGHTNING_SCHEDULER_CONFIG as LIGHTNING
 from support.pipelines import DTYPES, GUIDED, SMALL, assert_same_picture
@@ -18,13 +19,15 @@ from support.snapshots import EDITING, snapshot
 
 PROMPT = {"prompt": "a red circle"}
 
+CLASSES = [getattr(diffusers, name) for name in TEXT_TO_IMAGE]  # the others: test_family.py
+
 
 @pytest.fixture
 def pipe(checkpoint):
     return stock(checkpoint)
 
 
-@pytest.mark.parametrize("cls", ACCELERATED)
+@pytest.mark.parametrize("cls", CLASSES)
 def test_disable_leaves_no_trace(checkpoint, cls):
     pipe = stock(checkpoint, cls=cls)
     draw(pipe, **PROMPT, **GUIDED, **EDITING.get(cls, {}))  # a run of stock's leaves its own caches and hook registry
@@ -82,7 +85,7 @@ class _Boom(Exception):
     pass
 
 
-@pytest.mark.parametrize("cls", ACCELERATED)
+@pytest.mark.parametrize("cls", CLASSES)
 def test_an_exception_in_a_run_leaves_nothing_behind(checkpoint, cls):
     pipe = stock(checkpoint, cls=cls)
     arguments = PROMPT | GUIDED | EDITING.get(cls, {})
@@ -185,7 +188,7 @@ def test_a_lora_fused_meanwhile_stays(checkpoint, pipe):
     assert torch.equal(fused, draw(expected_pipe, **PROMPT, **GUIDED)) and not torch.equal(fused, plain)
 
 
-@pytest.mark.parametrize("cls", ACCELERATED)
+@pytest.mark.parametrize("cls", CLASSES)
 def test_a_saved_pipeline_loads_in_stock_bit_equal(checkpoint, cls, tmp_path):
     pipe = stock(checkpoint, cls=cls)
     arguments = PROMPT | GUIDED | EDITING.get(cls, {})
