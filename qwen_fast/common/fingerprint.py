@@ -12,6 +12,7 @@ from torch import nn
 _SAMPLES = 256  # elements of a tensor that a signature reads; at least half as many after rounding the stride
 
 
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -69,10 +70,16 @@ def adapter_state(module: nn.Module) -> tuple[Any, ...] | None:
 
 
 def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors that hold the data of a wrapper such as torchao's, or `tensor` itself."""
+    """The tensors that hold the data of a wrapper such as torchao's or of a sparse tensor, or `tensor` itself."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from plain_tensors(getattr(tensor, name))
+    elif tensor.layout is torch.sparse_coo:
+        yield from (tensor.detach()._indices(), tensor.detach()._values())
+    elif tensor.layout in _COMPRESSED:
+        rows = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+        yield from (tensor.crow_indices(), tensor.col_indices()) if rows else (tensor.ccol_indices(), tensor.row_indices())
+        yield tensor.detach().values()
     else:
         yield tensor.detach()
 

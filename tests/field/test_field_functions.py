@@ -12,13 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from diffusers.models import activations, attention, attention_processor, normalization
+from diffusers.models import activations, attention, attention_dispatch, attention_processor, normalization
 from diffusers.models.autoencoders import autoencoder_kl_qwenimage as vae
 from diffusers.models.transformers import transformer_qwenimage as stock
+from peft import LoraConfig
+from peft.tuners.lora import layer as lora
 from torch import nn
 
 import qwen_fast
-from support.field import ORDERS, SMALL, assert_not_stocks_own, compare, draw
+from support.field import ORDERS, SMALL, assert_not_stocks_own, assert_same, compare, draw
 
 ROOT = Path(__file__).parents[2]
 MODEL = diffusers.QwenImageTransformer2DModel
@@ -261,6 +263,57 @@ def test_the_fused_block_has_stocks_signature(field):
     ours, theirs = (pipe.transformer.transformer_blocks[0] for pipe in (qwen_fast.enable(field.pipe()), field.pipe()))
     assert inspect.signature(ours.forward) == inspect.signature(theirs.forward)
     assert isinstance(ours, stock.QwenImageTransformerBlock)
+
+
+def test_the_backend_that_attention_takes_by_default_is_called_where_it_was_replaced(field, monkeypatch):
+    registry = attention_dispatch._AttentionBackendRegistry
+    native, seen = attention_dispatch.AttentionBackendName.NATIVE, []
+    own = registry._backends[native]
+
+    def weaker(*args, **kwargs):
+        seen.append(1)
+        return own(*args, **kwargs) * 0.9
+
+    plain, ours = draw(field.pipe(), **SMALL), qwen_fast.enable(field.pipe())
+    monkeypatch.setitem(registry._backends, native, weaker)
+    expected = draw(field.pipe(), **SMALL)
+    in_stock = len(seen)
+    assert (expected - plain).abs().max() > 1e-3 * plain.abs().max()
+    assert_same(draw(ours, **SMALL), expected)
+    assert len(seen) == 2 * in_stock and "attention backend" in str(qwen_fast.report(ours))
+
+
+def test_a_lora_layer_whose_forward_was_replaced_is_called(field, monkeypatch):
+    forward = lora.Linear.forward
+
+    def adapted():
+        pipe = field.pipe()
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, target_modules=["to_q", "net.0.proj"], init_lora_weights=False)
+        pipe.transformer.add_adapter(config, adapter_name="a")
+        return pipe
+
+    ours = qwen_fast.enable(adapted())
+    plain = draw(ours, **SMALL)
+    monkeypatch.setattr(lora.Linear, "forward", lambda self, x, *args, **kwargs: forward(self, x, *args, **kwargs) * 1.1)
+    expected = draw(adapted(), **SMALL)
+    assert (expected - plain).abs().max() > 1e-3 * plain.abs().max()
+    assert_same(draw(ours, **SMALL), expected)
+
+
+def test_sparse_weights_are_called(field):
+    def sparse():
+        pipe = field.pipe()
+        for block in pipe.transformer.transformer_blocks:
+            layer = block.img_mlp.net[2]
+            layer.weight = nn.Parameter(layer.weight.detach().to_sparse_csr(), requires_grad=False)
+        return pipe
+
+    try:
+        expected = draw(sparse(), **SMALL)
+    except RuntimeError as error:
+        pytest.skip(f"torch cannot multiply by them here: {error}")
+    assert_same(draw(qwen_fast.enable(sparse()), **SMALL), expected)
 
 
 def test_torch_is_as_it_was(field):

@@ -253,3 +253,34 @@ def test_report_reads_well(pipe):
     for text in ("11 fast calls, 0 on stock", "4 x cfg_euler_step", "lossy:     nothing", "MiB transformer", "fused blocks"):
         assert text in str(report), text
     assert "no CUDA graph: the device is cpu" in str(report)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_an_enable_that_fails_leaves_the_pipeline_as_it_was(checkpoint, monkeypatch, cls):
+    pipe = stock(checkpoint, cls=cls)
+    before = snapshot(pipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(ACCELERATED[cls], "install_vae", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            qwen_fast.enable(pipe)
+        assert snapshot(pipe) == before and not qwen_fast.report(pipe).enabled
+    qwen_fast.enable(pipe, strict=True)
+    scheduler = pipe.scheduler
+    with pytest.raises(ValueError, match="`prompt_cache`"):
+        qwen_fast.enable(pipe, prompt_cache="/dev/null/nowhere")
+    assert pipe.fast_state.options.strict and pipe.scheduler is scheduler and qwen_fast.report(pipe).enabled
+    assert snapshot(qwen_fast.disable(pipe)) == before
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_what_the_type_of_an_enabled_pipeline_makes_is_enabled(checkpoint, cls):
+    arguments = GUIDED | {"prompt": "a red circle"} | EDITING.get(cls, {})
+    pipe = stock(checkpoint, cls=cls)
+    expected = draw(pipe, **arguments)
+    qwen_fast.enable(pipe)
+    twin = type(pipe)(**pipe.components)
+    twin.set_progress_bar_config(disable=True)
+    assert qwen_fast.report(twin).enabled
+    assert_same_latents(draw(twin, **arguments), expected)
+    qwen_fast.disable(pipe)
+    assert_same_latents(draw(twin, **arguments), expected)
