@@ -11,7 +11,7 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
@@ -136,6 +136,12 @@ def stage(name: str) -> Iterator[None]:
             while recorder is not None:
                 recorder.spans.append(span)
                 recorder = recorder.outer
+
+
+def in_stage(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What `function` gives, called as a stage."""
+    with stage(name):
+        return function(*args, **kwargs)
 
 
 @contextlib.contextmanager

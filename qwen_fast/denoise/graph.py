@@ -60,9 +60,11 @@ def reason_against(denoiser: "Denoiser", step: Step) -> str | None:
         return f"the device is {denoiser.device}"
     if denoiser.packs is None:
         return "hooks, caches, compiled blocks or custom attention processors"
+    if denoiser.row is None:
+        return "a timestep that the scheduler does not have"
     if step.shared("controlnet_block_samples") is not None:
         return "a ControlNet's residuals are new at each step"
-    if denoiser.call.source is None and step.shared("additional_t_cond") is not None:
+    if denoiser.source is None and step.shared("additional_t_cond") is not None:
         return "modulations with a condition of each sample's own"
     if len(denoiser.packs) > 1:
         return "memory is too short for one forward of both predictions"
@@ -77,7 +79,7 @@ def reason_against(denoiser: "Denoiser", step: Step) -> str | None:
     attn = model.transformer_blocks[0].attn
     if not attention_is_right(denoiser.device, denoiser.dtype, attn.inner_dim // attn.heads):
         return "the attention kernel is wrong on this GPU"
-    if denoiser.call.source is None and host_bytes(model):
+    if denoiser.source is None and host_bytes(model):
         return "the modulation weights stay on the host"
     if state.options.cuda_graph == "auto" and denoiser.packs[0].layout.img_rows > _FEW_TOKENS:
         return f"auto: {denoiser.packs[0].layout.img_rows} image tokens a step are not limited by launches"
@@ -156,9 +158,9 @@ class StepGraph:
         self.prompts = PromptBatch(replace(layout, padded=True), pack.embeds.new_empty(0), pack.copies, pack.shapes, text)
         self._source: FromRow | None = None
         self._table: ModulationTable | None = None
-        if denoiser.call.source is not None:
-            denoiser.call.source.begin(denoiser.timesteps[:1])
-            self._source = FromRow(denoiser.call.source.table.row_buffer())
+        if denoiser.source is not None:
+            denoiser.source.begin(denoiser.timesteps[:1])
+            self._source = FromRow(denoiser.source.table.row_buffer())
 
     def load(self, denoiser: "Denoiser", step: Step) -> None:
         """Put a call's references, guidance and prompts into the buffers."""
@@ -183,7 +185,7 @@ class StepGraph:
             layout.rope[place : place + length] = pack.layout.rope[start : start + length]
             start += length
         layout.rope[layout.txt_rows :] = pack.layout.rope[start:]  # of the images: their table may have been replaced
-        source = denoiser.call.source
+        source = denoiser.source
         if source is not None:
             source.begin(denoiser.timesteps[:1])
             self._table = source.table
@@ -345,7 +347,7 @@ def _key(denoiser: "Denoiser", step: Step) -> tuple[Any, ...]:
         denoiser.device,
         (_capacities(denoiser), denoiser.packs[0].shapes),
         (denoiser.guidance is None, step.normalize),
-        (state.options.attention, denoiser.call.source is None),
+        (state.options.attention, denoiser.source is None),
         (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
         products,
         tuple(map(type, found.modules)),

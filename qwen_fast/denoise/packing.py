@@ -1,10 +1,12 @@
 """The prompts of a step as rows without padding: both predictions share a forward where memory allows it."""
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..transformer.call import PromptBatch
+from ..transformer.layout import check_image_shapes
 from .step import Step, fits_in_memory
 
 if TYPE_CHECKING:
@@ -28,6 +30,25 @@ def packed_prompts(denoiser: "Denoiser", step: Step, together: bool | None = Non
     if together is None:
         together = fits_in_memory(batch.layout.rows, model, denoiser.dtype, denoiser.device)
     return [batch] if together or len(prompts) == 1 else [packed([prompt]) for prompt in prompts]
+
+
+def takes_rows(denoiser: "Denoiser", step: Step) -> bool:
+    """Whether both predictions of a step can share a forward; what does not fit together is stock's to refuse."""
+    model, found, hidden = denoiser.model, denoiser.call.survey, step.shared("hidden_states")
+    others = set(denoiser.pipe.attention_kwargs or ()) - {"scale"}
+    if not denoiser.attached or not found.rows or found.whole is not None or others or step.shared("guidance") is not None:
+        return False
+    if torch.is_autocast_enabled(denoiser.device.type) or not step.is_shared:
+        return False
+    if hidden.dtype != denoiser.dtype and not denoiser.state.options.precise_sampler:
+        return False
+    for embeds, mask in step.prompts:
+        if embeds is None or denoiser.batch % embeds.shape[0] or (mask is not None and mask.shape != embeds.shape[:2]):
+            return False
+    shapes = check_image_shapes(step.shared("img_shapes"), denoiser.batch)
+    if any(sum(map(math.prod, entry)) != hidden.shape[1] for entry in shapes):
+        return False
+    return not getattr(model, "is_cache_enabled", False) and getattr(model, "_parallel_config", None) is None
 
 
 def _rows_of(embeds: torch.Tensor, mask: torch.Tensor | None, batch: int) -> tuple[torch.Tensor, list[int | tuple[int, ...]]]:

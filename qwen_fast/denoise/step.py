@@ -38,11 +38,6 @@ class Step:
         """Embeddings `[B, S_txt, C_txt]` and mask `[B, S_txt]` or None, of each forward."""
         return [tuple(forward.get(name) for name in _PROMPT) for forward in self.forwards]
 
-    def model_timestep(self, dtype: torch.dtype) -> torch.Tensor:
-        """`[B]`, what stock hands to its transformer; latents of a precise sampler have another dtype than the model."""
-        timestep = self.timestep if self.timestep.dtype == dtype else self.t.expand(len(self.latents)).to(dtype)
-        return timestep / 1000
-
     def shared(self, name: str) -> Any:
         """An argument that all forwards have alike."""
         return self.forwards[0].get(name)
@@ -80,7 +75,9 @@ def drew(scheduler: Any, before: dict[str, Any]) -> bool:
     """Whether a callback drew with another pipeline that has this scheduler, and left it at the end of its own run."""
     found = scheduling(scheduler)
     index, timesteps = found.get("_step_index"), found.get("timesteps")
-    return timesteps is not before.get("timesteps") and index is not None and index >= len(timesteps)
+    if timesteps is None or timesteps is before.get("timesteps"):
+        return False
+    return index is not None and index >= len(timesteps)
 
 
 def without_references(output: torch.Tensor, copies: int, rows: int) -> list[torch.Tensor]:
@@ -96,21 +93,6 @@ def row_of(t: torch.Tensor, scheduled: torch.Tensor) -> int | None:
         return None
     row, rest = divmod(t.data_ptr() - scheduled.data_ptr(), scheduled.element_size() * max(scheduled.stride(0), 1))
     return row if not rest and 0 <= row < len(scheduled) else None
-
-
-def version_of(tensor: torch.Tensor | None, dirty: bool) -> Any:
-    """Another one where a tensor was written to; inference mode does not count, and a `dirty` tensor is taken for another."""
-    if tensor is None:
-        return None
-    if tensor.is_inference():
-        return object() if dirty else 0
-    return tensor._version
-
-
-def same_inputs(seen: tuple, before: tuple) -> bool:
-    held = len(seen[0]) == len(before[0]) and all(one is other for one, other in zip(seen[0], before[0], strict=True))
-    versions = all(one == other or one == 0 for one, other in zip(seen[1], before[1], strict=True)) if held else False
-    return held and versions and seen[2][1:] == before[2][1:] and seen[2][0] is before[2][0]
 
 
 def combined(cond: torch.Tensor, uncond: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,8 @@ class FiniteCheck:
 
     def look(self, step: int, latents: torch.Tensor) -> None:
         """Note the pictures that are not finite after `step` (0-based; -1: as they came), without waiting for the device."""
+        if len(latents) != len(self._first):
+            return  # a callback left some out, and nobody knows which
         bad = ~latents.flatten(1).isfinite().all(dim=1)
         self._first.masked_fill_(bad & (self._first > step), step)
 

@@ -1,7 +1,6 @@
 """What all accelerated pipelines share."""
 
 import contextlib
-import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -47,6 +46,8 @@ class AcceleratedPipeline(PickledAsStock):
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """As diffusers', but a CUDA device where there is none is refused before anything moves, modulation weights that have
         no room there are not sent, and nothing that qwen_fast keeps is left behind."""
+        if STATE not in self.__dict__:  # kept from before `disable`
+            return type(self).to(self, *args, **kwargs)
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, (str, torch.device, torch.dtype))]
         dtype = next((value for value in given if isinstance(value, torch.dtype)), None)
         device = next((value for value in given if not isinstance(value, torch.dtype)), None)
@@ -83,6 +84,8 @@ class AcceleratedPipeline(PickledAsStock):
 
     def _get_qwen_prompt_embeds(self, *args: Any, **kwargs: Any) -> Any:
         """As diffusers', with its code; the text encoder comes from where it rests, and goes there again."""
+        if STATE not in self.__dict__:
+            return type(self)._get_qwen_prompt_embeds(self, *args, **kwargs)
         state = self.fast_state
         text.bring_back(self, state)
         state.texts.content, state.texts.uncached = None, "diffusers' own code encodes its prompts"
@@ -96,6 +99,8 @@ class AcceleratedPipeline(PickledAsStock):
         Raises:
             ValueError: the text encoder was freed.
         """
+        if STATE not in self.__dict__:
+            return type(self).save_pretrained(self, *args, **kwargs)
         if self.text_encoder is None and self.fast_state.texts.freed:
             raise ValueError(
                 "text_encoder_mode='free' has dropped the text encoder: set `pipe.text_encoder` again before saving."
@@ -110,6 +115,14 @@ class AcceleratedPipeline(PickledAsStock):
         if resting and self.transformer is not None:
             return self.transformer.device
         return super().device
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """As diffusers', with the user's own scheduler: other pipelines are made of them."""
+        found = super().components
+        if type(found.get("scheduler")) is FlowMatchEulerDiscreteScheduler:
+            found["scheduler"] = found["scheduler"].stock
+        return found
 
     @property
     def _execution_device(self) -> torch.device:
@@ -130,7 +143,8 @@ class AcceleratedPipeline(PickledAsStock):
             return "torch.compile of the transformer or its blocks"
         reason = attach(model, state)
         state.transformer = model if reason is None else None
-        self.about_to_move(self._execution_device if device is None else device)
+        if reason is None:
+            self.about_to_move(self._execution_device if device is None else device)
         return reason
 
     def require_kernels(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -202,16 +216,19 @@ class AcceleratedPipeline(PickledAsStock):
             return None
         if reason is not None:
             self.remove_scheduler()  # ours goes around the method that somebody replaced
-            state.stock_scheduler = None
             return reason
-        state.stock_scheduler = state.stock_scheduler if ours and current.is_of(state) else current
         self.scheduler = FlowMatchEulerDiscreteScheduler.adopt(current, state)
+        state.stock_scheduler = self.scheduler.stock
         return None
 
     def steps_itself(self) -> str | None:
         """Why the scheduler takes the steps itself, in stock's way, or None."""
         scheduler = self.scheduler
         reason = scheduler_reason(scheduler)
+        sigmas = getattr(scheduler, "sigmas", None)
+        plain = isinstance(sigmas, torch.Tensor) and sigmas.dtype == torch.float32 and sigmas.is_contiguous()
+        if reason is None and not plain:
+            return "sigmas of another kind than fp32, one behind the other"
         if reason is None and not (type(scheduler) is FlowMatchEulerDiscreteScheduler and scheduler.is_of(self.fast_state)):
             return "another scheduler was put in"
         return reason
@@ -219,9 +236,10 @@ class AcceleratedPipeline(PickledAsStock):
     def remove_scheduler(self) -> None:
         """Give the user's scheduler back."""
         if type(self.scheduler) is FlowMatchEulerDiscreteScheduler:
-            self.scheduler.release()  # somebody's wrapper may hold on to it
-            stock = self.fast_state.stock_scheduler
-            self.scheduler = copy.copy(self.scheduler) if stock is None else stock
+            adopted = self.scheduler
+            self.scheduler = adopted.stock
+            if adopted.is_of(self.fast_state):
+                adopted.release()  # somebody's wrapper may hold on to it
 
 
 class EncodesText(AcceleratedPipeline):
@@ -234,6 +252,8 @@ class EncodesText(AcceleratedPipeline):
         dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As diffusers', equal to the bit on the CPU: without logits, and from the prompt cache where it holds the prompt."""
+        if STATE not in self.__dict__:
+            return type(self)._get_qwen_prompt_embeds(self, prompt, device, *(() if dtype is None else (dtype,)))
         reason = text.stock_reason(self)
         if reason is not None:
             self.fast_state.fall_back(reason)

@@ -1,5 +1,6 @@
 """A call of an accelerated pipeline: stock's own `__call__`, with our schedule, steps, transformer, text and VAE below it."""
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import torch
 from ..common.hardware import unsupported_reason
 from ..common.own import foreign_methods
 from ..common.stages import on_device, staged
+from ..common.state import STATE
 from ..denoise.denoiser import Denoiser
 from ..text.encoding import prompts_of_call
 from . import cache_dit
@@ -26,6 +28,8 @@ def accelerated_call(stock: type) -> Callable[..., Any]:
     @torch.no_grad()
     @functools.wraps(stock.__call__)
     def call(self, *args, **kwargs):
+        if STATE not in self.__dict__:  # kept from before `disable`
+            return without_no_grad(type(self).__call__)(self, *args, **kwargs)
         return _called(self, stock, args, kwargs)
 
     return call
@@ -73,12 +77,14 @@ def _called(pipe: Any, stock: type, args: tuple[Any, ...], kwargs: dict[str, Any
         check_callback_inputs(arguments.get("callback_on_step_end_tensor_inputs") or (), call)
     dtype = _dtype(pipe.transformer)
     pipe.require_kernels(dtype, device)
-    denoiser = Denoiser(pipe, arguments.get("callback_on_step_end_tensor_inputs") or (), dtype)
+    names, known = arguments.get("callback_on_step_end_tensor_inputs") or (), call is with_own_steps(stock)
+    denoiser = Denoiser(pipe, names, known_loop=known, proved=dtype)
     if arguments.get("callback_on_step_end") is not None:
         arguments["callback_on_step_end"] = denoiser.outside(arguments["callback_on_step_end"])
+    stages = contextlib.nullcontext() if known else staged(pipe)
     try:
         state.device = device
-        with prompts_of_call(pipe, arguments), on_device(device), pipe._images(), denoiser.running(), staged(pipe):
+        with prompts_of_call(pipe, arguments), on_device(device), pipe._images(), denoiser.running(), stages:
             return call(*bound.args, **bound.kwargs)
     finally:
         state.device = None

@@ -15,33 +15,41 @@ from ..schedule import Schedule
 STOCK = diffusers.FlowMatchEulerDiscreteScheduler
 
 
-class FlowMatchEulerDiscreteScheduler(PickledAsStock, STOCK):
+class _MakesStock(type):
+    """Whoever calls the class, such as `type(scheduler).from_config`, gets diffusers' own."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> STOCK:
+        return STOCK(*args, **kwargs)
+
+
+class FlowMatchEulerDiscreteScheduler(PickledAsStock, STOCK, metaclass=_MakesStock):
     """diffusers' scheduler, its tables computed on the device and its step one kernel with the index on the device.
 
     Everything else (`scale_noise`, `index_for_timestep`, the config, saving) is stock's. It shares all attributes with the
     scheduler that it stands for, so that whoever holds that one sees the same run. Copies and pickles of it are stock's.
     """
 
-    __slots__ = ("_own_state", "_device_step_index")
+    __slots__ = ("_own_state", "_device_step_index", "_stock")
     STANDS_FOR = STOCK
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> "FlowMatchEulerDiscreteScheduler":
-        made = super().__new__(cls)
-        made._own_state: State | None = None  # as stock's: whoever makes another one of this type
-        made._device_step_index = None  # ([1] int32 tensor, the value it holds)
-        return made
 
     @classmethod
     def adopt(cls, scheduler: STOCK, state: State) -> "FlowMatchEulerDiscreteScheduler":
         """Another object with the attributes of `scheduler`, which counts into `state`."""
         adopted = cls.__new__(cls)
         adopted.__dict__ = scheduler.__dict__
-        adopted._own_state = state
+        adopted._stock = scheduler._stock if isinstance(scheduler, cls) else scheduler
+        adopted._own_state: State | None = state
+        adopted._device_step_index = None  # ([1] int32 tensor, the value it holds)
         return adopted
 
     def is_of(self, state: State) -> bool:
         """Whether it counts into `state`."""
         return self._own_state is state
+
+    @property
+    def stock(self) -> STOCK:
+        """The scheduler that it stands for."""
+        return self._stock
 
     def release(self) -> None:
         """From now on its methods, which somebody's wrapper may still hold, are stock's."""
@@ -95,6 +103,8 @@ class FlowMatchEulerDiscreteScheduler(PickledAsStock, STOCK):
             reason = "a timestep that is not a floating-point tensor"
         elif model_output.dtype != sample.dtype or model_output.shape != sample.shape:
             reason = "a prediction whose dtype or shape differs from the sample's"
+        elif not isinstance(self.sigmas, torch.Tensor) or self.sigmas.dtype != torch.float32 or not self.sigmas.is_contiguous():
+            reason = "sigmas of another kind than fp32, one behind the other"
         elif (self.step_index or 0) + 1 >= len(self.sigmas):
             reason = "a step beyond the last sigma"  # which raises there
         if reason is not None:

@@ -21,11 +21,43 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from ..common.stages import in_stage, stage
 from ..denoise.denoiser import around_steps, behind_step, take_step
 
-_INJECTED = {"_qwen_fast_step": take_step, "_qwen_fast_behind": behind_step, "_qwen_fast_steps": around_steps}
-_STEP, _BEHIND, _STEPS = _INJECTED
+_INJECTED = {
+    "_qwen_fast_step": take_step,
+    "_qwen_fast_behind": behind_step,
+    "_qwen_fast_steps": around_steps,
+    "_qwen_fast_stage": stage,
+    "_qwen_fast_in_stage": in_stage,
+}
+_STEP, _BEHIND, _STEPS, _STAGE, _IN_STAGE = _INJECTED
+# What a stage of the call is spent in, see common/stages.py.
+_STAGED = {
+    "self.encode_prompt": "text",
+    "retrieve_timesteps": "schedule",
+    "self.vae.decode": "vae",
+    "self.image_processor.postprocess": "vae",
+}
 _GUIDED = ("neg_noise_pred", "comb_pred", "cond_norm", "noise_norm")
+
+
+class _Stages(ast.NodeTransformer):
+    """Calls of what is in `_STAGED` become calls inside their stage, with the function looked up where it was."""
+
+    def visit_Call(self, node: ast.Call) -> ast.Call:
+        self.generic_visit(node)
+        name = _STAGED.get(_text(node.func))
+        if name is None:
+            return node
+        arguments = [ast.Constant(name), node.func, *node.args]
+        return ast.copy_location(ast.Call(ast.Name(_IN_STAGE, ast.Load()), arguments, node.keywords), node)
+
+    def visit_With(self, node: ast.With) -> ast.With:
+        self.generic_visit(node)
+        if _text(node.items[0].context_expr).startswith("self.progress_bar("):
+            node.items.insert(0, ast.withitem(ast.parse(f"{_STAGE}('denoise')", mode="eval").body))
+        return node
 
 
 class _Unknown(Exception):
@@ -43,6 +75,7 @@ def with_own_steps(stock: type) -> Callable[..., Any] | None:
     except (OSError, TypeError, SyntaxError, ValueError, _Unknown):
         return None
     function.decorator_list = []
+    _Stages().visit(function)
     maker = ast.parse(f"def make({', '.join(_INJECTED)}):\n    pass").body[0]
     maker.body = [function]
     module = ast.fix_missing_locations(ast.Module([maker], []))

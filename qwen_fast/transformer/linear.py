@@ -50,7 +50,7 @@ class Projection:
     def weight_for(self, rows: torch.Tensor) -> torch.Tensor | None:
         """The weight, if `rows` may be multiplied by it and its adapters; torchao and tensor parallelism put tensors of their
         own there, and adapters may have another dtype than the model."""
-        weight = None if self.parameters is None else self.parameters["weight"]
+        weight = None if self.parameters is None or "bias" not in self.parameters else self.parameters.get("weight")
         if type(weight) is not nn.Parameter or weight.dtype != rows.dtype or weight.layout is not torch.strided:
             return None
         for adapter in self.adapters:

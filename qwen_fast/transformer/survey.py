@@ -30,6 +30,7 @@ _ODD = {
     GELU: "approximate",
     stock.QwenImageTransformerBlock: "_modulate",
 }
+_WEIGHED = (nn.Linear, RMSNorm)
 _IMAGE, _TEXT = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
 _PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
@@ -160,6 +161,7 @@ class _Look:
         self.processor_methods = foreign_methods(stock.QwenDoubleStreamAttnProcessor2_0, ("__call__",))
         self.block_methods = foreign_methods(stock.QwenImageTransformerBlock, METHODS[stock.QwenImageTransformerBlock])
         self.rotary = foreign_on(model.pos_embed, ROTARY_METHODS[1:])
+        self.wrapped += foreign_methods(stock.QwenImageTransformer2DModel, ("__call__",))
         self.contexts = [*foreign_methods(type(model), ("cache_context",)), *foreign_on(model, ("cache_context",))]
         self.foreign = [*self.kinds.values(), *self.functions, *self.stock, *self.wrapped, *self.contexts]
         self.foreign += [*self.block_methods, *self.processor_methods, *self.rotary]
@@ -176,10 +178,12 @@ class _Look:
         places = [
             (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
             for module in self.modules
-            if type(module) is nn.Linear
+            if type(module) in _WEIGHED
             for tensor in module.__dict__["_parameters"].values()
             if type(tensor) is nn.Parameter
         ]
+        norm, time = self.model.norm_out, self.model.time_text_embed  # read by the fused forward, or by a table
+        odd += [getattr(getattr(norm, "norm", None), "eps", None), *map(str, vars(getattr(time, "time_proj", time)).values())]
         return self.modules, self.attached, tuple(self.foreign), self.whole, odd, self.adapters, self.random, places
 
     def reason(self, module: Any) -> str | None:
@@ -205,6 +209,8 @@ class _Look:
         if norm_out is None and type(model.norm_out) is not AdaLayerNormContinuous:
             norm_out = self._structure(model.norm_out, f"a {type(model.norm_out).__name__} as output norm")
         norm_out = norm_out or self.reason(model.norm_out.norm)
+        if norm_out is None and getattr(model.norm_out.norm, "eps", None) != 1e-6:
+            norm_out = self._structure(model.norm_out, "an output norm whose eps is not 1e-6")
         rows = outside is None and rotary is None and norm_out is None and all(map(self._is_by_rows, plans.values()))
         rows = rows and all(self._takes_rows(module) for module in self._linears(blocks))
         strange = (found.words for found in self.attached.values() if found.kind is Kind.FOREIGN)
