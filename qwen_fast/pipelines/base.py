@@ -20,6 +20,7 @@ from ..transformer.call import ATTACHED
 from ..vae import pictures as fast_vae
 from .foreign import scheduler_reason
 from .scheduler import FlowMatchEulerDiscreteScheduler
+from .stock_call import with_own_steps
 
 
 class AcceleratedPipeline(PickledAsStock):
@@ -35,6 +36,7 @@ class AcceleratedPipeline(PickledAsStock):
     def put_in(self, options: Options) -> None:
         """Put everything in as the options say."""
         self.fast_state.options = options
+        with_own_steps(self.STANDS_FOR)  # which takes 20 ms the first time
         text.configure(self, self.fast_state)
         reason = self.install_transformer()
         if reason is not None:

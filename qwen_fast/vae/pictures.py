@@ -24,6 +24,7 @@ from ..common.options import Options, check_vae_memory
 from ..common.own import foreign_forward, foreign_functions, foreign_methods
 from ..common.pickled import EqualsStock, PickledAsStock
 from ..common.proofs import require_vae
+from ..common.stages import stage
 from ..common.state import STATE, State, logger
 from .bands import MOST_ON_CUDA, Plan, choose, memory_limit, run, whole_peak
 from .layers import Layer, decoder_layers, encoder_layers
@@ -67,6 +68,10 @@ class _Pictures(PickledAsStock):
         state = self._state()
         if state is None:
             return super()._encode(x)
+        with stage("vae"):  # which a pipeline calls from within its own methods
+            return self._encoded(state, x)
+
+    def _encoded(self, state: State, x: torch.Tensor) -> torch.Tensor:
         if self._is_foreign(state):
             with _active(None):
                 return super()._encode(x)

@@ -6,12 +6,14 @@ import shlex
 import subprocess
 import sys
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from qwen_fast.cli import build_parser, doctor, main
+from qwen_fast.common.family import FAMILY
 from support.cli import refused
 
 # The mission's golden values: 20 steps, 1024 image tokens.
@@ -264,7 +266,9 @@ def test_doctor_is_healthy_here(capsys):
     if not torch.cuda.is_available():
         assert "none that PyTorch can use" in out
     assert "yes QwenImagePipeline" in out and "yes QwenImageImg2ImgPipeline" in out
-    assert "no  QwenImageEditPipeline: not yet" in out
+    assert "yes QwenImageEditPlusPipeline" in out
+    if hasattr(diffusers, "QwenImage21Pipeline"):
+        assert "no  QwenImage21Pipeline: not yet" in out
     assert "48 schedules equal diffusers' bit for bit" in out and "ok   transformer on cpu: RMS error" in out
     assert out.splitlines()[-1] == "healthy"
 
@@ -274,7 +278,7 @@ def test_doctor_json(capsys):
     findings = json.loads(capsys.readouterr().out)
     assert findings["healthy"] and findings["versions"]["torch"] == torch.__version__
     accelerated = {name for name, why_not in findings["accelerated"].items() if why_not is None}
-    assert accelerated == {"QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"}
+    assert accelerated == set(FAMILY)
     assert [check["ok"] for check in findings["checks"]] == [True] * len(findings["checks"])
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from diffusers.models.transformers import transformer_qwenimage
 from test_field_callbacks import lora, type_of
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import qwen_fast
 from denoise import conftest
@@ -168,19 +167,6 @@ def test_the_class_of_the_transformer_is_called_through_a_wrapper(field):
         run.patch.setattr(transformer_qwenimage.QwenImageTransformer2DModel, "__call__", call, raising=False)
 
     as_stock(field, plain, setup=setup)
-
-
-def test_a_dispatch_mode(field):
-    class Fewer(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            return result * 0.9 if func is torch.ops.aten.gelu.default else result
-
-    def act(run):
-        with Fewer():
-            return plain(run)
-
-    as_stock(field, act)
 
 
 @HOW
