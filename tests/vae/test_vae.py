@@ -110,8 +110,8 @@ def test_a_hooked_module_is_called(vae, name):
     )
     expected = decode(vae, z)
     assert torch.equal(decode(vae, z, state), expected) and called[0] == called[1] and len(called) == 2
-    assert any(f"a hook on {name}" in reason for reason in state.fallbacks)
-    with pytest.raises(RuntimeError, match=f"strict=True.*a hook on {name}"):
+    assert any(f"a forward hook on {name}" in reason for reason in state.fallbacks)
+    with pytest.raises(RuntimeError, match=f"strict=True.*a forward hook on {name}"):
         decode(vae, z, State(Options(strict=True)))
     handle.remove()
     assert "whole" in note(vae, z)[1]
@@ -132,21 +132,6 @@ def test_under_autocast(vae):
         expected = decode(vae, z)
         actual, said = note(vae, z)
     assert actual.dtype == expected.dtype and (actual - expected).abs().max() <= 0.1 and "autocast is on" in said
-
-
-@pytest.mark.parametrize("change", ["dropout", "activation", "norm"])
-def test_structures_that_are_not_known_go_along_the_modules(vae, change):
-    block = vae.decoder.up_blocks[1].resnets[0]
-    if change == "dropout":
-        block.dropout.p, block.dropout.training = 1e-9, True
-    elif change == "activation":
-        block.nonlinearity = torch.nn.GELU()
-    else:
-        block.norm1.bias = torch.nn.Parameter(torch.full((block.in_dim, 1, 1, 1), 0.3))
-    z = latents()
-    expected = decode(vae, z)
-    actual, said = note(vae, z)
-    assert (actual - expected).abs().max() <= 1e-5 and "along diffusers' modules, since decoder.up_blocks.1.resnets.0" in said
 
 
 @pytest.mark.parametrize(
