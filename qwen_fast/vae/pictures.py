@@ -21,6 +21,7 @@ from torch import nn
 
 from ..common.hooks import OURS, rebind_forward
 from ..common.options import Options, check_vae_memory
+from ..common.own import foreign_methods, foreign_on
 from ..common.pickled import EqualsStock, PickledAsStock
 from ..common.proofs import require_vae
 from ..common.state import STATE, State, logger
@@ -30,6 +31,7 @@ from .survey import DECODES, ENCODES, foreign_parts
 
 STOCK = diffusers.AutoencoderKLQwenImage
 STOCK_OF_21 = getattr(diffusers, "AutoencoderKLQwenImage21", None)  # newer than the oldest diffusers we take
+_METHODS = ("encode", "decode", "_encode", "_decode")
 _NAMED = 6  # of what was found to be somebody else's, in one reason; edited padding is in each of 60 convolutions
 USERS = "_qwen_fast_users"  # the attribute that an attached VAE carries; one that was enabled alone also has a state
 
@@ -142,7 +144,13 @@ def _state(vae: nn.Module) -> State | None:
 
 
 def _is_stocks_own(vae: nn.Module, state: State, parts: tuple[str, ...]) -> bool:
-    """Whether these parts may be gone around; if not, all of them run as in stock, which is counted as a fallback."""
+    """Whether these parts may be gone around; if not, all of them run as in stock, which is counted as a fallback.
+
+    Methods of the VAE that somebody replaced have been called by then, and are named. Its pipeline does so where it has one.
+    """
+    if vae.__dict__.get(STATE) is state:
+        for name in foreign_methods(type(vae), _METHODS[:2]) + foreign_on(vae, _METHODS):
+            state.fall_back(f"{name} is not diffusers' own, and is called as it is")
     found = sorted(foreign_parts(vae, _class_of_stock(vae), parts))
     if found:
         found[_NAMED:] = [f"and {len(found) - _NAMED} more"] if len(found) > _NAMED else []
@@ -305,13 +313,13 @@ def disable_vae(vae: nn.Module) -> nn.Module:
 def description(vae: nn.Module, state: State) -> str:
     """For `report`: how pictures are coded, from which size on in bands, and what the last one took."""
     parts = ["one frame through 2-D convolutions"]
-    parameter = next(vae.parameters())
+    parameter = next(vae.parameters(), torch.empty(0))  # somebody may have taken all its parts away
     limit = memory_limit(state.options.vae_memory, parameter.device)
     layers = None
-    if not foreign_parts(vae, _class_of_stock(vae), DECODES):
+    if limit is not None and not foreign_parts(vae, _class_of_stock(vae), DECODES):
         with contextlib.suppress(ValueError):
             layers = decoder_layers(vae)
-    if limit is not None and layers is not None:
+    if layers is not None:
         patch = 2 * vae.spatial_compression_ratio
         bytes_of_patch = whole_peak(layers, torch.Size((1, vae.config.z_dim, 2, 2)), parameter.element_size())
         largest = int((limit / bytes_of_patch) ** 0.5) * patch

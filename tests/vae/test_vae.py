@@ -9,7 +9,7 @@ import torch
 import qwen_fast
 from benchmarks.shared.stock import draw, stock
 from qwen_fast.common.options import Options
-from qwen_fast.common.state import State
+from qwen_fast.common.state import STATE, State
 from qwen_fast.testing import initialize
 from qwen_fast.vae import pictures as fast_vae
 from support.pipelines import DTYPES, GUIDED, assert_ran_fast
@@ -248,3 +248,26 @@ def test_another_vae_is_used_as_it_is_and_named(checkpoint):
     actual = draw(qwen_fast.enable(pipe), **PROMPT, **(GUIDED | {"output_type": "pt"}))
     assert (actual - expected).abs().max() <= 1e-5
     assert any("vae is a Custom" in reason for reason in qwen_fast.report(pipe).fallbacks)
+
+
+@pytest.mark.parametrize("name", ["decode", "_decode"])
+def test_a_method_of_ones_own_is_called_and_named(vae, name):
+    """What it calls stays fused."""
+    for changed in (vae, enabled := qwen_fast.enable_vae(copy.deepcopy(vae))):
+        old = getattr(changed, name)
+        setattr(changed, name, lambda z, old=old, **arguments: old(z * 0.5, **arguments))
+    z = latents()
+    assert (decode(enabled, z) - decode(vae, z)).abs().max() <= 1e-5
+    report = qwen_fast.report(enabled)
+    assert report.calls == {"vae decode": 1} and f"{name} is not diffusers' own" in str(report.fallbacks)
+    enabled.__dict__[STATE].options = Options(strict=True)
+    with pytest.raises(RuntimeError, match=f"strict=True.*{name} is not"):
+        decode(enabled, z)
+
+
+def test_a_vae_without_parts_is_reported(vae):
+    qwen_fast.enable_vae(vae, memory=1000)
+    vae.encoder = vae.decoder = vae.quant_conv = vae.post_quant_conv = None
+    assert "VAE" in str(qwen_fast.report(vae))
+    with pytest.raises(AttributeError):
+        decode(vae, latents())
