@@ -34,7 +34,7 @@ _OWN_TYPES = ("transformers.", "torch.", "peft.", "accelerate.", "diffusers.", "
 # by itself.
 _APART = (vars(nn.Module()).keys() - {"training"}) | {
     *("_is_hf_initialized", "name_or_path", "_hf_peft_config_loaded", "peft_config", "_output_capturing_hooks_installed"),
-    *("gradient_checkpointing", "_gradient_checkpointing_func"),
+    *("gradient_checkpointing", "_gradient_checkpointing_func", "extra_repr"),
     *("forward", "_old_forward", "_hf_hook", "_diffusers_hook"),
 }
 
@@ -76,11 +76,11 @@ class Attributes:
             return str(sorted(map(repr, value)))
         if kind in (list, tuple, dict) or isinstance(value, enum.Enum):
             return repr(value)
-        home = f"{getattr(value, '__module__', None)}." if isinstance(value, types.FunctionType) else f"{kind.__module__}."
-        name = value.__qualname__ if isinstance(value, types.FunctionType) else kind.__qualname__
-        if isinstance(value, types.MethodType) or not home.startswith(_OWN_TYPES):
-            self.foreign = self.foreign or f"{home}{name} is an attribute of one of its modules"
-        return f"{home}{name}"
+        named = value if isinstance(value, types.FunctionType | types.MethodType) else kind
+        name = f"{named.__module__}.{named.__qualname__}"
+        if not name.startswith(_OWN_TYPES):
+            self.foreign = self.foreign or f"{name} is an attribute of one of its modules"
+        return name
 
 
 def foreign_code(encoder: nn.Module, kinds: Iterable[type], implementations: Iterable[str]) -> tuple[str | None, list[str]]:

@@ -9,7 +9,9 @@ import diffusers
 import peft
 import pytest
 import torch
+import torchao.quantization
 import transformers
+from optimum import quanto
 from torch import nn
 from transformers import masking_utils
 from transformers.integrations import sdpa_attention
@@ -340,6 +342,25 @@ def test_what_changes_no_text_of_this_model_is_seen_too(pipe, name):
         vars(part).clear()
         vars(part).update(attributes)
     assert watch.look(pipe.text_encoder) == (before, None)
+
+
+def by_quanto(model):
+    quanto.quantize(model, weights=quanto.qint8)
+    quanto.freeze(model)
+
+
+def by_torchao(model):
+    torchao.quantization.quantize_(model, torchao.quantization.Int8WeightOnlyConfig())
+
+
+@pytest.mark.parametrize("quantise", [by_quanto, by_torchao])
+def test_prompts_of_a_quantised_encoder_are_kept(pipe, quantise):
+    """Its classes are none of transformers', but an installed package's."""
+    quantise(language(pipe))
+    expected = encode(pipe)
+    ours = qwen_fast.enable(pipe)
+    assert torch.equal(encode(ours), expected) and torch.equal(encode(ours), expected)
+    assert qwen_fast.report(ours).prompt_cache["hits"] == len(PROMPTS)
 
 
 def test_a_look_costs_few_calls(pipe):
