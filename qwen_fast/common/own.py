@@ -83,7 +83,7 @@ def foreign_functions(module: types.ModuleType, names: Iterable[str]) -> list[st
     found, package = [], module.__name__.partition(".")[0]
     for name in names:
         function = vars(module).get(name)
-        if function is not None and not _is_own_function(function, package, name):
+        if function is not None and not is_own_function(function, package, name):
             found.append(f"{module.__name__.rpartition('.')[2]}.{name}")
     return found
 
@@ -107,7 +107,8 @@ def process_reason() -> str | None:
     return next((f"a {type(mode).__name__}" for mode in modes if type(mode) is not DeviceContext), None)
 
 
-def _is_own_function(function: Any, package: str, name: str) -> bool:
+def is_own_function(function: Any, package: str, name: str) -> bool:
+    """Whether it is what `package` defined as a function called `name`."""
     if isinstance(function, types.BuiltinFunctionType):
         return function.__name__ == name and (function.__module__ or package).partition(".")[0] == package
     origin = _origin(function)

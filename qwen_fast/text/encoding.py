@@ -166,7 +166,8 @@ def stock_reason(pipe: Any) -> str | None:
     if type(encoder) is not STOCK and not (encoder is None and pipe.fast_state.texts.freed):
         return f"text_encoder is a {type(encoder).__name__}, not a {STOCK.__name__}"
     if encoder is not None:
-        found += foreign_methods(STOCK, ("forward",)) + foreign_methods(type(encoder.model), ("forward",))
+        for kind in (STOCK, type(encoder.model), nn.Linear):  # the last is that of the head, which is not called here
+            found += foreign_methods(kind, ("__call__", "forward"))
         found += [name for part in (encoder, encoder.model, encoder.lm_head) for name in foreign_forward(part)]
         if encoder.lm_head._forward_hooks or encoder.lm_head._forward_pre_hooks:
             found.append("a hook on its lm_head")  # which a picture does not need

@@ -1,30 +1,25 @@
 """Is the text encoder still the one whose output is kept? Asked once a call, in less time than a tokenizer takes."""
 
 import hashlib
-import sys
-import types
 import uuid
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.utils._device import DeviceContext
 
 from ..common.fingerprint import adapter_state, modules_signature, plain_tensors, sample_places
 from ..common.hooks import is_own_forward
-from ..common.own import foreign_functions, foreign_methods
 from ..common.placement import group_keeps_on_disk
+from .survey import PACKAGES, Attributes, foreign_code, reader
 
 _SAMPLES = 8  # elements of a tensor that every look reads (its time goes into cache misses); the fingerprint itself reads 256
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MULTIPLIER = 0x1B873593CC9E2D51  # odd, below 2^63
 _VISION = "visual"  # no text passes through it
 _HARMLESS = "transformers.utils.output_capturing"  # its hooks record hidden states and change nothing
-_PACKAGES = ("transformers.", "torch.nn.")  # whose classes are known; adapters and quantised layers show in their tensors
-_FUNCTIONS = ("linear", "embedding", "scaled_dot_product_attention", "silu", "softmax", "rms_norm")
+_HELD = 4096  # elements of a tensor that is a plain attribute, such as a rope's frequencies
 _PLAIN = (nn.Parameter, torch.Tensor)
 _Group = list[tuple[int, tuple[int], tuple[int]]]  # of one device and dtype: which tensor, and where its sample lies
 
@@ -38,12 +33,31 @@ class _Seen(NamedTuple):
     content: str
 
 
+class _Walked(NamedTuple):
+    """What a walk over the modules that a text passes through has met.
+
+    Attributes:
+        facts: equal to those of the walk before, if nothing but the tensors' elements changed.
+        tensors: of the modules.
+        told: what they hold beside tensors, alike in every process; `configs` and `held` are named in it by their places.
+        configs, held: configurations, and tensors that are plain attributes.
+        reason: why the output cannot be kept, or None.
+    """
+
+    facts: list[Any]
+    tensors: list[torch.Tensor]
+    told: list[Any]
+    configs: list[Any]
+    held: list[torch.Tensor]
+    reason: str | None
+
+
 class EncoderWatch:
     """The fingerprint of a text encoder, computed anew where something may have changed. A copy has seen nothing.
 
-    Each look walks the language model: classes, hooks, adapters, addresses and versions of all tensors, and 8 elements of
-    each, which see a write through `.data`, but for one of a few elements. If all are as before, so is the fingerprint; else
-    `modules_signature` gives it.
+    Each look walks the language model: classes and their code, attributes, configurations, hooks, adapters, addresses and
+    versions of all tensors, and 8 elements of each, which see a write through `.data`, but for one of a few elements. If all
+    are as before, so is the fingerprint; else `modules_signature` gives it, with what the modules hold beside tensors.
     """
 
     def __init__(self) -> None:
@@ -54,14 +68,15 @@ class EncoderWatch:
     @torch.no_grad()
     def look(self, encoder: nn.Module) -> tuple[str | None, str | None]:
         """(fingerprint, None), or (None, why this encoder's output cannot be known by its weights)."""
-        facts, tensors, reason = _walk(encoder)
+        walked, seen, table = _walk(encoder), self._seen, _embedding(encoder)
+        facts, tensors = walked.facts, walked.tensors
+        known = seen is not None and seen.facts == facts
+        reason = walked.reason or (None if known else _dropout(encoder))
         if reason is not None:
             self._seen = None
             return None, reason
-        seen, table = self._seen, _embedding(encoder)
         # Of the embedding each prompt's own rows are read.
         versions = [0 if one.is_inference() or one is table else one._version for one in tensors]
-        known = seen is not None and seen.facts == facts
         groups = seen.groups if known else _groups(tensors)
         # Views of the moment: kept ones would keep weights alive that an offload has left behind.
         samples = [torch.cat([torch.as_strided(tensors[n], *place) for n, *place in group]) for group in groups]
@@ -73,8 +88,7 @@ class EncoderWatch:
             # Something was written, and where it was the fingerprint did not look: a name that no other prompt has.
             self._written = weakref.ref(encoder), uuid.uuid4().hex
         written = self._written[1] if self._written is not None and self._written[0]() is encoder else ""
-        text_config = encoder.config.get_text_config().to_json_string()
-        content = hashlib.sha256(f"{signature} {text_config} {facts[0]} {written}".encode()).hexdigest()
+        content = hashlib.sha256(f"{signature} {_described(walked)} {written}".encode()).hexdigest()
         self._seen = _Seen(facts, versions, signature, groups, samples, content)
         return content, None
 
@@ -121,32 +135,43 @@ def _fingerprints(rows: torch.Tensor) -> torch.Tensor:
     return ((mixed ^ (mixed >> 32)) * weights).sum(-1)
 
 
+def _described(walked: _Walked) -> str:
+    """What a fingerprint has to know beside the weights, alike in every process."""
+    configs = [(config.to_json_string(), config._attn_implementation) for config in walked.configs]
+    return repr((configs, walked.told, [tensor.flatten()[:_HELD].tolist() for tensor in walked.held]))
+
+
 def _language_parts(encoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, child) for name, child in encoder.model.named_children() if name != _VISION)
 
 
-def _walk(encoder: nn.Module) -> tuple[list[Any], list[torch.Tensor], str | None]:
-    """Facts about the modules that a text passes through, their tensors, and why the output cannot be kept, or None."""
-    config = encoder.config.get_text_config()
-    facts: list[Any] = [config._attn_implementation]
+def _walk(encoder: nn.Module) -> _Walked:
+    facts: list[Any] = []
     tensors: list[torch.Tensor] = []
+    values: list[Any] = []
+    others: list[Any] = []
     reason = _foreign(encoder) or _foreign(encoder.model)
-    if encoder.training and config.attention_dropout:
-        reason = reason or "its dropout is on"
-    reason = reason or _replaced(encoder)
+    attributes = Attributes(encoder.config.get_text_config())
     parts = [child for _, child in _language_parts(encoder)]
-    adapters: dict[type, bool] = {}
+    kinds: dict[type, tuple[bool, list[Any]]] = {}
+    readers: dict[tuple[type, int], Callable[[dict[str, Any]], tuple]] = {}
     for part in parts:  # which grows meanwhile
         kind, own = type(part), part.__dict__
         facts.append(kind)
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
             reason = reason or _foreign(part)
-        if kind not in adapters:
-            adapters[kind] = hasattr(kind, "merged_adapters")
-            foreign = foreign_methods(kind, ("forward",)) if kind.__module__.startswith(_PACKAGES) else []
-            reason = reason or (f"{foreign[0]} was replaced" if foreign else None)
-        if adapters[kind]:
+        if kind not in kinds:
+            kinds[kind] = hasattr(kind, "merged_adapters"), values if kind.__module__.startswith(PACKAGES) else others
+        is_adapter, its_values = kinds[kind]
+        if is_adapter:
             facts.append(adapter_state(part))
+        else:
+            alike = kind, len(own)
+            try:
+                its_values += readers[alike](own)
+            except KeyError:  # the first of them, or one with other attributes
+                readers[alike] = reader(own)
+                its_values += readers[alike](own)
         for held in (own["_parameters"], own["_buffers"]):
             for tensor in held.values() if held else ():
                 if type(tensor) in _PLAIN:
@@ -155,35 +180,31 @@ def _walk(encoder: nn.Module) -> tuple[list[Any], list[torch.Tensor], str | None
                     tensors += plain_tensors(tensor)
         if own["_modules"]:
             parts += [child for child in own["_modules"].values() if child is not None]
+    told = attributes.told(values)
+    reason = reason or attributes.foreign
+    told += attributes.told(others)  # of other packages' classes, whose objects may be anything
+    configs = attributes.configs
+    implementations = dict.fromkeys(config._attn_implementation for config in configs)
+    foreign, looked_up = foreign_code(encoder, kinds, implementations)
+    reason = reason or foreign
+    tensors += attributes.tensors
     for tensor in tensors:
         facts += tensor.data_ptr(), tensor.dtype, tensor.numel()
     if any(tensor.is_meta for tensor in tensors):
         reason = reason or "its weights are on meta"
-    return facts, tensors, reason
+    told += looked_up
+    facts += [*told, *(repr(vars(config)) for config in configs)]
+    return _Walked(facts, tensors, told, configs, attributes.tensors, reason)
 
 
-def _replaced(encoder: nn.Module) -> str | None:
-    """Functions of the encoder's module, or torch's, that somebody replaced, or a mode of torch's that sees every call."""
-    home = sys.modules[type(encoder).__module__]
-    functions = [
-        name for name, value in vars(home).items() if isinstance(value, types.FunctionType) and not _is_python_s(value)
-    ]
-    found = foreign_functions(home, functions) + foreign_functions(F, _FUNCTIONS)
-    if found:
-        return f"{found[0]} was replaced"
-    modes = [
-        torch.overrides._get_current_function_mode_stack(),
-        torch.utils._python_dispatch._get_current_dispatch_mode_stack(),
-    ]
-    # A default device is a mode too, and changes nothing for tensors that are there.
-    modes = [type(mode).__name__ for stack in modes for mode in stack if type(mode) is not DeviceContext]
-    return f"the mode {modes[0]} is on" if modes else None
-
-
-def _is_python_s(function: types.FunctionType) -> bool:
-    """Whether it is one of the standard library, such as `dataclass`, which a module has only imported."""
-    module = function.__module__
-    return module in sys.stdlib_module_names and getattr(sys.modules.get(module), function.__name__, None) is function
+def _dropout(encoder: nn.Module) -> str | None:
+    """Whether random numbers have a part in what it gives."""
+    for name, part in _language_parts(encoder):
+        for inner in part.modules():
+            rate = inner.p if isinstance(inner, nn.Dropout) else getattr(inner, "attention_dropout", 0)
+            if inner.training and rate:
+                return f"dropout is on in its {name}"
+    return None
 
 
 def _groups(tensors: list[torch.Tensor]) -> list[_Group]:

@@ -3,7 +3,8 @@ what it costs.
 
 Both VAEs of the family are read by their structure: AutoencoderKLQwenImage, whose causal 3-D convolutions see zeros in all
 but their last temporal tap when there is one frame, and AutoencoderKLQwenImage21. The weights stay diffusers' own and are
-read at each call. What is unknown or hooked is a ValueError, which sends the call along diffusers' modules.
+read at each call. They are read from a VAE that `survey` found as diffusers built it; what is unknown all the same, or placed
+by a hook, is a ValueError, which sends the call along diffusers' modules.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from torch import nn
 from qwen_fast_kernels import rms_norm_silu
 
 from ..common.hooks import is_hooked
+from .survey import DECODES, ENCODES
 
 try:
     from diffusers.models.autoencoders import autoencoder_kl_qwenimage21 as qwenimage21
@@ -105,7 +107,7 @@ class Layer:
 
 def decoder_layers(vae: nn.Module) -> list[Layer]:
     """The layers of `vae.decode` for one frame, or a ValueError that says which module they cannot be read from."""
-    _check_plain(vae)
+    _check_plain(vae, DECODES)
     decoder = vae.decoder
     layers = [_convolution("post_quant_conv", vae.post_quant_conv), _convolution("decoder.conv_in", decoder.conv_in)]
     layers += _middle("decoder.mid_block", decoder.mid_block)
@@ -123,7 +125,7 @@ def decoder_layers(vae: nn.Module) -> list[Layer]:
 
 def encoder_layers(vae: nn.Module) -> list[Layer]:
     """The layers of `vae.encode` for one frame, or a ValueError as of `decoder_layers`."""
-    _check_plain(vae)
+    _check_plain(vae, ENCODES)
     encoder = vae.encoder
     layers = [_convolution("encoder.conv_in", encoder.conv_in)]
     layers += _in_sequence("encoder.down_blocks", encoder.down_blocks)
@@ -131,21 +133,17 @@ def encoder_layers(vae: nn.Module) -> list[Layer]:
     return [*layers, _head("encoder.conv_out", encoder), _convolution("quant_conv", vae.quant_conv)]
 
 
-def _check_plain(vae: nn.Module) -> None:
+def _check_plain(vae: nn.Module, parts: tuple[str, ...]) -> None:
     if vae.config.get("patch_size") is not None:
         raise ValueError(f"patch_size={vae.config.patch_size}")
-    for name, module in vae.named_modules():
-        if module is not vae and is_hooked(module):
-            raise ValueError(f"a hook on {name}")
-        if isinstance(module, nn.Dropout) and module.training and module.p:
-            raise ValueError(f"{name} is training")
-        if isinstance(module, _classes("RMS_norm")) and (isinstance(module.bias, torch.Tensor) or not module.channel_first):
-            raise ValueError(f"{name} has a bias or its channels last")
-        if any(type(parameter) is not nn.Parameter for parameter in module.parameters(recurse=False)):
-            raise ValueError(f"{name} has no plain parameters")
-        activation = getattr(module, "nonlinearity", None)
-        if activation is not None and type(activation) is not nn.SiLU:
-            raise ValueError(f"{name} has a {type(activation).__name__}")
+    dtypes = set()
+    for part in parts:
+        for name, module in getattr(vae, part).named_modules(prefix=part):
+            if is_hooked(module):
+                raise ValueError(f"a hook on {name}")
+            dtypes |= {parameter.dtype for parameter in module.parameters(recurse=False)}
+    if len(dtypes) > 1:  # what comes of a product of two is for stock's modules to say
+        raise ValueError(f"its weights are {' and '.join(sorted(map(str, dtypes)))}")
 
 
 def _in_sequence(name: str, modules) -> Iterator[Layer]:

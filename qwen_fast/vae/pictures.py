@@ -7,10 +7,10 @@ more than one frame goes stock's way.
 """
 
 import contextlib
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import diffusers
 import torch
@@ -21,18 +21,36 @@ from torch import nn
 
 from ..common.hooks import OURS, rebind_forward
 from ..common.options import Options, check_vae_memory
-from ..common.own import foreign_forward, foreign_functions, foreign_methods
+from ..common.own import foreign_methods, foreign_on
 from ..common.pickled import EqualsStock, PickledAsStock
 from ..common.proofs import require_vae
 from ..common.stages import stage
 from ..common.state import STATE, State, logger
 from .bands import MOST_ON_CUDA, Plan, choose, memory_limit, run, whole_peak
 from .layers import Layer, decoder_layers, encoder_layers
+from .survey import DECODES, ENCODES, foreign_parts
 
 STOCK = diffusers.AutoencoderKLQwenImage
 STOCK_OF_21 = getattr(diffusers, "AutoencoderKLQwenImage21", None)  # newer than the oldest diffusers we take
+_METHODS = ("encode", "decode", "_encode", "_decode")
+_NAMED = 6  # of what was found to be somebody else's, in one reason; edited padding is in each of 60 convolutions
 USERS = "_qwen_fast_users"  # the attribute that an attached VAE carries; one that was enabled alone also has a state
-_ACTIVE: ContextVar[tuple[nn.Module, State] | None] = ContextVar("qwen_fast_vae", default=None)
+
+
+class _Active(NamedTuple):
+    """The VAE of the call that runs.
+
+    Attributes:
+        vae, state: where what it does is counted.
+        codes: it codes right now, and was found to be stock's own; in the rest of a call its modules are anybody's to call.
+    """
+
+    vae: nn.Module
+    state: State
+    codes: bool = False
+
+
+_ACTIVE: ContextVar[_Active | None] = ContextVar("qwen_fast_vae", default=None)
 
 
 class _Users(weakref.WeakSet):
@@ -43,16 +61,20 @@ class _Users(weakref.WeakSet):
 
 
 class QwenImageCausalConv3d(PickledAsStock, STOCK_CONV):
-    """diffusers' convolution; inside `images`, one frame without a past goes through the last temporal tap alone."""
+    """diffusers' convolution; while a VAE codes that is as diffusers built it, one frame without a past goes through the last
+    temporal tap alone.
+
+    Stock's methods are called by their class here and below: who took `forward` before `disable` has it afterwards too.
+    """
 
     STANDS_FOR = STOCK_CONV
 
     def forward(self, x: torch.Tensor, *past_frames: torch.Tensor | None) -> torch.Tensor:
         width, _, height, _, past, _ = self._padding
-        taps = self.kernel_size[0]
-        one_frame = x.shape[2] == 1 and all(frames is None for frames in past_frames) and past == taps - 1
-        if not one_frame or torch.compiler.is_compiling() or _ACTIVE.get() is None:
-            return super().forward(x, *past_frames)
+        one_frame = x.shape[2] == 1 and all(frames is None for frames in past_frames) and past == self.kernel_size[0] - 1
+        active = None if torch.compiler.is_compiling() else _ACTIVE.get()
+        if not one_frame or active is None or not active.codes:
+            return STOCK_CONV.forward(self, x, *past_frames)
         frame = F.conv2d(
             x[:, :, 0], self.weight[:, :, -1], self.bias, self.stride[1:], (height, width), self.dilation[1:], self.groups
         )
@@ -65,75 +87,34 @@ class _Pictures(PickledAsStock):
     NOT_PICKLED = (STATE, USERS)
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
-        state = self._state()
+        state = _state(self)
         if state is None:
-            return super()._encode(x)
+            return _class_of_stock(self)._encode(self, x)
         with stage("vae"):  # which a pipeline calls from within its own methods
-            return self._encoded(state, x)
-
-    def _encoded(self, state: State, x: torch.Tensor) -> torch.Tensor:
-        if self._is_foreign(state):
-            with _active(None):
-                return super()._encode(x)
-        _check(x, "x", self.encoder.conv_in.in_channels)
-        large = x.shape[-1] > self.tile_sample_min_width or x.shape[-2] > self.tile_sample_min_height
-        if x.shape[2] > 1 or (self.use_tiling and large) or self.config.get("patch_size") is not None:
-            return super()._encode(x)
-        return self._code("encode", state, x, encoder_layers, lambda: self.quant_conv(self.encoder(x)))
+            if not _is_stocks_own(self, state, ENCODES):
+                return _class_of_stock(self)._encode(self, x)
+            _check(x, "x", self.encoder.conv_in.in_channels)
+            large = x.shape[-1] > self.tile_sample_min_width or x.shape[-2] > self.tile_sample_min_height
+            with _active(_Active(self, state, codes=True)):
+                if x.shape[2] > 1 or (self.use_tiling and large) or self.config.get("patch_size") is not None:
+                    return _class_of_stock(self)._encode(self, x)
+                return _code(self, "encode", state, x, encoder_layers, lambda: self.quant_conv(self.encoder(x)))
 
     def _decode(self, z: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
-        state = self._state()
-        if state is None:
-            return super()._decode(z, return_dict=return_dict)
-        if self._is_foreign(state):
-            with _active(None):
-                return super()._decode(z, return_dict=return_dict)
+        state = _state(self)
+        if state is None or not _is_stocks_own(self, state, DECODES):
+            return _class_of_stock(self)._decode(self, z, return_dict=return_dict)
         _check(z, "z", self.post_quant_conv.in_channels)
         ratio = self.spatial_compression_ratio
         smallest = self.tile_sample_min_width // ratio, self.tile_sample_min_height // ratio
         large = z.shape[-1] > smallest[0] or z.shape[-2] > smallest[1]
-        if z.shape[2] > 1 or (self.use_tiling and large) or self.config.get("patch_size") is not None:
-            return super()._decode(z, return_dict=return_dict)
         first = {} if isinstance(self, STOCK) else {"first_chunk": True}
-        image = self._code("decode", state, z, decoder_layers, lambda: self.decoder(self.post_quant_conv(z), **first))
+        with _active(_Active(self, state, codes=True)):
+            if z.shape[2] > 1 or (self.use_tiling and large) or self.config.get("patch_size") is not None:
+                return _class_of_stock(self)._decode(self, z, return_dict=return_dict)
+            image = _code(self, "decode", state, z, decoder_layers, lambda: self.decoder(self.post_quant_conv(z), **first))
         image = image.clamp_(-1.0, 1.0) if not image.requires_grad else image.clamp(-1.0, 1.0)
         return DecoderOutput(sample=image) if return_dict else (image,)
-
-    def _state(self) -> State | None:
-        """Of the pipeline whose call this is, or of the VAE itself where it was enabled alone."""
-        if torch.compiler.is_compiling():
-            return None
-        active = _ACTIVE.get()
-        return active[1] if active is not None and active[0] is self else self.__dict__.get(STATE)
-
-    def _is_foreign(self, state: State) -> bool:
-        """Whether somebody replaced what stock would run: then all runs as in stock, and is counted as a fallback."""
-        kinds = {type(module) for module in self.modules()} - {type(self)}
-        found = [name for kind in kinds for name in foreign_methods(kind, ("forward",))]
-        for name, module in self.named_modules():
-            found += foreign_forward(module)
-            if module is not self and (module._forward_hooks or module._forward_pre_hooks):
-                found.append(f"a hook on {name}")  # which sees the arguments that stock gives
-        found += foreign_methods(type(self), ("_encode", "_decode"))
-        found += foreign_functions(sys.modules[STOCK_CONV.__module__], ("unpatchify", "patchify"))
-        found += foreign_functions(F, ("conv2d", "conv3d", "pad", "silu", "normalize", "scaled_dot_product_attention"))
-        if found:
-            state.fall_back(f"the VAE codes as in stock, for what is not diffusers' or torch's own: {', '.join(sorted(found))}")
-        return bool(found)
-
-    def _code(
-        self, what: str, state: State, x: torch.Tensor, read: Callable[..., list[Layer]], along_modules: Callable
-    ) -> torch.Tensor:
-        """One frame `[B, C, 1, H, W]` through all layers, or along the modules where they have to be called."""
-        state.calls[f"vae {what}"] += 1
-        layers = _readable(self, read, x)
-        if isinstance(layers, str):
-            state.vae_note = f"{what}: along diffusers' modules, since {layers}"
-            with _active((self, state)):
-                return along_modules()
-        require_vae(state, self, x.dtype, x.device)
-        with torch.no_grad():
-            return _in_memory(what, layers, x[:, :, 0], state)[:, :, None]
 
 
 class AutoencoderKLQwenImage(_Pictures, STOCK, metaclass=EqualsStock):
@@ -151,6 +132,48 @@ if STOCK_OF_21 is not None:
         STANDS_FOR = STOCK_OF_21
 
     _SWAPS[STOCK_OF_21] = AutoencoderKLQwenImage21
+
+
+def _class_of_stock(vae: nn.Module) -> type:
+    """The class of diffusers that `vae` is of, enabled or not."""
+    return STOCK if isinstance(vae, STOCK) else STOCK_OF_21
+
+
+def _state(vae: nn.Module) -> State | None:
+    """Of the pipeline whose call this is, or of the VAE itself where it was enabled alone."""
+    if torch.compiler.is_compiling():
+        return None
+    active = _ACTIVE.get()
+    return active.state if active is not None and active.vae is vae else vae.__dict__.get(STATE)
+
+
+def _is_stocks_own(vae: nn.Module, state: State, parts: tuple[str, ...]) -> bool:
+    """Whether these parts may be gone around; if not, all of them run as in stock, which is counted as a fallback.
+
+    Methods of the VAE that somebody replaced have been called by then, and are named. Its pipeline does so where it has one.
+    """
+    if vae.__dict__.get(STATE) is state:
+        for name in foreign_methods(type(vae), _METHODS[:2]) + foreign_on(vae, _METHODS):
+            state.fall_back(f"{name} is not diffusers' own, and is called as it is")
+    found = sorted(foreign_parts(vae, _class_of_stock(vae), parts))
+    if found:
+        found[_NAMED:] = [f"and {len(found) - _NAMED} more"] if len(found) > _NAMED else []
+        state.fall_back(f"the VAE codes as in stock, for what is not diffusers' or torch's own: {', '.join(found)}")
+    return not found
+
+
+def _code(
+    vae: nn.Module, what: str, state: State, x: torch.Tensor, read: Callable[..., list[Layer]], along_modules: Callable
+) -> torch.Tensor:
+    """One frame `[B, C, 1, H, W]` through all layers, or along the modules where they have to be called."""
+    state.calls[f"vae {what}"] += 1
+    layers = _readable(vae, read, x)
+    if isinstance(layers, str):
+        state.vae_note = f"{what}: along diffusers' modules, since {layers}"
+        return along_modules()
+    require_vae(state, vae, x.dtype, x.device)
+    with torch.no_grad():
+        return _in_memory(what, layers, x[:, :, 0], state)[:, :, None]
 
 
 def _readable(vae: nn.Module, read: Callable[..., list[Layer]], x: torch.Tensor) -> list[Layer] | str:
@@ -216,8 +239,8 @@ def _check(x: torch.Tensor, name: str, channels: int) -> None:
 
 
 @contextlib.contextmanager
-def _active(vae_and_state: tuple[nn.Module, State] | None) -> Iterator[None]:
-    token = _ACTIVE.set(vae_and_state)
+def _active(active: _Active) -> Iterator[None]:
+    token = _ACTIVE.set(active)
     try:
         yield
     finally:
@@ -230,7 +253,7 @@ def images(vae: nn.Module, state: State) -> Iterator[None]:
     if state not in vae.__dict__.get(USERS, ()):
         yield
         return
-    with _active((vae, state)):
+    with _active(_Active(vae, state)):
         yield
 
 
@@ -294,12 +317,13 @@ def disable_vae(vae: nn.Module) -> nn.Module:
 def description(vae: nn.Module, state: State) -> str:
     """For `report`: how pictures are coded, from which size on in bands, and what the last one took."""
     parts = ["one frame through 2-D convolutions"]
-    parameter = next(vae.parameters())
+    parameter = next(vae.parameters(), torch.empty(0))  # somebody may have taken all its parts away
     limit = memory_limit(state.options.vae_memory, parameter.device)
     layers = None
-    with contextlib.suppress(ValueError):
-        layers = decoder_layers(vae)
-    if limit is not None and layers is not None:
+    if limit is not None and not foreign_parts(vae, _class_of_stock(vae), DECODES):
+        with contextlib.suppress(ValueError):
+            layers = decoder_layers(vae)
+    if layers is not None:
         patch = 2 * vae.spatial_compression_ratio
         bytes_of_patch = whole_peak(layers, torch.Size((1, vae.config.z_dim, 2, 2)), parameter.element_size())
         largest = int((limit / bytes_of_patch) ** 0.5) * patch

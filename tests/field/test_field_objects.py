@@ -302,8 +302,19 @@ def test_the_text_encoder_wrapped(field, situation, order):
     compare(field, situation, order, moves=situation is inner_text_model)
 
 
+def seamless(run):
+    """What scripts for seamless pictures do."""
+    for module in run.pipe.vae.decoder.modules():
+        if type(module) is nn.Conv2d and module.kernel_size == (3, 3):
+            module.padding_mode = "circular"
+
+
+def softer_norm(run):
+    run.pipe.vae.decoder.norm_out.scale *= 0.7
+
+
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("situation", [decoder_forward, post_quant_conv])
+@pytest.mark.parametrize("situation", [decoder_forward, post_quant_conv, seamless, softer_norm])
 def test_the_vae_wrapped(field, situation, order):
     compare(field, situation, order, output_type="pt", tolerance=1e-5)
 
@@ -315,6 +326,11 @@ OWN = INSIDE | {f"rope, {name}": value for name, value in ROPES.items()} | {f"bl
 @pytest.mark.parametrize("name", OWN)
 def test_strict_a_part_of_ones_own_is_named_and_raises(field, name):
     assert_not_stocks_own(field, *OWN[name])
+
+
+@pytest.mark.parametrize(("situation", "word"), [(seamless, "padding_mode is 'circular'"), (softer_norm, "norm_out.scale")])
+def test_strict_an_edited_vae_is_named_and_raises(field, situation, word):
+    assert_not_stocks_own(field, situation, word, output_type="pt")
 
 
 @pytest.mark.parametrize("situation", [other_theta, fewer_blocks, a_block_twice, exchanged_blocks])
