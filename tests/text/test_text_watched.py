@@ -226,7 +226,7 @@ def test_another_function_of_transformers_in_a_table(pipe, monkeypatch):
     [
         (sdpa_attention, "sdpa_attention_forward"),
         (sdpa_attention, "use_gqa_in_sdpa"),
-        (modeling, "apply_multimodal_rotary_pos_emb"),
+        (modeling, "rotate_half"),
     ],
 )
 def test_a_function_of_a_module_replaced(pipe, home, name, make, monkeypatch):
