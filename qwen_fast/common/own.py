@@ -88,11 +88,6 @@ def foreign_functions(module: types.ModuleType, names: Iterable[str]) -> list[st
     return found
 
 
-def is_own(function: Any, package: str, name: str) -> bool:
-    """Whether `function` is what its package defined by that name."""
-    return _is_own_function(function, package, name)
-
-
 def process_reason() -> str | None:
     """Why no module at all may be gone around: what somebody did to torch itself, in words, or None."""
     if modules._global_forward_hooks or modules._global_forward_pre_hooks:

@@ -7,7 +7,7 @@ from diffusers.models.activations import GELU
 from diffusers.models.transformers import transformer_qwenimage as stock
 from torch import nn
 
-from ..common.own import foreign_functions, foreign_methods, is_own
+from ..common.own import foreign_functions, foreign_methods, is_own_function
 
 ROTARY = (stock.QwenEmbedRope, stock.QwenEmbedLayer3DRope)
 # Packages whose layers take a linear layer's place and compute each row alone: adapters and quantised weights.
@@ -43,7 +43,7 @@ def replaced_functions() -> list[str]:
         found.append("torch.nn.functional.scaled_dot_product_attention")
     registry, name = attention_dispatch._AttentionBackendRegistry, attention_dispatch.AttentionBackendName.NATIVE
     native = registry._backends.get(name)
-    if native is not None and not is_own(native, "diffusers", "_native_attention"):
+    if native is not None and not is_own_function(native, "diffusers", "_native_attention"):
         found.append("diffusers' attention backend 'native'")
     return found
 
