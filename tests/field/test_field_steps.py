@@ -329,7 +329,11 @@ def test_latents_that_stock_refuses(field, change, how):
             calling(lambda run, tensors: {"latents": change(tensors["latents"])}, again=False)(run)
 
 
-@pytest.mark.parametrize("change", [lambda x: x.mT.contiguous().mT, lambda x: x.flip(1), torch.nn.Parameter], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x.mT.contiguous().mT, lambda x: x.flip(1), torch.nn.Parameter],
+    ids=["strided", "flipped", "a parameter"],
+)
 @HOW
 @CLASSES
 def test_latents_that_stock_takes(field, change, how, cls):
