@@ -15,6 +15,7 @@ from ..common.own import foreign_methods
 from ..common.pickled import PickledAsStock
 from ..common.state import STATE, State, logger
 from ..text import encoding as text
+from ..text import pictures
 from ..transformer.attach import attach, detach, settle_modulation
 from ..transformer.call import ATTACHED
 from ..vae import pictures as fast_vae
@@ -85,13 +86,18 @@ class AcceleratedPipeline(PickledAsStock):
             cls.encode_prompt = _with_right_masks(cls.STANDS_FOR)
 
     def _get_qwen_prompt_embeds(self, *args: Any, **kwargs: Any) -> Any:
-        """As diffusers', with its code; the text encoder comes from where it rests, and goes there again."""
+        """As diffusers', with its code; the text encoder is asked for what is not in the prompt cache, and rests then."""
         if STATE not in self.__dict__:
             return type(self)._get_qwen_prompt_embeds(self, *args, **kwargs)
-        state = self.fast_state
-        text.bring_back(self, state)
-        state.texts.content, state.texts.uncached = None, "diffusers' own code encodes its prompts"
-        embeds = super()._get_qwen_prompt_embeds(*args, **kwargs)
+        reason = pictures.stock_reason(self)
+        function = None if reason is not None else pictures.with_kept_outputs(self.STANDS_FOR)
+        if function is not None:
+            embeds = function(self, *args, **kwargs)
+        else:
+            texts = self.fast_state.texts
+            texts.content, texts.uncached = None, reason or "diffusers' code around the text encoder is not known"
+            text.bring_back(self, self.fast_state)
+            embeds = super()._get_qwen_prompt_embeds(*args, **kwargs)
         text.rest(self)
         return embeds
 

@@ -16,11 +16,11 @@ The function runs in the namespace of stock's module, so that what somebody repl
 import ast
 import functools
 import inspect
-import textwrap
 import types
 from collections.abc import Callable
 from typing import Any
 
+from ..common.rewritten import Unknown, rewritten, text
 from ..common.stages import in_stage, stage
 from ..denoise.denoiser import around_steps, behind_step, take_step
 
@@ -47,7 +47,7 @@ class _Stages(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.Call:
         self.generic_visit(node)
-        name = _STAGED.get(_text(node.func))
+        name = _STAGED.get(text(node.func))
         if name is None:
             return node
         arguments = [ast.Constant(name), node.func, *node.args]
@@ -55,50 +55,31 @@ class _Stages(ast.NodeTransformer):
 
     def visit_With(self, node: ast.With) -> ast.With:
         self.generic_visit(node)
-        if _text(node.items[0].context_expr).startswith("self.progress_bar("):
+        if text(node.items[0].context_expr).startswith("self.progress_bar("):
             node.items.insert(0, ast.withitem(ast.parse(f"{_STAGE}('denoise')", mode="eval").body))
         return node
 
 
-class _Unknown(Exception):
-    """A loop that is none of those known here."""
+def with_own_steps(stock: type) -> Callable[..., Any] | None:
+    """`stock.__call__`, without torch.no_grad, with its steps asked of `take_step`; None where its source is not as known."""
+    return _with_own_steps(inspect.unwrap(stock.__call__))
 
 
 @functools.cache
-def with_own_steps(stock: type) -> Callable[..., Any] | None:
-    """`stock.__call__`, without torch.no_grad, with its steps asked of `take_step`; None where its source is not as known."""
-    original = inspect.unwrap(stock.__call__)
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(original)))
-        (function,) = tree.body
-        _rewrite(function)
-    except (OSError, TypeError, SyntaxError, ValueError, _Unknown):
-        return None
-    function.decorator_list = []
-    _Stages().visit(function)
-    maker = ast.parse(f"def make({', '.join(_INJECTED)}):\n    pass").body[0]
-    maker.body = [function]
-    module = ast.fix_missing_locations(ast.Module([maker], []))
-    ast.increment_lineno(module, original.__code__.co_firstlineno - 1)  # tracebacks show stock's lines
-    made = compile(module, original.__code__.co_filename, "exec")
-    outer = next(one for one in made.co_consts if isinstance(one, types.CodeType))
-    code = next(one for one in outer.co_consts if isinstance(one, types.CodeType) and one.co_name == function.name)
-    cells = tuple(types.CellType(_INJECTED[name]) for name in code.co_freevars)
-    found = types.FunctionType(code, original.__globals__, original.__name__, original.__defaults__, cells)
-    found.__kwdefaults__ = original.__kwdefaults__
-    return found
+def _with_own_steps(original: types.FunctionType) -> Callable[..., Any] | None:
+    return rewritten(original, _rewrite, _INJECTED)
 
 
 def _rewrite(function: ast.FunctionDef) -> None:
-    """Put our step into the loop of a `__call__`, in place."""
-    loops = [node for node in ast.walk(function) if isinstance(node, ast.For) and _text(node.iter) == "enumerate(timesteps)"]
-    if len(loops) != 1 or _text(loops[0].target) != "(i, t)" or loops[0].orelse:
-        raise _Unknown
+    """Put our step into the loop of a `__call__`, and its stages around what they are spent in."""
+    loops = [node for node in ast.walk(function) if isinstance(node, ast.For) and text(node.iter) == "enumerate(timesteps)"]
+    if len(loops) != 1 or text(loops[0].target) != "(i, t)" or loops[0].orelse:
+        raise Unknown
     body = loops[0].body
     first = next((n for n, one in enumerate(body) if _is_forward(one, "cond")), None)
     last = next((n for n, one in enumerate(body) if _is_scheduler_step(one)), None)
     if first is None or last is None or last < first:
-        raise _Unknown
+        raise Unknown
     step = body[first : last + 1]
     cond, uncond, normalize = _read(step)
     guided = "do_true_cfg" if uncond is not None else "False"
@@ -116,6 +97,7 @@ def _rewrite(function: ast.FunctionDef) -> None:
     behind = ast.parse(f"{_BEHIND}(self, i, latents)").body[0]
     body.append(ast.copy_location(behind, body[-1]))
     loops[0].iter = ast.copy_location(ast.parse(f"enumerate({_STEPS}(timesteps))", mode="eval").body, loops[0].iter)
+    _Stages().visit(function)
 
 
 def _read(step: list[ast.stmt]) -> tuple[str, str | None, str]:
@@ -125,58 +107,54 @@ def _read(step: list[ast.stmt]) -> tuple[str, str | None, str]:
     cond = _arguments(rest.pop(0), "cond", "noise_pred")
     if isinstance(rest[0], ast.If):
         guidance = rest.pop(0)
-        if _text(guidance.test) != "do_true_cfg" or guidance.orelse:
-            raise _Unknown
+        if text(guidance.test) != "do_true_cfg" or guidance.orelse:
+            raise Unknown
         inner = list(guidance.body)
         uncond = _arguments(inner.pop(0), "uncond", "neg_noise_pred")
-        if _text(inner[0]) == "neg_noise_pred = neg_noise_pred[:, :latents.size(1)]":
+        if text(inner[0]) == "neg_noise_pred = neg_noise_pred[:, :latents.size(1)]":
             inner.pop(0)
-        if _text(inner.pop(0)) != "comb_pred = neg_noise_pred + true_cfg_scale * (noise_pred - neg_noise_pred)":
-            raise _Unknown
+        if text(inner.pop(0)) != "comb_pred = neg_noise_pred + true_cfg_scale * (noise_pred - neg_noise_pred)":
+            raise Unknown
         if isinstance(inner[0], ast.If):
             choice = inner.pop(0)
-            if [_text(one) for one in choice.orelse] != ["noise_pred = comb_pred"] or inner:
-                raise _Unknown
-            normalize, inner = _text(choice.test), choice.body
-        if [_text(one) for one in inner] != [
+            if [text(one) for one in choice.orelse] != ["noise_pred = comb_pred"] or inner:
+                raise Unknown
+            normalize, inner = text(choice.test), choice.body
+        if [text(one) for one in inner] != [
             "cond_norm = torch.norm(noise_pred, dim=-1, keepdim=True)",
             "noise_norm = torch.norm(comb_pred, dim=-1, keepdim=True)",
             "noise_pred = comb_pred * (cond_norm / noise_norm)",
         ]:
-            raise _Unknown
-    if [_text(one) for one in rest[:-1]] != ["latents_dtype = latents.dtype"]:
-        raise _Unknown
+            raise Unknown
+    if [text(one) for one in rest[:-1]] != ["latents_dtype = latents.dtype"]:
+        raise Unknown
     return cond, uncond, normalize
 
 
 def _arguments(node: ast.stmt, context: str, target: str) -> str:
     """Source of a dict of the arguments of the forward in `with self.transformer.cache_context(context)`, but the timestep."""
     if not _is_forward(node, context):
-        raise _Unknown
+        raise Unknown
     assign, *cut = node.body
-    if [_text(one) for one in cut] not in ([], [f"{target} = {target}[:, :latents.size(1)]"]):
-        raise _Unknown
-    value = assign.value if isinstance(assign, ast.Assign) and _text(assign.targets[0]) == target else None
-    if not isinstance(value, ast.Subscript) or _text(value.slice) != "0" or not isinstance(value.value, ast.Call):
-        raise _Unknown
+    if [text(one) for one in cut] not in ([], [f"{target} = {target}[:, :latents.size(1)]"]):
+        raise Unknown
+    value = assign.value if isinstance(assign, ast.Assign) and text(assign.targets[0]) == target else None
+    if not isinstance(value, ast.Subscript) or text(value.slice) != "0" or not isinstance(value.value, ast.Call):
+        raise Unknown
     call = value.value
-    words = {keyword.arg: _text(keyword.value) for keyword in call.keywords}
-    if call.args or _text(call.func) != "self.transformer" or words.pop("timestep", "") != "timestep / 1000":
-        raise _Unknown
+    words = {keyword.arg: text(keyword.value) for keyword in call.keywords}
+    if call.args or text(call.func) != "self.transformer" or words.pop("timestep", "") != "timestep / 1000":
+        raise Unknown
     if words.pop("return_dict", "") != "False" or None in words:
-        raise _Unknown
-    return "{" + ", ".join(f"{name!r}: {text}" for name, text in words.items()) + "}"
+        raise Unknown
+    return "{" + ", ".join(f"{name!r}: {source}" for name, source in words.items()) + "}"
 
 
 def _is_forward(node: ast.stmt, context: str) -> bool:
     if not isinstance(node, ast.With) or len(node.items) != 1:
         return False
-    return _text(node.items[0].context_expr) == f"self.transformer.cache_context('{context}')"
+    return text(node.items[0].context_expr) == f"self.transformer.cache_context('{context}')"
 
 
 def _is_scheduler_step(node: ast.stmt) -> bool:
-    return _text(node) == "latents = self.scheduler.step(noise_pred, t, latents, return_dict=False)[0]"
-
-
-def _text(node: ast.AST) -> str:
-    return ast.unparse(node)
+    return text(node) == "latents = self.scheduler.step(noise_pred, t, latents, return_dict=False)[0]"

@@ -44,6 +44,7 @@ class TextState:
         cache: the prompts encoded so far.
         option: "memory" or "disk" cache, None for none.
         placement: "keep", "offload" or "free": what becomes of the text encoder after encoding.
+        pictures: prompts hold pictures, see pictures.py.
         watch: tells whether the text encoder is still the same.
         content: fingerprint of the text encoder as it was last seen; None where no prompt may be kept.
         uncached: why not, or None.
@@ -52,9 +53,9 @@ class TextState:
         freed: the encoder was dropped by us.
     """
 
-    def __init__(self, option: str | None, cache: PromptCache, placement: str):
-        self.option, self.cache, self.placement = option, cache, placement
-        self.watch = EncoderWatch()
+    def __init__(self, option: str | None, cache: PromptCache, placement: str, pictures: bool = False):
+        self.option, self.cache, self.placement, self.pictures = option, cache, placement, pictures
+        self.watch = EncoderWatch(pictures)
         self.content: str | None = None
         self.uncached: str | None = None
         self.dtype: torch.dtype | None = None
@@ -114,7 +115,7 @@ def configure(pipe: Any, state: State) -> None:
     texts = state.texts
     if texts is None or (texts.option, texts.cache.folder) != (option, folder):
         cache = PromptCache(folder=folder) if option is not None else PromptCache(max_bytes=0)
-        fresh = TextState(option, cache, placement)
+        fresh = TextState(option, cache, placement, pictures=hasattr(pipe, "processor"))
         if texts is not None:
             fresh.resting, fresh.freed, fresh.content, fresh.dtype = texts.resting, texts.freed, texts.content, texts.dtype
             fresh.watch = texts.watch
@@ -202,6 +203,8 @@ def rest(pipe: Any) -> None:
     reason = "hooks on it" if is_hooked(encoder) else weights_reason(encoder)
     if texts.placement == "free" and texts.content is None:  # dropped, it would leave nothing behind
         reason = reason or f"its prompts are not kept ({texts.uncached})"
+    if texts.placement == "free" and texts.pictures:
+        reason = reason or "diffusers' code reads its dtype for each prompt"
     if reason is not None:
         logger.info("the text encoder stays where it is: %s.", reason)
     elif texts.placement == "offload":

@@ -23,7 +23,7 @@ from torch.utils._device import DeviceContext
 from ..common.own import foreign_functions, foreign_methods, is_own_function
 
 PACKAGES = ("transformers.", "torch.nn.", "peft.")  # whose classes are known; quantised layers show in their tensors
-_FUNCTIONS = ("linear", "embedding", "scaled_dot_product_attention", "silu", "softmax", "rms_norm")
+_FUNCTIONS = ("linear", "conv3d", "embedding", "scaled_dot_product_attention", "silu", "softmax", "rms_norm")
 _TABLES = {
     "ALL_ATTENTION_FUNCTIONS": "transformers.modeling_utils",
     "ALL_MASK_ATTENTION_FUNCTIONS": "transformers.masking_utils",  # newer than the oldest transformers

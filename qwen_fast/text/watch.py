@@ -58,9 +58,13 @@ class EncoderWatch:
     Each look walks the language model: classes and their code, attributes, configurations, hooks, adapters, addresses and
     versions of all tensors, and 8 elements of each, which see a write through `.data`, but for one of a few elements. If all
     are as before, so is the fingerprint; else `modules_signature` gives it, with what the modules hold beside tensors.
+
+    Args:
+        pictures: prompts hold pictures, so that the vision tower counts too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pictures: bool = False) -> None:
+        self._pictures = pictures
         self._seen: _Seen | None = None
         self._rows: torch.Tensor | None = None  # fingerprints of all rows of an encoder that was dropped
         self._written: tuple[weakref.ref, str] | None = None  # an encoder whose sample does not tell what it holds
@@ -68,10 +72,10 @@ class EncoderWatch:
     @torch.no_grad()
     def look(self, encoder: nn.Module) -> tuple[str | None, str | None]:
         """(fingerprint, None), or (None, why this encoder's output cannot be known by its weights)."""
-        walked, seen, table = _walk(encoder), self._seen, _embedding(encoder)
+        walked, seen, table = _walk(encoder, self._pictures), self._seen, _embedding(encoder)
         facts, tensors = walked.facts, walked.tensors
         known = seen is not None and seen.facts == facts
-        reason = walked.reason or (None if known else _dropout(encoder))
+        reason = walked.reason or (None if known else _dropout(encoder, self._pictures))
         if reason is not None:
             self._seen = None
             return None, reason
@@ -83,7 +87,7 @@ class EncoderWatch:
         samples = [sample.view(torch.uint8) for sample in samples]  # equal bits, whatever they mean
         if known and seen.versions == versions and all(map(torch.equal, seen.samples, samples)):
             return seen.content, None
-        signature = modules_signature(_language_parts(encoder)).content
+        signature = modules_signature(_parts(encoder, self._pictures)).content
         if known and seen.versions != versions and seen.signature == signature:
             # Something was written, and where it was the fingerprint did not look: a name that no other prompt has.
             self._written = weakref.ref(encoder), uuid.uuid4().hex
@@ -117,7 +121,7 @@ class EncoderWatch:
         self._rows = None if table is None else torch.cat([_fingerprints(part).cpu() for part in table.split(4096)])
 
     def __reduce__(self):
-        return EncoderWatch, ()
+        return EncoderWatch, (self._pictures,)
 
 
 def _embedding(encoder: nn.Module) -> torch.Tensor | None:
@@ -141,18 +145,18 @@ def _described(walked: _Walked) -> str:
     return repr((configs, walked.told, [tensor.flatten()[:_HELD].tolist() for tensor in walked.held]))
 
 
-def _language_parts(encoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, child) for name, child in encoder.model.named_children() if name != _VISION)
+def _parts(encoder: nn.Module, pictures: bool) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, child) for name, child in encoder.model.named_children() if pictures or name != _VISION)
 
 
-def _walk(encoder: nn.Module) -> _Walked:
+def _walk(encoder: nn.Module, pictures: bool) -> _Walked:
     facts: list[Any] = []
     tensors: list[torch.Tensor] = []
     values: list[Any] = []
     others: list[Any] = []
     reason = _foreign(encoder) or _foreign(encoder.model)
     attributes = Attributes(encoder.config.get_text_config())
-    parts = [child for _, child in _language_parts(encoder)]
+    parts = [child for _, child in _parts(encoder, pictures)]
     kinds: dict[type, tuple[bool, list[Any]]] = {}
     readers: dict[tuple[type, int], Callable[[dict[str, Any]], tuple]] = {}
     for part in parts:  # which grows meanwhile
@@ -197,9 +201,9 @@ def _walk(encoder: nn.Module) -> _Walked:
     return _Walked(facts, tensors, told, configs, attributes.tensors, reason)
 
 
-def _dropout(encoder: nn.Module) -> str | None:
+def _dropout(encoder: nn.Module, pictures: bool) -> str | None:
     """Whether random numbers have a part in what it gives."""
-    for name, part in _language_parts(encoder):
+    for name, part in _parts(encoder, pictures):
         for inner in part.modules():
             rate = inner.p if isinstance(inner, nn.Dropout) else getattr(inner, "attention_dropout", 0)
             if inner.training and rate:
