@@ -240,7 +240,7 @@ class Denoiser:
         self._find_source(step)
         self.packs = None
         if takes_rows(self, step):
-            self.shapes = check_image_shapes(step.shared("img_shapes"), self.batch)
+            self.shapes = check_image_shapes(step.shapes, self.batch)
             self.packs = packed_prompts(self, step)
             self._apply_lora_scale()  # before a graph bakes it in
         else:
@@ -376,7 +376,7 @@ class Denoiser:
 
     def _as_stock(self, step: Step, hidden: torch.Tensor, timestep: torch.Tensor, n: int) -> torch.Tensor:
         with self.model.cache_context(("cond", "uncond")[n]):
-            arguments = step.forwards[n] | {"hidden_states": hidden, "timestep": timestep}
+            arguments = step.forwards[n] | {"hidden_states": hidden, "timestep": timestep, "img_shapes": step.shapes}
             return self.model(**arguments, return_dict=False)[0][:, : step.latents.shape[1]]
 
     def _leave_graph(self, why: str | None = None) -> None:

@@ -332,7 +332,9 @@ def _key(denoiser: "Denoiser", step: Step) -> tuple[Any, ...]:
     """All that a graph bakes in."""
     found, state, device = denoiser.call.survey, denoiser.state, denoiser.device.type
     addresses = tuple(
-        tensor.data_ptr() if type(tensor) in _PLAIN else tuple(plain.data_ptr() for plain in plain_tensors(tensor))
+        tensor.data_ptr()
+        if type(tensor) in _PLAIN and tensor.layout is torch.strided
+        else tuple(plain.data_ptr() for plain in plain_tensors(tensor))
         for module in found.modules
         for held in ("_parameters", "_buffers")
         for tensor in module.__dict__[held].values()

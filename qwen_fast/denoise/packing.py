@@ -45,7 +45,7 @@ def takes_rows(denoiser: "Denoiser", step: Step) -> bool:
     for embeds, mask in step.prompts:
         if embeds is None or denoiser.batch % embeds.shape[0] or (mask is not None and mask.shape != embeds.shape[:2]):
             return False
-    shapes = check_image_shapes(step.shared("img_shapes"), denoiser.batch)
+    shapes = check_image_shapes(step.shapes, denoiser.batch)
     if any(sum(map(math.prod, entry)) != hidden.shape[1] for entry in shapes):
         return False
     return not getattr(model, "is_cache_enabled", False) and getattr(model, "_parallel_config", None) is None

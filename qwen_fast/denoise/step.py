@@ -38,6 +38,11 @@ class Step:
         """Embeddings `[B, S_txt, C_txt]` and mask `[B, S_txt]` or None, of each forward."""
         return [tuple(forward.get(name) for name in _PROMPT) for forward in self.forwards]
 
+    @property
+    def shapes(self) -> list:
+        """Of the pictures of each sample; a callback that leaves samples out leaves their shapes in."""
+        return self.shared("img_shapes")[: len(self.latents)]
+
     def shared(self, name: str) -> Any:
         """An argument that all forwards have alike."""
         return self.forwards[0].get(name)

@@ -166,7 +166,6 @@ def check_image_shapes(img_shapes: Sequence, sequences: int) -> tuple[ImageShape
             if len(shape) != 3 or any(not isinstance(size, int) or size < 1 for size in shape):
                 raise ValueError(f"`img_shapes` holds {shape!r}; three positive integers (frames, height, width) are needed.")
         entries.append(tuple(tuple(shape) for shape in shapes))
-    entries = entries[:sequences]  # a callback that leaves samples out leaves their shapes in
     if sequences % len(entries):
         raise ValueError(f"`img_shapes` has {len(entries)} entries for {sequences} samples; one for all or one for each.")
     per_entry = sequences // len(entries)

@@ -8,6 +8,7 @@ instead, in stock's way and with stock's arguments and batches, and everything a
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
@@ -180,7 +181,7 @@ class _Look:
             for module in self.modules
             if type(module) in _WEIGHED
             for tensor in module.__dict__["_parameters"].values()
-            if type(tensor) is nn.Parameter
+            if type(tensor) is nn.Parameter and tensor.layout is torch.strided
         ]
         norm, time = self.model.norm_out, self.model.time_text_embed  # read by the fused forward, or by a table
         odd += [getattr(getattr(norm, "norm", None), "eps", None), *map(str, vars(getattr(time, "time_proj", time)).values())]
