@@ -24,6 +24,7 @@ class State:
     Attributes:
         options: as `enable` was last told.
         texts: what is kept of prompts and of the text encoder, see text.encoding.TextState.
+        pictures: moments of pictures that its VAE has encoded, see vae/kept.py.
         calls: fast calls so far, by operator.
         fallbacks: calls left to stock diffusers, by reason.
         stock_scheduler: the scheduler to give back, where ours took its place.
@@ -39,6 +40,7 @@ class State:
 
     options: Options = Options()
     texts: Any = None
+    pictures: Any = None
     calls: Counter = field(default_factory=Counter)
     fallbacks: Counter = field(default_factory=Counter)
     stock_scheduler: Any = None

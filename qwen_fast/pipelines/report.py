@@ -91,6 +91,8 @@ def report(pipe: Any) -> Report:
         if state.texts is not None:
             replaced.append(f"text encoding (no logits; {_prompts(state.texts)}; text encoder: {state.texts.placement})")
             memory["prompt cache"] = state.texts.cache.nbytes
+        if state.pictures is not None:
+            memory["encoded pictures"] = state.pictures.nbytes
         if state.options.check_nan:
             replaced.append(f"check for NaN after each step (last call: {state.nan_note or 'none yet'})")
     verdicts = state.verdicts if state is not None else {}

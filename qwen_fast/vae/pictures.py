@@ -27,6 +27,7 @@ from ..common.proofs import require_vae
 from ..common.stages import stage
 from ..common.state import STATE, State, logger
 from .bands import MOST_ON_CUDA, Plan, choose, memory_limit, run, whole_peak
+from .kept import moments
 from .layers import Layer, decoder_layers, encoder_layers
 from .survey import DECODES, ENCODES, foreign_parts
 
@@ -98,7 +99,11 @@ class _Pictures(PickledAsStock):
             with _active(_Active(self, state, codes=True)):
                 if x.shape[2] > 1 or (self.use_tiling and large) or self.config.get("patch_size") is not None:
                     return _class_of_stock(self)._encode(self, x)
-                return _code(self, "encode", state, x, encoder_layers, lambda: self.quant_conv(self.encoder(x)))
+
+                def encode() -> torch.Tensor:
+                    return _code(self, "encode", state, x, encoder_layers, lambda: self.quant_conv(self.encoder(x)))
+
+                return moments(self, state, x, encode)
 
     def _decode(self, z: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
         state = _state(self)
