@@ -29,7 +29,10 @@ def modules_below(model: nn.Module) -> list[nn.Module]:
     """`model` and all modules below it, each once."""
     found, seen = [model], {id(model)}
     for module in found:  # which grows meanwhile
-        for child in module.__dict__["_modules"].values() if "_modules" in module.__dict__ else module.children():
+        below = module.__dict__.get("_modules")
+        if below is None:  # of a scripted one
+            below = dict(module.named_children())
+        for child in below.values() if below else ():
             if child is not None and id(child) not in seen:
                 seen.add(id(child))
                 found.append(child)

@@ -176,13 +176,18 @@ class _Look:
         """All that `result` depends on; the modules themselves, held and compared by identity."""
         odd = [module.__dict__.get(_ODD[kind]) for module in self.modules if (kind := type(module)) in _ODD]
         # Where the weights of plain layers are, and how often they were written: what a table was made from.
-        places = [
-            (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+        weights = [
+            tensor
             for module in self.modules
             if type(module) in _WEIGHED
             for tensor in module.__dict__["_parameters"].values()
-            if type(tensor) is nn.Parameter and tensor.layout is torch.strided
+            if type(tensor) is nn.Parameter
         ]
+        try:
+            places = [(tensor.data_ptr(), tensor._version) for tensor in weights]
+        except RuntimeError:  # one of inference mode, which counts no writes, or a sparse one, which has no place
+            weights = [tensor for tensor in weights if tensor.layout is torch.strided]
+            places = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in weights]
         norm, time = self.model.norm_out, self.model.time_text_embed  # read by the fused forward, or by a table
         odd += [getattr(getattr(norm, "norm", None), "eps", None), *map(str, vars(getattr(time, "time_proj", time)).values())]
         return self.modules, self.attached, tuple(self.foreign), self.whole, odd, self.adapters, self.random, places
