@@ -89,7 +89,6 @@ class Denoiser:
         timesteps: `[T]` of the schedule, in the model's dtype and over 1000.
         guidance: `[1]`, the scale on the device, so that a graph can read another one; None without.
         shapes: of the pictures of each sample.
-        references: rows of each sample behind the latents'.
         loads: how often a graph was loaded.
     """
 
@@ -104,7 +103,7 @@ class Denoiser:
         self.guidance: torch.Tensor | None = None
         self.own_step: str | None = None
         self.index, self.row = 0, None
-        self.lora_scale, self.references, self.loads = 1.0, 0, 0
+        self.lora_scale, self.loads = 1.0, 0
         self.dirty = True  # code of the user's has run
         self.step_before: Step | None = None
         self.inputs: Inputs | None = None
@@ -231,8 +230,7 @@ class Denoiser:
 
     def _take_over(self, step: Step) -> None:
         self._leave_graph("a callback changed the model, its LoRA scale or the prompt")
-        latents, hidden = step.latents, step.shared("hidden_states")
-        self.batch, self.references = latents.shape[0], hidden.shape[1] - latents.shape[1]
+        self.batch = step.latents.shape[0]
         self.guidance = None
         if step.true_cfg_scale is not None:
             dtype = torch.promote_types(self.dtype, torch.float32)

@@ -89,13 +89,14 @@ class AcceleratedPipeline(PickledAsStock):
         """As diffusers', with its code; the text encoder is asked for what is not in the prompt cache, and rests then."""
         if STATE not in self.__dict__:
             return type(self)._get_qwen_prompt_embeds(self, *args, **kwargs)
-        reason = pictures.stock_reason(self)
-        function = None if reason is not None else pictures.with_kept_outputs(self.STANDS_FOR)
+        reason = text.stock_reason(self)
+        function = pictures.with_kept_outputs(self.STANDS_FOR) if reason is None else None
         if function is not None:
             embeds = function(self, *args, **kwargs)
         else:
             texts = self.fast_state.texts
             texts.content, texts.uncached = None, reason or "diffusers' code around the text encoder is not known"
+            self.fast_state.fall_back(texts.uncached)
             text.bring_back(self, self.fast_state)
             embeds = super()._get_qwen_prompt_embeds(*args, **kwargs)
         text.rest(self)
@@ -262,9 +263,7 @@ class EncodesText(AcceleratedPipeline):
         """As diffusers', equal to the bit on the CPU: without logits, and from the prompt cache where it holds the prompt."""
         if STATE not in self.__dict__:
             return type(self)._get_qwen_prompt_embeds(self, prompt, device, *(() if dtype is None else (dtype,)))
-        reason = text.stock_reason(self)
-        if reason is not None:
-            self.fast_state.fall_back(reason)
+        if text.stock_reason(self) is not None:
             return super()._get_qwen_prompt_embeds(prompt, device, *(() if dtype is None else (dtype,)))
         prompts = [prompt] if isinstance(prompt, str) else prompt
         return text.prompt_embeds(self, prompts, device or self._execution_device, dtype)

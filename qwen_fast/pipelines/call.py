@@ -19,6 +19,7 @@ from .foreign import note_foreign
 from .inputs import check_attention, check_call, check_callback_inputs, check_components, whole
 from .stock_call import with_own_steps
 
+_signature = functools.lru_cache(maxsize=32)(inspect.signature)
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -37,7 +38,7 @@ def accelerated_call(stock: type) -> Callable[..., Any]:
 
 def reason_for_stock(pipe: Any, device: torch.device) -> str | None:
     """Why a call would be stock's throughout, or None."""
-    if "prompt" not in inspect.signature(pipe.STANDS_FOR.__call__).parameters:
+    if "prompt" not in _signature(pipe.STANDS_FOR.__call__).parameters:
         return f"the arguments of {pipe.STANDS_FOR.__name__}.__call__ are not known"
     return unsupported_reason(device)
 
@@ -46,7 +47,7 @@ def _called(pipe: Any, stock: type, args: tuple[Any, ...], kwargs: dict[str, Any
     state = pipe.fast_state
     device = pipe._execution_device  # asks every module for its hooks: once a call
     call, own = _function(pipe, stock)
-    signature = inspect.signature(stock.__call__)
+    signature = _signature(stock.__call__)
     arguments = None
     if "prompt" in signature.parameters:
         bound = signature.bind(pipe, *args, **kwargs)

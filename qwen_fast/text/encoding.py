@@ -37,6 +37,13 @@ class TokenizedPrompt(NamedTuple):
     mask: tuple[int, ...]
 
 
+def surroundings(device: torch.device) -> tuple:
+    """What the bits of an encoder's output depend on beside the encoder and its input."""
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+    return kind, autocast, (torch.__version__, transformers.__version__, torch.get_float32_matmul_precision())
+
+
 class TextState:
     """What one pipeline keeps for its prompts. A copy starts with an empty cache.
 
@@ -80,11 +87,8 @@ class TextState:
         """
         if self.content is None or rows is None:
             return None
-        kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-        versions = torch.__version__, transformers.__version__, torch.get_float32_matmul_precision()
         read = [rows[token] for token in row.ids]
-        return hashlib.sha256(repr((self.content, row, read, drop, kind, autocast, versions)).encode()).hexdigest()
+        return hashlib.sha256(repr((self.content, row, read, drop, *surroundings(device))).encode()).hexdigest()
 
     def check_template(self, pipe: Any) -> None:
         """The pipeline drops the template's first tokens by a number; does this tokenizer make so many of them?"""

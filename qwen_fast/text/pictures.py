@@ -13,12 +13,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 
-from ..common.own import foreign_methods, foreign_on, process_reason
 from ..common.rewritten import Unknown, rewritten, text
 from .cache import Encoded
-from .encoding import STOCK, bring_back
+from .encoding import bring_back, surroundings
 
 _GIVEN = {"input_ids", "attention_mask", "pixel_values", "image_grid_thw", "output_hidden_states"}
 _NAME = "_qwen_fast_encoder"
@@ -55,19 +53,6 @@ def _rewrite(function: ast.FunctionDef) -> None:
     calls[0].args = [ast.copy_location(ast.Name("self", ast.Load()), calls[0].func)]
 
 
-def stock_reason(pipe: Any) -> str | None:
-    """Why the encoder is asked each time, by stock's code as it is, or None."""
-    if torch.is_grad_enabled():
-        return "gradients are asked for while encoding"
-    names = ("_get_qwen_prompt_embeds", "_extract_masked_hidden")
-    found = foreign_methods(pipe.STANDS_FOR, names) + foreign_on(pipe, names)
-    if found:
-        return f"{found[0]} is not diffusers' own"
-    if type(pipe.text_encoder) is not STOCK:
-        return f"the text encoder is a {type(pipe.text_encoder).__name__}"
-    return process_reason()
-
-
 def encoded(pipe: Any, **given: Any) -> Any:
     """What `pipe.text_encoder(**given)` gives of its last hidden states `[B, S, C_txt]`, computed once."""
     texts, encoder = pipe.fast_state.texts, pipe.text_encoder
@@ -91,10 +76,7 @@ def _digest(texts: Any, encoder: Any, given: dict[str, Any]) -> str | None:
     rows = texts.watch.rows(encoder, (token for own in ids for token in own))
     if rows is None:
         return None
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-    versions = torch.__version__, transformers.__version__, torch.get_float32_matmul_precision()
-    told = hashlib.sha256(repr((texts.content, ids, sorted(rows.items()), kind, autocast, versions)).encode())
+    told = hashlib.sha256(repr((texts.content, ids, sorted(rows.items()), surroundings(device))).encode())
     for name in ("attention_mask", "image_grid_thw", "pixel_values"):
         tensor = given.get(name)
         if tensor is not None:

@@ -154,6 +154,18 @@ def test_other_calls_take_a_graph_of_their_own(pair, captures, name):
     assert len(pair[1].transformer.__dict__[ATTACHED].graphs) == 2
 
 
+def assert_followed(pair, change, calls: int) -> None:
+    """Behind a graph that was captured, ours draws with `change` what stock does."""
+    for _ in range(2):
+        before = draw(pair[1], **PROMPT, **GUIDED)
+    for pipe in pair:
+        change(pipe)
+    expected = draw(pair[0], **PROMPT, **GUIDED)
+    assert (expected - before).abs().max() > 1e-3 * before.abs().max()
+    for _ in range(calls):
+        assert_same_latents(draw(pair[1], **PROMPT, **GUIDED), expected)
+
+
 def edit_weight(pipe):
     pipe.transformer.transformer_blocks[0].img_mod[1].weight.data.mul_(1.2)
 
@@ -172,14 +184,7 @@ def add_lora(pipe):
 
 @pytest.mark.parametrize("change", [edit_weight, replace_weight, add_lora])
 def test_changed_weights_never_meet_a_stale_graph(pair, captures, change):
-    for _ in range(2):
-        before = draw(pair[1], **PROMPT, **GUIDED)
-    for pipe in pair:
-        change(pipe)
-    expected = draw(pair[0], **PROMPT, **GUIDED)
-    assert (expected - before).abs().max() > 1e-3 * before.abs().max()
-    for _ in range(2):
-        assert_same_latents(draw(pair[1], **PROMPT, **GUIDED), expected)
+    assert_followed(pair, change, 2)
     # What is edited in place is read anew by each replay.
     assert len(captures) == (1 if change is edit_weight else 2)
 
@@ -228,14 +233,7 @@ def change_theta(pipe):
 
 @pytest.mark.parametrize("change", [change_eps, change_theta])
 def test_numbers_that_a_graph_would_bake_in(pair, captures, change):
-    for _ in range(2):
-        before = draw(pair[1], **PROMPT, **GUIDED)
-    for pipe in pair:
-        change(pipe)
-    expected = draw(pair[0], **PROMPT, **GUIDED)
-    assert (expected - before).abs().max() > 1e-3 * before.abs().max()
-    for _ in range(3):
-        assert_same_latents(draw(pair[1], **PROMPT, **GUIDED), expected)
+    assert_followed(pair, change, 3)
 
 
 def progress(pipe, i, t, tensors):

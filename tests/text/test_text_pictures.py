@@ -83,7 +83,20 @@ def test_a_replaced_method_is_called(checkpoint, monkeypatch):
     monkeypatch.setattr(diffusers.QwenImageEditPipeline, "_get_qwen_prompt_embeds", counted)
     for _ in range(2):
         member.draw(pipe)
-    assert len(seen) == 4 and "not diffusers' own" in str(qwen_fast.report(pipe))
+    reasons = qwen_fast.report(pipe).fallbacks
+    assert len(seen) == 4 and "QwenImageEditPipeline._get_qwen_prompt_embeds: not diffusers' or transformers' own" in reasons
+
+
+@pytest.mark.parametrize("name", ["text", "edit"])
+def test_a_hook_on_the_head_is_called_each_time(checkpoint, name):
+    member = MEMBERS[name]
+    pipe, seen = member.pipe(checkpoint), []
+    pipe.text_encoder.lm_head.register_forward_hook(lambda *_: seen.append(1))
+    expected = member.draw(pipe)
+    qwen_fast.enable(pipe)
+    for _ in range(2):
+        member.assert_same(member.draw(pipe), expected)
+    assert len(seen) == 6 and "lm_head" in str(qwen_fast.report(pipe).fallbacks)
 
 
 @pytest.mark.parametrize("mode", ["offload", "free"])
