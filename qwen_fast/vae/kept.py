@@ -57,22 +57,27 @@ class EncodedPictures:
 def moments(vae: nn.Module, state: Any, x: torch.Tensor, encode: Callable[[], torch.Tensor]) -> torch.Tensor:
     """`encode()`, kept for pipelines that keep prompts; of a VAE alone, or where gradients are wanted, nothing is.
 
+    Nor is anything where the encoder's weights cannot be read, such as those that offloading holds on `meta`.
+
     Args:
         x: `[B, C, 1, H, W]`, the pictures, of which the host reads all values.
     """
     if state.texts is None or state.texts.option is None or torch.is_grad_enabled():
         return encode()
+    parts = [(name, getattr(vae, name)) for name in ENCODES]
+    content = modules_signature(parts).content
+    if content is None:
+        return encode()
     if state.pictures is None:
         state.pictures = EncodedPictures()
-    return state.pictures.get(_name(vae, state, x), encode)
+    return state.pictures.get(_name(parts, content, state, x), encode)
 
 
-def _name(vae: nn.Module, state: Any, x: torch.Tensor) -> str:
-    parts = [(name, getattr(vae, name)) for name in ENCODES]
+def _name(parts: list[tuple[str, nn.Module]], content: Any, state: Any, x: torch.Tensor) -> str:
     weights = [parameter for _, part in parts for parameter in part.parameters()]
     places = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
     products = torch.is_autocast_enabled(x.device.type), torch.get_float32_matmul_precision(), state.options.vae_memory
-    facts = modules_signature(parts).content, places, tuple(x.shape), x.dtype, str(x.device), products
+    facts = content, places, tuple(x.shape), x.dtype, str(x.device), products
     told = hashlib.sha256(repr(facts).encode())
     told.update(x.detach().cpu().contiguous().view(torch.uint8).numpy())
     return told.hexdigest()

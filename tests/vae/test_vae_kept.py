@@ -2,6 +2,7 @@
 
 import copy
 
+import accelerate
 import pytest
 import torch
 
@@ -88,3 +89,18 @@ def test_a_copy_starts_empty_and_the_oldest_goes_first(checkpoint):
     before = encoded(pipe)
     member.draw(pipe)
     assert encoded(pipe) == before + 1
+
+
+def test_nothing_is_kept_of_weights_that_cannot_be_read(checkpoint):
+    member = MEMBERS["edit"]
+    pipes = member.pipe(checkpoint), qwen_fast.enable(member.pipe(checkpoint))
+    held = []
+    for pipe in pipes:
+        accelerate.cpu_offload(pipe.vae.encoder, execution_device="cpu", offload_buffers=True)
+        held.append(pipe.vae.encoder.conv_in._hf_hook.weights_map)
+    for _ in range(2):
+        expected, actual = (member.draw(pipe) for pipe in pipes)
+        member.assert_same(actual, expected)
+        for weights in held:
+            weights["weight"].mul_(1.2)
+    assert pipes[1].fast_state.pictures is None
