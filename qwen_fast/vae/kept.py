@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..common.fingerprint import modules_signature
+from ..common.placement import group_keeps_on_disk
 from .survey import ENCODES
 
 
@@ -57,7 +58,8 @@ class EncodedPictures:
 def moments(vae: nn.Module, state: Any, x: torch.Tensor, encode: Callable[[], torch.Tensor]) -> torch.Tensor:
     """`encode()`, kept for pipelines that keep prompts; of a VAE alone, or where gradients are wanted, nothing is.
 
-    Nor is anything where the encoder's weights cannot be read, such as those that offloading holds on `meta`.
+    Nor is anything where the encoder's weights cannot be read, such as those that offloading holds on
+    `meta` or on disk.
 
     Args:
         x: `[B, C, 1, H, W]`, the pictures, of which the host reads all values.
@@ -65,7 +67,7 @@ def moments(vae: nn.Module, state: Any, x: torch.Tensor, encode: Callable[[], to
     if state.texts is None or state.texts.option is None or torch.is_grad_enabled():
         return encode()
     parts = [(name, getattr(vae, name)) for name in ENCODES]
-    content = modules_signature(parts).content
+    content = modules_signature(parts, readable=not any(map(group_keeps_on_disk, vae.modules()))).content
     if content is None:
         return encode()
     if state.pictures is None:

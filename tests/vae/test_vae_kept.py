@@ -5,8 +5,10 @@ import copy
 import accelerate
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading
 
 import qwen_fast
+from qwen_fast.vae.kept import moments
 from support.family import HIGH, MEMBERS, WIDE, small_references
 
 WITH_PICTURES = ["image", "inpaint", "edit", "edit plus 2511", "edit inpaint", "layered"]
@@ -104,3 +106,23 @@ def test_nothing_is_kept_of_weights_that_cannot_be_read(checkpoint):
         for weights in held:
             weights["weight"].mul_(1.2)
     assert pipes[1].fast_state.pictures is None
+
+
+def test_nothing_is_kept_of_weights_on_disk(checkpoint, tmp_path):
+    pipe = qwen_fast.enable(MEMBERS["edit"].pipe(checkpoint))
+    vae, picture, asked = pipe.vae, torch.ones(1, 3, 1, 32, 32), []
+
+    def encode():
+        asked.append(True)
+        return torch.zeros(1)
+
+    def twice():
+        with torch.no_grad():
+            for _ in range(2):
+                moments(vae, pipe.fast_state, picture, encode)
+        return len(asked)
+
+    assert twice() == 1
+    devices = {"onload_device": torch.device("cpu"), "offload_device": torch.device("cpu")}
+    apply_group_offloading(vae.encoder, **devices, offload_type="leaf_level", offload_to_disk_path=str(tmp_path))
+    assert twice() == 3
