@@ -1,76 +1,105 @@
-"""What a LoRA costs a step: none, fused into the weights, beside the fused path, and as layers that are called.
+"""What a LoRA costs a step: stock without and with one; ours with none, fused into the weights, beside, and as called layers.
 
-    python -m benchmarks.parts.lora [--repeats N] [--append benchmarks/results/lora.csv]
+    python -m benchmarks.parts.lora [--device cuda] [--repeats N] [--append benchmarks/results/lora.csv]
 
-CPU time of one thread, the smallest of N, of a model of 4 layers 512 wide at 256x256 with guidance; rank 32 on all layers of
-attention and of the MLPs.
+Rank 32 on all layers of attention and of the MLPs, random weights: on a GPU of Qwen-Image's own size, on the CPU of 4 layers
+512 wide. Milliseconds of a step, the median of later steps of all turns; of one thread's time on the CPU.
 """
 
 import argparse
-import tempfile
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
-import diffusers
 import torch
 from diffusers.utils import logging
 from peft import LoraConfig
 
 import qwen_fast
-from qwen_fast.testing import build_checkpoint
 from qwen_fast.transformer import linear
 
+from ..ladder.models import call_arguments, random_pipeline
 from ..shared.machine import provenance
-from ..shared.measure import interleaved
+from ..shared.measure import Spread, clocked
 from ..shared.rows import RowFile
+from ..shared.shapes import SHAPES, PictureCase
 
-RANK, STEPS = 32, 2
+RANK, MEASURED = 32, 4
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "net.0.proj", "net.2"]
-CALL = {"prompt": "a red circle", "negative_prompt": "blurry", "true_cfg_scale": 4.0, "height": 256, "width": 256}
-CALL |= {"num_inference_steps": STEPS, "output_type": "latent"}
-WAYS = ("none", "fused", "beside", "called")
-FIELDS = "date commit dirty machine torch diffusers transformers rank repeats way step_ms".split()
+WAYS = ("stock", "stock with LoRA", "none", "fused", "beside", "called")
+FIELDS = "date commit dirty machine torch diffusers transformers dtype width height steps cfg rank repeats way step_ms".split()
 
 
-def pipeline(model: Path, way: str) -> diffusers.QwenImagePipeline:
-    """An enabled pipeline whose transformer has a LoRA in one of `WAYS`, drawn once."""
-    pipe = diffusers.QwenImagePipeline.from_pretrained(model)
-    pipe.set_progress_bar_config(disable=True)
-    if way != "none":
-        torch.manual_seed(0)
-        config = LoraConfig(r=RANK, target_modules=TARGETS, init_lora_weights=False)
-        pipe.transformer.add_adapter(config, adapter_name="a")
-    if way == "fused":
-        pipe.transformer.fuse_lora()
-        pipe.transformer.unload_lora()
-    qwen_fast.enable(pipe)
-    # How layers are computed is found out before the first step, and stays so.
-    plain = mock.patch.object(linear, "_adapters", lambda module: None)
-    with plain if way == "called" else mock.patch.object(linear, "_adapters", linear._adapters):
-        pipe(**CALL)
-    return pipe
+@contextlib.contextmanager
+def entered(pipe: Any, way: str) -> Iterator[None]:
+    """The stock pipeline as one of `WAYS` runs it; as it was, behind."""
+    model = pipe.transformer
+    with contextlib.ExitStack() as stack:
+        if way not in ("stock", "none"):
+            torch.manual_seed(0)
+            config = LoraConfig(r=RANK, target_modules=TARGETS, init_lora_weights=False)
+            with torch.device(model.device):  # PEFT draws 200 M values, on a GPU at once
+                model.add_adapter(config, adapter_name="a")
+            stack.callback(model.delete_adapters, "a")
+        if way == "fused":
+            model.fuse_lora()
+            stack.callback(model.unfuse_lora)
+        if way == "called":
+            stack.enter_context(mock.patch.object(linear, "_adapters", lambda module: None))
+        if not way.startswith("stock"):
+            qwen_fast.enable(pipe, modulation="device")
+            stack.callback(qwen_fast.disable, pipe)
+        yield
+
+
+def step_seconds(pipe: Any, arguments: dict, steps: int) -> list[float]:
+    """Of the later steps of a call, behind two that warm up and capture."""
+    for measured in (2, 2, steps):
+        with clocked(pipe, measured) as clock:
+            pipe(**arguments, output_type="latent")
+    return clock.steps[1:]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", default="cpu", type=torch.device)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--append", type=Path, help="CSV file that gets one row for each way")
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    if options.device.type == "cpu":
+        torch.set_num_threads(1)
     logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder:
-        build_checkpoint(Path(folder, "model"), num_layers=4, attention_head_dim=64, num_attention_heads=8)
-        pipes = {way: pipeline(Path(folder, "model"), way) for way in WAYS}
-        ways = {way: (lambda pipe=pipe: pipe(**CALL)) for way, pipe in pipes.items()}
-        seconds = {way: min(found) for way, found in interleaved(ways, options.repeats, torch.device("cpu")).items()}
+    logging.set_verbosity_error()
+    if options.device.type == "cuda":
+        cases, dtype = [PictureCase(), PictureCase(512, 512, 8, False)], torch.bfloat16
+    else:
+        cases, dtype = [PictureCase(256, 256, 20, True, 1, 16, SHAPES["middle"])], torch.float32
+    pipe = random_pipeline(cases[0].shape, options.device, dtype)
     rows = RowFile(options.append, FIELDS) if options.append else None
-    for way in WAYS:
-        found = f"{1e3 * seconds[way] / STEPS:.1f}"
-        print(f"{way:7s} {found} ms a step")
-        if rows:
-            row = {name: value for name, value in provenance().items() if name in FIELDS}
-            rows.add(row | {"rank": RANK, "repeats": options.repeats, "way": way, "step_ms": found})
+    for case in cases:
+        print(case, flush=True)
+        measure(pipe, case, options.repeats, rows)
     return 0
+
+
+def measure(pipe: Any, case: PictureCase, repeats: int, rows: RowFile | None) -> None:
+    """Every way by turns, in alternating order; a row for each."""
+    arguments, steps = call_arguments(pipe, case), min(MEASURED, case.steps)
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for repeat in range(repeats):
+        for way in WAYS if repeat % 2 == 0 else WAYS[::-1]:
+            with entered(pipe, way):
+                seconds[way] += step_seconds(pipe, arguments, steps)
+    common = {name: value for name, value in provenance(pipe.device).items() if name in FIELDS}
+    common |= {"dtype": str(pipe.transformer.dtype).removeprefix("torch."), "width": case.width, "height": case.height}
+    common |= {"steps": case.steps, "cfg": case.cfg, "rank": RANK, "repeats": repeats}
+    for way in WAYS:
+        found = f"{1e3 * Spread.of(seconds[way]).p50:.5g}"
+        print(f"{way:15s} {found} ms a step", flush=True)
+        if rows:
+            rows.add(common | {"way": way, "step_ms": found})
 
 
 if __name__ == "__main__":

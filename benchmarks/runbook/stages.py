@@ -86,7 +86,7 @@ _LATE = ("compile", "torchao", "cache-dit", "SageAttention")
 _GPU_TESTS = (  # where tests are marked gpu
     *("bench/test_profile", "bench/test_runbook", "bench/test_tune", "demo/test_demo_checkpoint", "denoise/test_graph"),
     *("loading/test_loading", "ops", "pipelines/test_generate", "schedule/test_schedule", "text/test_text_cache"),
-    *("transformer/test_host_weights", "transformer/test_modulation", "vae/test_vae_bands"),
+    *("pipelines/test_family_on_a_gpu", "transformer/test_host_weights", "transformer/test_modulation", "vae/test_vae_bands"),
 )
 
 
@@ -181,14 +181,14 @@ STAGES = (
     ),
     Stage(
         "tests-gpu",
-        120,
+        140,
         _tests(
             "tests-gpu",
             *(f"tests/{name}{'' if name == 'ops' else '.py'}" for name in _GPU_TESTS),
             *("-m", "gpu", "-n", "8", *_each("--deselect", HOGS)),
         ),
         shown=10,
-        estimate=85,  # 73 s for all but the last five, with ten workers
+        estimate=100,  # 73 s for all but the last five of 220, with ten workers; 35 of the family's since
         grace=_GRACE,
     ),
 )
@@ -231,6 +231,24 @@ LATER = (
         ("-m", "benchmarks.parts.products", "--out", "{out}", "--device", "cpu"),
         estimate=20,
         rows=(("products.csv", {}),),
+    ),
+    Stage(
+        "edits",
+        130,
+        ("-m", "benchmarks.parts.edits", "--device", "cuda", "--repeats", "1", "--append", "{out}/edits.csv"),
+        ("-m", "benchmarks.parts.edits", "--only", "ControlNet", "--repeats", "1", "--append", "{out}/edits.csv"),
+        shown=8,
+        estimate=85,
+        rows=(("edits.csv", {}),),
+    ),
+    Stage(
+        "lora",
+        90,
+        ("-m", "benchmarks.parts.lora", "--device", "cuda", "--repeats", "1", "--append", "{out}/lora.csv"),
+        ("-m", "benchmarks.parts.lora", "--repeats", "1", "--append", "{out}/lora.csv"),
+        shown=16,
+        estimate=55,
+        rows=(("lora.csv", {}),),
     ),
     Stage(
         "ladder-peers",

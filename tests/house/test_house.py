@@ -35,7 +35,7 @@ ROOMS = {
         "attention": {"shared", "operators"},
         "compiler": {"shared", "operators"},
         "tuning": {"shared", "operators", "compiler"},
-        "parts": {"shared", "operators", "attention", "compiler"},
+        "parts": {"shared", "operators", "attention", "compiler", "ladder"},
         "ladder": {"shared"},
         "quality": {"shared"},
         "profiling": {"shared", "operators"},
