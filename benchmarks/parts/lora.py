@@ -29,7 +29,9 @@ from ..shared.shapes import SHAPES, PictureCase
 RANK, MEASURED = 32, 4
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "net.0.proj", "net.2"]
 WAYS = ("stock", "stock with LoRA", "none", "fused", "beside", "called")
-FIELDS = "date commit dirty machine torch diffusers transformers dtype width height steps cfg rank repeats way step_ms".split()
+FIELDS = (
+    "date commit dirty machine torch diffusers transformers dtype width height steps cfg rank repeats way step_ms graph".split()
+)
 
 
 @contextlib.contextmanager
@@ -54,12 +56,13 @@ def entered(pipe: Any, way: str) -> Iterator[None]:
         yield
 
 
-def step_seconds(pipe: Any, arguments: dict, steps: int) -> list[float]:
-    """Of the later steps of a call, behind two that warm up and capture."""
+def step_seconds(pipe: Any, arguments: dict, steps: int) -> tuple[list[float], str]:
+    """Of the later steps of a call, behind two that warm up and capture; and how often a graph was captured."""
     for measured in (2, 2, steps):
         with clocked(pipe, measured) as clock:
             pipe(**arguments, output_type="latent")
-    return clock.steps[1:]
+    state = getattr(pipe, "fast_state", None)
+    return clock.steps[1:], "" if state is None else state.graph or f"{state.calls['graph captures']} captures"
 
 
 def main() -> int:
@@ -88,18 +91,20 @@ def measure(pipe: Any, case: PictureCase, repeats: int, rows: RowFile | None) ->
     """Every way by turns, in alternating order; a row for each."""
     arguments, steps = call_arguments(pipe, case), min(MEASURED, case.steps)
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    graphs: dict[str, str] = {}
     for repeat in range(repeats):
         for way in WAYS if repeat % 2 == 0 else WAYS[::-1]:
             with entered(pipe, way):
-                seconds[way] += step_seconds(pipe, arguments, steps)
+                found, graphs[way] = step_seconds(pipe, arguments, steps)
+                seconds[way] += found
     common = {name: value for name, value in provenance(pipe.device).items() if name in FIELDS}
     common |= {"dtype": str(pipe.transformer.dtype).removeprefix("torch."), "width": case.width, "height": case.height}
     common |= {"steps": case.steps, "cfg": case.cfg, "rank": RANK, "repeats": repeats}
     for way in WAYS:
         found = f"{1e3 * Spread.of(seconds[way]).p50:.5g}"
-        print(f"{way:15s} {found} ms a step", flush=True)
+        print(f"{way:15s} {found} ms a step, {graphs[way] or 'stock'}", flush=True)
         if rows:
-            rows.add(common | {"way": way, "step_ms": found})
+            rows.add(common | {"way": way, "step_ms": found, "graph": graphs[way]})
 
 
 if __name__ == "__main__":
