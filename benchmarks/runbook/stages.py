@@ -267,9 +267,11 @@ LATER = (
     Stage(
         "memory",
         120,
-        (*_CLI, "bench", "--size", "1024x1024", "--steps", "50", "--repeats", "1", "--seconds", "0.5", *_CEILINGS)
-        + ("--only", "as enabled", "--out", "{out}/memory"),
-        estimate=60,
+        ("-m", "benchmarks.parts.memory", "--device", "cuda", "--append", "{out}/memory.csv"),
+        ("-m", "benchmarks.parts.memory", "--only", "on the", "--append", "{out}/memory.csv"),
+        shown=14,
+        estimate=100,  # without the last two recipes, which move 41 GB in each call
+        rows=(("memory.csv", {}),),
     ),
     Stage("tests-alone", 100, _tests("tests-alone", *HOGS), shown=10, grace=_GRACE, estimate=60),
     Stage(
