@@ -21,12 +21,12 @@ import qwen_fast
 from qwen_fast.transformer import linear
 
 from ..ladder.models import call_arguments, random_pipeline
-from ..shared.machine import provenance
+from ..shared.machine import provenance, query
 from ..shared.measure import Spread, clocked
 from ..shared.rows import RowFile
 from ..shared.shapes import SHAPES, PictureCase
 
-RANK, MEASURED = 32, 4
+RANK, MEASURED = 32, 5
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "net.0.proj", "net.2"]
 WAYS = ("stock", "stock with LoRA", "none", "fused", "beside", "called")
 FIELDS = (
@@ -76,7 +76,7 @@ def main() -> int:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     if options.device.type == "cuda":
-        cases, dtype = [PictureCase(), PictureCase(512, 512, 8, False)], torch.bfloat16
+        cases, dtype = [PictureCase(512, 512, 8, False), PictureCase()], torch.bfloat16
     else:
         cases, dtype = [PictureCase(256, 256, 20, True, 1, 16, SHAPES["middle"])], torch.float32
     pipe = random_pipeline(cases[0].shape, options.device, dtype)
@@ -97,6 +97,10 @@ def measure(pipe: Any, case: PictureCase, repeats: int, rows: RowFile | None) ->
             with entered(pipe, way):
                 found, graphs[way] = step_seconds(pipe, arguments, steps)
                 seconds[way] += found
+                told = " ".join(f"{1e3 * one:.1f}" for one in found)
+                if pipe.device.type == "cuda":
+                    told += f", MHz and degrees {query(('clocks.sm', 'temperature.gpu'), pipe.device)}"
+                print(f"  {way}: {told}", flush=True)
     common = {name: value for name, value in provenance(pipe.device).items() if name in FIELDS}
     common |= {"dtype": str(pipe.transformer.dtype).removeprefix("torch."), "width": case.width, "height": case.height}
     common |= {"steps": case.steps, "cfg": case.cfg, "rank": RANK, "repeats": repeats}
