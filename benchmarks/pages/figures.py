@@ -41,7 +41,8 @@ def case_name(row: Row) -> str:
 
 def place(row: Row) -> str:
     """Where a row was measured, for a title."""
-    parts = [row["machine"], row.get("model", ""), row["dtype"], f"torch {row['torch']}", f"commit {row['commit']}"]
+    model = row.get("model", "").replace("random, ", "random weights, ")
+    parts = [row["machine"], model, _dtype(row["dtype"]), f"torch {row['torch']}", f"commit {row['commit'].split(' ')[0]}"]
     return " · ".join(part for part in parts if part)
 
 
@@ -107,7 +108,7 @@ def color_of(rung: str) -> str:
         return _GREY
     if rung.startswith("stock"):
         return _PALE
-    return _BLUE if rung.startswith(("+", _OURS)) else _GREEN
+    return _BLUE if rung.startswith(("+", "packed", _OURS)) else _GREEN
 
 
 def _inside(axes: "Axes") -> dict:
@@ -157,7 +158,9 @@ class Point(NamedTuple):
     name: str
     variant: str
     intensity: float  # FLOPs per byte
-    rate: float  # FLOP/s
+    rate: float  # FLOP/s, of the median
+    least: float  # of the 80th percentile of the time, where that is known
+    most: float  # of the 20th, or of the shortest time
 
 
 def point_of(row: Row) -> Point | None:
@@ -168,7 +171,8 @@ def point_of(row: Row) -> Point | None:
         if name in _NO_RATE or variant not in _VARIANTS:
             return None
         flops, moved = float(row["flops"]), float(row["bytes"])
-        return Point(name, variant, flops / moved, flops / float(row["seconds_p50"]))
+        seconds = (float(row[f"seconds_{part}"]) for part in ("p50", "p50", "min"))
+        return Point(name, variant, flops / moved, *(flops / one for one in seconds))
     model = re.fullmatch(r"random, (\d+) layers, (\d+) x (\d+)", row["model"])
     variant = {_STOCK: "stock", _BEST: "ours", "stock + regional compile": "compiled"}.get(row["rung"])
     if model is None or variant is None or not is_measured(row):
@@ -180,14 +184,18 @@ def point_of(row: Row) -> Point | None:
     moved += sum(2 * (queries + keys) * heads * dim * count for queries, keys, heads, dim, count in work.attentions)
     flops = work.product_flops + work.attention_flops
     name = f"step, {width}x{height}, batch {batch}, {'CFG' if row['cfg'] == 'True' else 'no CFG'}"
-    return Point(name, variant, flops / (moved * size), flops / float(row["step_ms_p50"]) * 1e3)
+    seconds = (float(row[f"step_ms_{part}"]) / 1e3 for part in ("p50", "p80", "p20"))
+    return Point(name, variant, flops / (moved * size), *(flops / one for one in seconds))
 
 
 def roofline_figure(rows: Sequence[Row], ceilings: Sequence[Row]) -> "Figure":
     points = [point for point in map(point_of, rows) if point is not None]
     if not points:
         raise ValueError("there are no rows of operators or steps to draw under a roofline")
-    rates = {(row["what"], row["detail"]): float(row["rate"]) for row in ceilings}
+    rates: dict[tuple[str, str], float] = {}
+    for row in ceilings:  # a card's rate depends on how warm it is: the highest one is the roof
+        key = row["what"], row["detail"]
+        rates[key] = max(float(row["rate"]), rates.get(key, 0.0))
     copy = next((rate for (what, _), rate in rates.items() if what == "copy"), None)
     products = {detail: rate for (what, detail), rate in rates.items() if what == "matrix product"}
     if copy is None or not products:
@@ -199,9 +207,9 @@ def roofline_figure(rows: Sequence[Row], ceilings: Sequence[Row]) -> "Figure":
     ridge = max(products.values()) / copy
     low = min(ridge / 8, *(point.intensity / 2 for point in points))
     high = 2 * max(2 * ridge, *(point.intensity for point in points))
-    roofs = [(f"products in {detail}", rate, "-", "bottom") for detail, rate in products.items()]
-    attention = {detail: rate for (what, detail), rate in rates.items() if what == "attention"}
-    roofs += [(f"attention ({detail.split(', ')[-1]})", rate, "--", "top") for detail, rate in attention.items()]
+    roofs = [(f"products in {_dtype(detail)}", rate, "-", "bottom") for detail, rate in products.items()]
+    attention = [(rate, detail) for (what, detail), rate in rates.items() if what == "attention"]
+    roofs += [(f"attention ({detail.split(', ')[-1]})", rate, "--", "top") for rate, detail in sorted(attention)[-1:]]
     for name, rate, style, side in roofs:
         axes.plot([rate / copy, high], [rate / scale] * 2, color="black", linewidth=1.2, linestyle=style, gid=name)
         # Left of the ridge no point can lie; the attention's stands lower, since its rate is close to a product's.
@@ -218,15 +226,26 @@ def roofline_figure(rows: Sequence[Row], ceilings: Sequence[Row]) -> "Figure":
             mine = [point for point in points if (point.name, point.variant) == (name, variant)]
             if mine:
                 xs, ys = [point.intensity for point in mine], [point.rate / scale for point in mine]
+                spread = [[(point.rate - point.least) / scale for point in mine], [(p.most - p.rate) / scale for p in mine]]
+                axes.errorbar(xs, ys, yerr=spread, fmt="none", ecolor=color, capsize=3, linewidth=1)
                 axes.plot(xs, ys, marker, color=color, fillstyle=_fill(marker), markersize=7, gid=f"{name}, {variant}")
         axes.plot([], [], "s", color=color, markersize=7, label=name)
-    for marker, label in _VARIANTS.values():
+    for variant in dict.fromkeys(point.variant for point in points):
+        marker, label = _VARIANTS[variant]
         axes.plot([], [], marker, color=_GREY, fillstyle=_fill(marker), markersize=7, label=label)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8.5)
-    axes.grid(alpha=0.25, which="both")
+    _plain_ticks(axes.xaxis, low, high)
+    _plain_ticks(axes.yaxis, *axes.get_ylim())
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(place(rows[-1]), fontsize=8.5, color=_GREY, loc="left")
     figure.suptitle("Roofline, from rates sustained for seconds", x=0.01, ha="left", fontsize=12, fontweight="bold")
     return figure
+
+
+def _dtype(name: str) -> str:
+    """A dtype as people write it."""
+    return {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32", "float8_e4m3fn": "FP8"}.get(name, name)
 
 
 def _fill(marker: str) -> str:
@@ -235,71 +254,96 @@ def _fill(marker: str) -> str:
 
 # Scaling --------------------------------------------------------------------------------------------------------------
 
-_AXES = {"image tokens": ("width", "height"), "steps": ("steps",), "batch": ("batch",)}
+
+class Panel(NamedTuple):
+    """Steps that differ in one thing: its name, a title, what the x axis says, and the rows."""
+
+    title: str
+    xlabel: str
+    rows: list[Row]
 
 
 def scaling_figure(rows: Sequence[Row]) -> "Figure":
     rungs = [_STOCK, "stock + regional compile", _BEST]
     measured = [row for row in rows if is_measured(row) and (row["rung"] in rungs or row["lossy"] == "True")]
-    chosen = {axis: _largest_series(measured, names) for axis, names in _AXES.items()}
-    if not any(chosen.values()):
+    panels = [panel for panel in map(_panel, ("size, CFG", "size, no CFG", "batch"), [measured] * 3) if panel.rows]
+    if not panels:
         raise ValueError(
-            "no two measured rows differ in size, steps or batch alone: measure more cases, such as "
-            "`qwen-fast bench --full` or several runs with --size, --steps or --batch"
+            "no two measured rows differ in size or batch alone: measure more cases, such as `qwen-fast bench --full` or "
+            "several runs with --size or --batch"
         )
-    figure = new_figure((10, 3.9), "a plot")
-    for axes, (axis, series) in zip(figure.subplots(1, 3), chosen.items(), strict=True):
-        axes.set(xlabel=axis, ylabel="seconds per image")
-        axes.grid(alpha=0.3)
-        if not series:
-            axes.text(
-                0.5,
-                0.5,
-                f"no rows that differ\nin {axis} alone",
-                ha="center",
-                va="center",
-                color=_GREY,
-                transform=axes.transAxes,
-            )
-            axes.set(xticks=[], yticks=[])
-            continue
-        ticks = sorted({_value(row, axis) for row in series})
-        for rung in dict.fromkeys(row["rung"] for row in series):
-            mine = sorted((row for row in series if row["rung"] == rung), key=lambda row: _value(row, axis))
-            seconds = [float(row["image_s_p50"]) for row in mine]
-            style = "--" if mine[0]["lossy"] == "True" else "-"
-            axes.plot([_value(row, axis) for row in mine], seconds, "o" + style, color=color_of(rung), label=rung, markersize=5)
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.set_ylim(bottom=0)
-        axes.set_title(_fixed(series[0], _AXES[axis]), fontsize=8.5, color=_GREY)
+    figure = new_figure((max(8.2, 4.6 * len(panels)), 4.6), "a plot")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
+        _curves(axes, panel)
+    low, high = figure.axes[0].get_ylim()
+    figure.axes[0].set_ylim(low / 1.25, high)  # room for the words below the lowest curve
+    _plain_ticks(figure.axes[0].yaxis, *figure.axes[0].get_ylim())
+    figure.axes[0].set_ylabel("milliseconds a step")
     handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    figure.suptitle(place(measured[-1]), fontsize=8.5, color=_GREY)
+    figure.suptitle("A step, and how many times as fast as stock", x=0.01, ha="left", fontsize=12, fontweight="bold")
+    where = figure.axes[0].annotate(place(measured[-1]), (0, 1), (0, 24), "axes fraction", "offset points", fontsize=8.5)
+    where.set(color=_GREY, in_layout=False)  # longer than the first panel is wide
+    figure.axes[0].set_title(f"\n\n{figure.axes[0].get_title(loc='left')}", fontsize=10, loc="left")
     return figure
 
 
-def _value(row: Row, axis: str) -> int:
-    return (int(row["width"]) // 16) * (int(row["height"]) // 16) if axis == "image tokens" else int(row[axis])
-
-
-def _largest_series(rows: list[Row], varied: Sequence[str]) -> list[Row]:
-    """Rows that agree in everything but `varied`, of which they have most values; empty if all have one only."""
+def _panel(kind: str, rows: list[Row]) -> Panel:
+    """The largest set of rows that agree in all but the number of steps and what is varied; no rows if all are of one case."""
+    varied = ("batch",) if kind == "batch" else ("width", "height")
+    if kind != "batch":
+        rows = [row for row in rows if row["cfg"] == str(kind == "size, CFG")]
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[name] for name in CASE if name not in varied), []).append(row)
+        groups.setdefault(tuple(row[name] for name in CASE if name not in (*varied, "steps")), []).append(row)
 
     def values(group: list[Row]) -> int:
         return len({tuple(row[name] for name in varied) for row in group})
 
     largest = max(groups.values(), key=lambda group: (values(group), len(group)), default=[])
-    return largest if values(largest) > 1 else []
+    if not largest or values(largest) < 2:
+        return Panel("", "", [])
+    guidance = "with guidance" if largest[0]["cfg"] == "True" else "without guidance"
+    if kind == "batch":
+        return Panel(f"{largest[0]['width']}x{largest[0]['height']}, {guidance}", "pictures at once", largest)
+    return Panel(guidance + (f", batch {largest[0]['batch']}" if largest[0]["batch"] != "1" else ""), "picture", largest)
 
 
-def _fixed(row: Row, varied: Sequence[str]) -> str:
-    parts = {
-        "width": f"{row['width']}x{row['height']}",
-        "steps": f"{row['steps']} steps",
-        "cfg": "CFG" if row["cfg"] == "True" else "no CFG",
-        "batch": f"batch {row['batch']}",
-    }
-    return ", ".join(text for name, text in parts.items() if name not in varied)
+def _curves(axes: "Axes", panel: Panel) -> None:
+    """A curve for each rung, with whiskers from p20 to p80, and how many times as fast as stock each of ours is."""
+    names = {_place_on(row, panel): f"{row['width']}x{row['height']}" for row in panel.rows}
+    names = dict(sorted(names.items()))
+    if panel.xlabel != "picture":
+        names = {value: str(value) for value in names}
+    last = {(row["rung"], _place_on(row, panel)): row for row in panel.rows}  # of several step counts the last one
+    for rung in dict.fromkeys(row["rung"] for row in panel.rows):
+        mine = [row for (name, _), row in sorted(last.items(), key=lambda one: one[0][1]) if name == rung]
+        low, middle, high = ([float(row[f"step_ms_{part}"]) for row in mine] for part in ("p20", "p50", "p80"))
+        whiskers = [[b - a for a, b in zip(low, middle, strict=True)], [b - a for a, b in zip(middle, high, strict=True)]]
+        places = [_place_on(row, panel) for row in mine]
+        style = "--" if mine[0]["lossy"] == "True" else "-"
+        how = {"color": color_of(rung), "label": rung, "markersize": 5, "capsize": 3, "fmt": "o" + style}
+        axes.errorbar(places, middle, yerr=whiskers, gid=rung, **how)
+        for x, y, row in zip(places, middle, mine, strict=True):
+            if rung == _BEST and row["speedup_step"]:
+                text = f"{float(row['speedup_step']):.2g}x"
+                axes.annotate(text, (x, y), (0, -13), textcoords="offset points", ha="center", color=_BLUE, fontsize=9)
+    axes.set(xscale="log", yscale="log", xlabel=panel.xlabel)
+    axes.set_xticks(list(names), list(names.values()))
+    axes.set_xlim(min(names) / 1.35, 1.35 * max(names))
+    axes.xaxis.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(panel.title, fontsize=10, loc="left")
+
+
+def _place_on(row: Row, panel: Panel) -> int:
+    return (int(row["width"]) // 16) * (int(row["height"]) // 16) if panel.xlabel == "picture" else int(row["batch"])
+
+
+def _plain_ticks(axis, low: float, high: float) -> None:
+    """Ticks at 1, 2 and 5 times the powers of ten, written out: 20, 50, 100 and not powers."""
+    values = [step * 10.0**power for power in range(-6, 7) for step in (1, 2, 5)]
+    axis.set_ticks([value for value in values if low <= value <= high])
+    axis.set_ticklabels([f"{value:g}" for value in values if low <= value <= high])
+    axis.set_ticks([], minor=True)

@@ -1,4 +1,4 @@
-"""Pictures of committed rows: the ladder, the roofline, and seconds against tokens, steps and batch.
+"""Pictures of committed rows: the ladder, the roofline, and a step by picture size and batch.
 
     python -m benchmarks.pages.plots [--rows benchmarks/results] [--out FOLDER] [--machine H200] [--svg]
 
@@ -37,7 +37,7 @@ def draw_roofline(rows: Sequence[Row], ceilings: Sequence[Row], path: Path) -> N
 
     Args:
         rows: of operators.csv, of ladder.csv, or of both, of one machine and dtype.
-        ceilings: of ceilings.csv, of the same.
+        ceilings: of ceilings.csv, of the same; of several rates of one kind the highest counts.
         path: of a .png or .svg file.
     Raises:
         ValueError: no rows, no ceilings, or another kind of file.
@@ -47,13 +47,13 @@ def draw_roofline(rows: Sequence[Row], ceilings: Sequence[Row], path: Path) -> N
 
 
 def draw_scaling(rows: Sequence[Row], path: Path) -> None:
-    """Seconds per image against image tokens, steps and batch, everything else equal, stock beside qwen_fast.
+    """Milliseconds a step against picture size and batch, all else but the number of steps equal, stock beside qwen_fast.
 
     Args:
         rows: of ladder.csv, of one machine.
         path: of a .png or .svg file.
     Raises:
-        ValueError: no rows, no two of which differ in one of the three alone, or another kind of file.
+        ValueError: no rows, no two of which differ in one of the two alone, or another kind of file.
         ImportError: matplotlib is not installed.
     """
     save(scaling_figure(rows), path)
@@ -103,7 +103,7 @@ def draw_all(rows: Path, out: Path, *, machine: str | None = None, suffix: str =
         name: read(rows / f"{name}.csv") if (rows / f"{name}.csv").exists() else []
         for name in ("ladder", "ceilings", "operators")
     }
-    keys = {"ladder": (*CASE, "rung"), "ceilings": ("what", "detail"), "operators": ("benchmark", "size")}
+    keys = {"ladder": (*CASE, "rung"), "ceilings": ("what", "detail", "date", "commit"), "operators": ("benchmark", "size")}
     written, left_out = [], []
 
     def chosen(name: str) -> list[Row]:

@@ -17,6 +17,7 @@ from benchmarks.shared.rows import append
 from benchmarks.shared.shapes import QWEN_IMAGE, PictureCase
 
 PLACE = {"machine": "made-up GPU", "model": "random, 60 layers, 24 x 128", "dtype": "bfloat16", "torch": "2", "commit": "abc"}
+PLACE["date"] = "2026-11-27"
 
 
 def row(rung: str = "stock diffusers", seconds: float | None = 10.0, **changes) -> dict[str, str]:
@@ -28,7 +29,8 @@ def row(rung: str = "stock diffusers", seconds: float | None = 10.0, **changes) 
         given |= {"status": "not measured", "reason": "needs a CUDA device", "image_s_p50": "", **dict.fromkeys(figures, "")}
     else:
         given |= figures | {"image_s_p20": 0.9 * seconds, "image_s_p50": seconds, "image_s_p80": 1.2 * seconds}
-        given["step_ms_p50"] = 20 * seconds
+        given |= {f"step_ms_{part}": factor * seconds for part, factor in (("p20", 18), ("p50", 20), ("p80", 24))}
+        given["speedup_step"] = given["speedup_image"]
     return {name: str(value) for name, value in (given | changes).items()}
 
 
@@ -49,6 +51,7 @@ CEILINGS = [
 
 def operator(group: str, variant: str, nbytes: int, flops: int, seconds: float) -> dict[str, str]:
     given = {"group": group, "variant": variant, "bytes": nbytes, "flops": flops, "seconds_p50": seconds}
+    given["seconds_min"] = seconds / 2
     given |= {"benchmark": f"test_speed[{group}-{variant}]", "size": "4126 rows"}
     return PLACE | {name: str(value) for name, value in given.items()}
 
@@ -123,13 +126,30 @@ def test_points_lie_under_their_roofs():
     assert drawn["euler_step, ours"] == (pytest.approx([1 / 3]), pytest.approx([1.0]))  # FLOPs per byte, TFLOP/s
     assert drawn["euler_step, stock"] == (pytest.approx([1 / 3]), pytest.approx([0.2]))
     assert drawn["linear_gelu, compiled"] == (pytest.approx([3000]), pytest.approx([600]))
-    assert drawn["products in bfloat16"][1] == pytest.approx([700, 700])
+    assert drawn["products in BF16"][1] == pytest.approx([700, 700])
     assert drawn["attention (cudnn)"][1] == pytest.approx([550, 550])
-    assert drawn["products in bfloat16"][0][0] == pytest.approx(175) == drawn["copy"][0][1]  # the ridge: 700 / 4
+    assert drawn["products in BF16"][0][0] == pytest.approx(175) == drawn["copy"][0][1]  # the ridge: 700 / 4
     for x, y in zip(*drawn["copy"], strict=True):
         assert y == pytest.approx(4 * x)
     assert not any("reference" in name or "schedule" in name for name in drawn)
     assert axes.get_xscale() == axes.get_yscale() == "log" and axes.get_ylabel() == "TFLOP/s"
+
+
+def test_the_highest_of_several_rates_is_the_roof_and_of_attentions_the_fastest():
+    more = [PLACE | {"what": "matrix product", "detail": "bfloat16", "rate": "6e14"}]
+    more += [PLACE | {"what": "attention", "detail": "bfloat16, flash", "rate": "3e14"}]
+    (axes,) = roofline_figure(OPERATORS, CEILINGS + more).axes
+    drawn = lines(axes)
+    assert drawn["products in BF16"][1] == pytest.approx([700, 700])
+    assert "attention (cudnn)" in drawn and "attention (flash)" not in drawn
+
+
+def test_ticks_are_numbers_and_names_are_people_s():
+    (axes,) = roofline_figure(OPERATORS, CEILINGS).axes
+    ticks = [tick.get_text() for tick in axes.get_yticklabels()]
+    assert {"0.2", "0.5", "1", "100"} <= set(ticks) and not any("$" in tick for tick in ticks)
+    shown = " ".join([*texts(axes.figure), axes.get_title(loc="left")])
+    assert "BF16" in shown and "bfloat16" not in shown and "commit abc" in shown
 
 
 def test_slow_machines_show_gflops():
@@ -158,18 +178,22 @@ SCALING = [
 ]
 
 
-def test_scaling_draws_rows_that_differ_in_one_thing():
-    tokens, steps, batch = scaling_figure(LADDER + SCALING).axes
-    curves = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in tokens.lines}
-    assert curves["stock diffusers"] == ([1024, 2304, 4096], [2.0, 5.0, 10.0])
-    assert curves["qwen_fast as enabled"] == ([1024, 2304, 4096], [1.0, 2.5, 5.0])
-    assert curves["torchao"] == ([4096], [3.0])
-    curves = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in steps.lines}
-    assert curves["stock diffusers"] == ([8, 20, 50], [1.6, 4.0, 10.0])
-    assert curves["qwen_fast as enabled"] == ([8, 20, 50], [1.6, 4.0, 5.0])  # not the wrong result
-    assert "+ packed CFG" not in curves
-    assert not batch.lines and "no rows that differ\nin batch alone" in [text.get_text() for text in batch.texts]
-    assert tokens.get_title() == "50 steps, CFG, batch 1" and tokens.get_xlabel() == "image tokens"
+def test_a_step_by_size_and_batch():
+    """Steps of other numbers of steps cost as much; a panel without two cases is not drawn."""
+    batches = [row(rung, 3.0 * n, batch=n, cfg=False) for n in (1, 4) for rung in (STOCK, OURS)]
+    sizes, batch = scaling_figure(LADDER + SCALING + batches).axes
+    curves = {line[0].get_gid(): line for line in sizes.containers}
+    points = {name: (list(line[0].get_xdata()), list(line[0].get_ydata())) for name, line in curves.items()}
+    assert points["stock diffusers"] == ([1024, 2304, 4096], [40.0, 100.0, 80.0])  # of 20 steps, the last ones
+    assert points["qwen_fast as enabled"] == ([1024, 2304, 4096], [20.0, 50.0, 80.0])  # not the wrong result
+    assert points["torchao"] == ([4096], [60.0]) and "+ packed CFG" not in points
+    whiskers = curves["stock diffusers"][2][0].get_segments()
+    assert whiskers[0][:, 1].tolist() == pytest.approx([36.0, 48.0])
+    assert [tick.get_text() for tick in sizes.get_xticklabels()] == ["512x512", "768x768", "1024x1024"]
+    assert sizes.get_title(loc="left").strip() == "with guidance" and "10x" in [text.get_text() for text in sizes.texts]
+    assert batch.get_title(loc="left") == "1024x1024, without guidance" and batch.get_xlabel() == "pictures at once"
+    assert [list(line[0].get_xdata()) for line in batch.containers] == [[1, 4], [1, 4]]
+    assert len(scaling_figure(LADDER + SCALING).axes) == 1
 
 
 def test_the_last_row_of_each_counts():
