@@ -9,7 +9,9 @@ scikit-image and scipy, which the `test` extra brings, are needed.
 """
 
 import argparse
+import math
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,7 @@ from .sheet import Line, contact_sheet
 
 LATENT_LIMIT = 2e-6  # fp32 on the CPU: largest difference in units of the picture's largest latent
 VERDICT_LIMIT = 0.99  # elsewhere: share of pictures with the reference's verdict
+PAGE = 6  # modes on a page of the contact sheet: as high as a screen
 SCOPES = {"one": (1,), "two": (2,), "all": (1, 2)}  # things in the prompt
 FIELDS = [*PROVENANCE, "checkpoint_sha256", "mode", "about", "dtype", "reference", "lossless", "width", "height", "steps"]
 FIELDS += ["things", "pictures", *METRICS]
@@ -180,19 +183,28 @@ def with_references(names: Sequence[str]) -> dict[str, Mode]:
     return chosen
 
 
-def sheet(results: Sequence[Result], todo: Sequence[SeededRequest], columns: int) -> Any:
-    """The contact sheet of one setting's results."""
+def sheets(results: Sequence[Result], todo: Sequence[SeededRequest], columns: int) -> list[Any]:
+    """The contact sheets of one setting's results, `PAGE` modes on each; stock's pictures head every page."""
     setting = results[0].setting
     lines = []
     for result in results:
         every = result.scope(todo, SCOPES["all"])
         note = f"follows the prompt: {100 * every['everything']:.1f} %\n(of {len(todo)} pictures)"
         if result.name != result.mode.reference:
-            note += f"\nPSNR {every['psnr_p50']:.1f} dB, SSIM {every['ssim_mean']:.3f}"
-            note += f"\nto {result.mode.reference}"
+            equal = math.isinf(float(every["psnr_p50"]))
+            apart = (
+                "the median picture is equal" if equal else f"PSNR {every['psnr_p50']:.1f} dB, SSIM {every['ssim_mean']:.3f}"
+            )
+            note += "\n" + textwrap.fill(f"{apart} to {MODES[result.mode.reference].about}", 36)
         lines.append(Line(result.mode.about, note, result.drawn.pictures[:columns], result.verdicts[:columns]))
     captions = [f"seed {case.seed}: {case.request.prompt}" for case in todo[:columns]]
-    return contact_sheet(f"{setting.width}x{setting.height}, {setting.steps} steps", captions, lines)
+    pages = [
+        lines[:PAGE],
+        *([lines[0], *more] for more in (lines[n : n + PAGE - 1] for n in range(PAGE, len(lines), PAGE - 1))),
+    ]
+    title = f"{setting.width}x{setting.height}, {setting.steps} steps"
+    numbered = [title if len(pages) == 1 else f"{title}, page {n} of {len(pages)}" for n in range(1, len(pages) + 1)]
+    return [contact_sheet(one, captions, page) for one, page in zip(numbered, pages, strict=True)]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -209,7 +221,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--batch", type=positive_int, default=16, metavar="N", help="most pictures in a call (default: 16)")
     found.add_argument("--out", type=Path, default=Path("quality"), metavar="DIR", help="pictures (default: quality)")
     found.add_argument("--append", type=Path, metavar="FILE.csv", help="gets one row a mode, setting and number of things")
-    found.add_argument("--sheet", type=Path, metavar="FILE.png", help="of the first setting; others lie in --out")
+    found.add_argument(
+        "--sheet", type=Path, metavar="FILE.png", help="of the first setting, more pages beside it; others in --out"
+    )
     found.add_argument("--columns", type=positive_int, default=10, metavar="N", help="of the sheet (default: 10)")
     found.add_argument("--check", action="store_true", help="exit code 1 if a lossless mode breaks the numerical contract")
     return found
@@ -250,8 +264,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = measure(model, modes, setting, todo, options.batch, store)
             path = options.sheet if options.sheet and setting is settings[0] else options.out / f"{setting.name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_png(sheet(found, todo, options.columns), path, {}, overwrite=True, find_free_name=False)
-            print(f"contact sheet: {path}")
+            for number, page in enumerate(sheets(found, todo, options.columns), 1):
+                file = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
+                save_png(page, file, {}, overwrite=True, find_free_name=False)
+                print(f"contact sheet: {file}")
             results += found
     except KeyboardInterrupt:
         print(f"interrupted; finished blocks are in {options.out}, and the same command goes on from there", file=sys.stderr)

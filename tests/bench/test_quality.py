@@ -284,7 +284,9 @@ def test_all_modes_end_to_end(model, tmp_path, capsys):
     assert found["lightning-4", "all"]["latent_max"] != found["bare-lightning-4", "all"]["latent_max"]
     output = capsys.readouterr().out
     assert "| no stretch | 32x32, 3 |" in output and "32x32-3 error-all: 4/4 pictures" in output
-    assert Image.open(sheet).size[0] == GAP + LABEL + 3 * (128 + 2 * FRAME + GAP)
+    pages = [Image.open(path) for path in (sheet, *(sheet.with_stem(f"sheet-{n}") for n in (2, 3)))]
+    assert {page.size[0] for page in pages} == {GAP + LABEL + 3 * (128 + 2 * FRAME + GAP)}
+    assert max(page.size[1] for page in pages) < 1300 and not sheet.with_stem("sheet-4").exists()
 
 
 def test_a_checkpoint_without_a_few_step_lora(checkpoint, tmp_path, capsys):
