@@ -9,6 +9,7 @@ import torch
 
 from ..common.state import STATE, State
 from ..transformer.call import ATTACHED
+from ..transformer.controlnet import fused_net
 
 TRANSFORMER = diffusers.QwenImageTransformer2DModel
 
@@ -86,6 +87,8 @@ def report(pipe: Any) -> Report:
             replaced.append(f"transformer (fused blocks, modulation {modulation}, attention {state.options.attention})")
             if state.options.attention == "auto":
                 replaced += attention.described()
+            if fused_net(pipe) is not None:
+                replaced.append("ControlNet (fused blocks)")
             graphs = f"no CUDA graph: {state.graph}" if state.graph else f"CUDA graph {state.options.cuda_graph}"
             replaced.append(f"steps ({graphs})")
         if state.texts is not None:

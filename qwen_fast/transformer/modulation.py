@@ -44,6 +44,7 @@ class ModulationTable:
     Attributes:
         values (Tensor): `[T(+1), (12 * L + 3) * C]`, a row for each timestep: of every block the image's and the text's shift1,
             scale1, gate1, shift2, scale2, gate2; of norm_out scale and shift, as stock cuts them; the timestep embedding.
+            That of a ControlNet has no norm_out, and 2 * C columns less.
         width (int): C.
         zero_row (int | None): row of timestep 0, which a transformer with zero_cond_t gives to reference images; else None.
     """
@@ -104,14 +105,14 @@ def compute_table(
     with torch.inference_mode(False), torch.no_grad():
         timesteps = timesteps.to(device)
         device, dtype, zero_row = timesteps.device, timesteps.dtype, None
-        if transformer.zero_cond_t:
+        if _zero_cond(transformer):
             zero_row, timesteps = len(timesteps), torch.cat([timesteps, timesteps[:1] * 0])
-        embed, norm = transformer.time_text_embed, transformer.norm_out
+        embed, norm = transformer.time_text_embed, getattr(transformer, "norm_out", None)
         # After the timesteps stand the hidden states, of which only the dtype counts.
         others = () if condition is None else (condition.to(device),)
         temb = of_rows(embed, on_device(embed, device), timesteps, timesteps.new_empty(0), *others)
         width, modules = temb.shape[1], [module for _, module in modulation_modules(transformer)]
-        values = temb.new_empty(len(temb), (6 * len(modules) + 3) * width)
+        values = temb.new_empty(len(temb), (6 * len(modules) + (1 if norm is None else 3)) * width)
 
         def fill(start: int, found: torch.Tensor) -> None:
             if found.dtype != values.dtype:
@@ -120,9 +121,15 @@ def compute_table(
 
         for place, call in enumerate(on_device_in_turn(modules, device)):
             fill(6 * width * place, of_rows(modules[place], call, temb))
-        fill(6 * width * len(modules), of_rows(norm.linear, on_device(norm.linear, device), norm.silu(temb).to(dtype)))
+        if norm is not None:
+            fill(6 * width * len(modules), of_rows(norm.linear, on_device(norm.linear, device), norm.silu(temb).to(dtype)))
         fill(values.shape[1] - width, temb)
     return ModulationTable(values, width, zero_row)
+
+
+def _zero_cond(model: nn.Module) -> bool:
+    """Whether references are at timestep 0; a ControlNet has none."""
+    return bool(vars(model).get("zero_cond_t", False))
 
 
 def weights_signature(transformer: nn.Module) -> Signature:
@@ -195,7 +202,7 @@ class TableCache:
         if content is None or device.type == "meta":
             return None
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-        schedule = tuple(timesteps.tolist()), timesteps.dtype, bool(transformer.zero_cond_t)
+        schedule = tuple(timesteps.tolist()), timesteps.dtype, _zero_cond(transformer)
         schedule += (None if condition is None else tuple(condition.tolist()),)
         return content, schedule, device, autocast, torch.get_float32_matmul_precision()
 
@@ -245,8 +252,8 @@ class FromLayers:
         additional_t_cond: torch.Tensor | None,
     ):
         self.samples = timestep.shape[0]
-        self.zero_row = self.samples if model.zero_cond_t else None
-        if model.zero_cond_t:
+        self.zero_row = self.samples if _zero_cond(model) else None
+        if self.zero_row is not None:
             timestep = torch.cat([timestep, timestep * 0])
         self._temb = model.time_text_embed(timestep, hidden_states, additional_t_cond)
         self._model, self._blocks, self._computed = model, blocks, (None, None)

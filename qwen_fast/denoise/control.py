@@ -1,0 +1,119 @@
+"""The ControlNet of a call: its residuals of each step, for the prompt alone as in stock, which all predictions get."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..transformer import controlnet
+from ..transformer.layout import Layout, build_layout, check_image_shapes
+from ..transformer.modulation import FromLayers, FromTable, ModulationSource, TableCache
+from ..transformer.survey import Survey, survey
+from .inputs import Held
+from .packing import are_rows, rows_of
+from .step import RESIDUALS, Step
+
+if TYPE_CHECKING:
+    from .denoiser import Denoiser
+
+
+class Control:
+    """Adds the ControlNet's residuals to the steps of a call: fused where all of it is stock's own, else from its own forward.
+
+    Args:
+        denoiser: of the call.
+        asked: a callback reads the residuals: they are there where their scale is 0 too.
+    """
+
+    def __init__(self, denoiser: "Denoiser", asked: bool):
+        self._denoiser, self._asked, self._tables = denoiser, asked, TableCache()
+        self._net: torch.nn.Module | None = None
+        self._found: Survey | None = None
+        self._why: str | None = None  # it is called
+        self.forget()
+
+    def forget(self) -> None:
+        """Prepare anew: the step is not as the one before."""
+        self._text: torch.Tensor | None = None
+        self._layout: Layout | None = None
+        self._table: FromTable | None = None
+        self._pictures: dict[int, tuple[Held, torch.Tensor]] = {}
+
+    def look(self) -> None:
+        """Read what of the ControlNet is stock's own: before the first step, and after code of the user's has run."""
+        whole = self._denoiser.pipe.controlnet
+        before, self._net, self._found = (self._net, self._found), None, None
+        self._why = controlnet.whole_reason(whole)
+        if self._why is None:
+            self._net = controlnet.net_of(whole)
+            self._found = survey(self._net, before[1] if before[0] is self._net else None)
+            self._why = controlnet.stock_reason(self._net, self._found)
+        if self._why is not None:
+            self._denoiser.state.fall_back(self._why)
+        if before != (self._net, self._found):
+            self.forget()
+
+    def added(self, step: Step) -> Step:
+        """`step` with the residuals among the arguments of its forwards; None there: nothing is added."""
+        denoiser, control = self._denoiser, step.control
+        hidden, timestep = denoiser.given(step)
+        timestep = timestep / 1000
+        misfit = None if self._why is not None else _misfit(step, hidden)
+        if misfit is not None:
+            denoiser.state.fall_back(misfit)
+        if self._why is not None or misfit is not None:
+            given = control | {"hidden_states": hidden, "timestep": timestep}
+            found = denoiser.pipe.controlnet(**given, return_dict=False)
+        else:
+            found = self._fused(step, hidden, timestep[:1])
+        return replace(step, forwards=tuple(forward | {RESIDUALS: found} for forward in step.forwards))
+
+    def _fused(self, step: Step, hidden: torch.Tensor, timestep: torch.Tensor) -> list[torch.Tensor] | None:
+        net, denoiser, attention = self._net, self._denoiser, self._denoiser.state.options.attention
+        if self._text is None:
+            shapes = check_image_shapes(step.shapes, len(hidden))
+            embeds, positions = rows_of(*step.prompts[0], len(hidden))
+            self._layout = build_layout(net.pos_embed, shapes, positions, hidden.device)
+            self._text = net.txt_in(net.txt_norm(embeds))
+            if denoiser.row is not None and denoiser.state.options.modulation != "layers":
+                self._table = FromTable(net, self._tables, denoiser.timesteps, denoiser.places[1:])
+        several = []
+        for place, (picture, scale) in enumerate(_pictures(step)):
+            if scale == 0 and not self._asked and denoiser.packs is not None:
+                continue  # as beyond control_guidance_start and _end: nothing is left of finite residuals
+            control, source = self._embedded(place, picture), self._source(hidden, timestep)
+            given = (hidden, control, scale, self._text, self._layout, source, attention)
+            several.append(controlnet.residuals(net, self._found, *given))
+            denoiser.state.calls["controlnet"] += 1
+        return controlnet.summed(several)
+
+    def _source(self, hidden: torch.Tensor, timestep: torch.Tensor) -> ModulationSource:
+        if self._table is not None:
+            self._table.begin(timestep)
+            return self._table
+        return FromLayers(self._net, self._found.order, timestep, hidden, None)
+
+    def _embedded(self, place: int, picture: torch.Tensor) -> torch.Tensor:
+        """Of the latents of a control picture, which are the same at each step."""
+        held, rows = self._pictures.get(place, (None, None))
+        if held is None or not held.same(picture, dirty=True):
+            rows = controlnet.embedded(self._found, picture)
+            self._pictures[place] = Held.of(picture), rows
+        return rows
+
+
+def _pictures(step: Step) -> list[tuple[torch.Tensor, float]]:
+    """Latents `[B, S_img, C_control]` of the control pictures, each with the scale of its residuals."""
+    pictures, scales = step.control["controlnet_cond"], step.control["conditioning_scale"]
+    return [(pictures, scales)] if isinstance(pictures, torch.Tensor) else list(zip(pictures, scales, strict=False))
+
+
+def _misfit(step: Step, hidden: torch.Tensor) -> str | None:
+    """What the ControlNet's own forward has to refuse or make fit, or None."""
+    if torch.is_autocast_enabled(hidden.device.type):
+        return "autocast around the ControlNet"
+    for picture, _ in _pictures(step):
+        if picture.shape[:2] != hidden.shape[:2] or picture.dtype != hidden.dtype:
+            found, latents = (f"{tuple(one.shape)} {one.dtype}" for one in (picture, hidden))
+            return f"a control picture of {found} for latents of {latents}"
+    return None if are_rows(step.prompts[:1], step.shapes, hidden) else "prompts that do not fit to the ControlNet's latents"
