@@ -264,8 +264,11 @@ def test_a_lora_on_the_controlnet(checkpoint, dora):
 
 def test_a_hook_on_the_transformer_gets_residuals_where_the_scale_is_zero(checkpoint):
     member, pipe, seen = MEMBERS["controlnet"], build(checkpoint), []
-    given = lambda module, args, kwargs: seen.append(kwargs["controlnet_block_samples"])  # noqa: E731
-    pipe.transformer.register_forward_pre_hook(given, with_kwargs=True)
+
+    def noted(module, args, kwargs):
+        seen.append(kwargs["controlnet_block_samples"])
+
+    pipe.transformer.register_forward_pre_hook(noted, with_kwargs=True)
     others = {"control_guidance_end": 0.5}
     expected = member.draw(pipe, **others)
     before = [None if one is None else [sample.clone() for sample in one] for one in seen]
