@@ -62,6 +62,7 @@ class AcceleratedPipeline(PickledAsStock):
         if state.texts.resting:
             text.rest(self)  # it went along
         state.texts.cache.leave(device)
+        state.texts.features.leave(device)
         if state.transformer is not None:
             state.transformer.__dict__[ATTACHED].leave(device)
         return self

@@ -94,6 +94,8 @@ def report(pipe: Any) -> Report:
         if state.texts is not None:
             replaced.append(f"text encoding (no logits; {_prompts(state.texts)}; text encoder: {state.texts.placement})")
             memory["prompt cache"] = state.texts.cache.nbytes
+        if state.texts is not None and state.texts.pictures:
+            memory["vision features"] = state.texts.features.nbytes
         if state.pictures is not None:
             memory["encoded pictures"] = state.pictures.nbytes
         if state.options.check_nan:

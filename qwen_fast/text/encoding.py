@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..common.hooks import is_hooked
 from ..common.own import foreign_forward, foreign_methods, foreign_on, process_reason
 from ..common.placement import on_device, to_device, to_host, weights_reason
+from ..common.recent import Recent
 from ..common.state import State, logger
 from .cache import PromptCache
 from .watch import EncoderWatch
@@ -49,6 +50,7 @@ class TextState:
 
     Attributes:
         cache: the prompts encoded so far.
+        features: what the vision tower gave for pictures, see tower.py.
         option: "memory" or "disk" cache, None for none.
         placement: "keep", "offload" or "free": what becomes of the text encoder after encoding.
         pictures: prompts hold pictures, see pictures.py.
@@ -62,6 +64,7 @@ class TextState:
 
     def __init__(self, option: str | None, cache: PromptCache, placement: str, pictures: bool = False):
         self.option, self.cache, self.placement, self.pictures = option, cache, placement, pictures
+        self.features = Recent()
         self.watch = EncoderWatch(pictures)
         self.content: str | None = None
         self.uncached: str | None = None

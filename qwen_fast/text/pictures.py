@@ -16,6 +16,7 @@ import torch
 
 from ..common.rewritten import Unknown, rewritten, text
 from .encoding import bring_back, surroundings
+from .tower import kept_tower
 
 _GIVEN = {"input_ids", "attention_mask", "pixel_values", "image_grid_thw", "output_hidden_states"}
 _NAME = "_qwen_fast_encoder"
@@ -63,7 +64,8 @@ def encoded(pipe: Any, **given: Any) -> Any:
     if found is not None:
         return Outputs((found.clone(),))
     bring_back(pipe, pipe.fast_state)
-    outputs = encoder(**given)
+    with kept_tower(encoder, pipe.fast_state):
+        outputs = encoder(**given)
     pipe.fast_state.calls["text encoder with pictures"] += 1
     if name is not None:
         texts.cache.put((name, device), outputs.hidden_states[-1].clone())
