@@ -1,7 +1,7 @@
 """The ControlNet of a call: its residuals of each step, for the prompt alone as in stock, which all predictions get."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,6 +30,7 @@ class Control:
         self._net: torch.nn.Module | None = None
         self._found: Survey | None = None
         self._why: str | None = None  # it is called
+        self._dirty = True  # code of the user's has run
         self.forget()
 
     def forget(self) -> None:
@@ -41,7 +42,7 @@ class Control:
 
     def look(self) -> None:
         """Read what of the ControlNet is stock's own: before the first step, and after code of the user's has run."""
-        whole = self._denoiser.pipe.controlnet
+        whole, self._dirty = self._denoiser.pipe.controlnet, True
         before, self._net, self._found = (self._net, self._found), None, None
         self._why = controlnet.whole_reason(whole)
         if self._why is None:
@@ -55,21 +56,25 @@ class Control:
 
     def added(self, step: Step) -> Step:
         """`step` with the residuals among the arguments of its forwards; None there: nothing is added."""
-        denoiser, control = self._denoiser, step.control
+        denoiser = self._denoiser
         hidden, timestep = denoiser.given(step)
-        timestep = timestep / 1000
-        misfit = None if self._why is not None else _misfit(step, hidden)
+        timestep, pictures = timestep / 1000, step.control["controlnet_cond"]
+        if denoiser.state.options.precise_sampler:  # some pipelines give them in the latents' dtype
+            one = isinstance(pictures, torch.Tensor)
+            pictures = pictures.to(hidden.dtype) if one else [picture.to(hidden.dtype) for picture in pictures]
+        given = step.control | {"hidden_states": hidden, "controlnet_cond": pictures}
+        misfit = None if self._why is not None else _misfit(step, given)
         if misfit is not None:
             denoiser.state.fall_back(misfit)
         if self._why is not None or misfit is not None:
-            given = control | {"hidden_states": hidden, "timestep": timestep}
-            found = denoiser.pipe.controlnet(**given, return_dict=False)
+            found = denoiser.pipe.controlnet(**given, timestep=timestep, return_dict=False)
         else:
-            found = self._fused(step, hidden, timestep[:1])
+            found = self._fused(step, given, timestep[:1])
+            self._dirty = False
         return replace(step, forwards=tuple(forward | {RESIDUALS: found} for forward in step.forwards))
 
-    def _fused(self, step: Step, hidden: torch.Tensor, timestep: torch.Tensor) -> list[torch.Tensor] | None:
-        net, denoiser, attention = self._net, self._denoiser, self._denoiser.state.options.attention
+    def _fused(self, step: Step, given: dict[str, Any], timestep: torch.Tensor) -> list[torch.Tensor] | None:
+        net, denoiser, hidden = self._net, self._denoiser, given["hidden_states"]
         if self._text is None:
             shapes = check_image_shapes(step.shapes, len(hidden))
             embeds, positions = rows_of(*step.prompts[0], len(hidden))
@@ -78,12 +83,12 @@ class Control:
             if denoiser.row is not None and denoiser.state.options.modulation != "layers":
                 self._table = FromTable(net, self._tables, denoiser.timesteps, denoiser.places[1:])
         several = []
-        for place, (picture, scale) in enumerate(_pictures(step)):
-            if scale == 0 and not self._asked and denoiser.packs is not None:
+        for place, (picture, scale) in enumerate(_pictures(given)):
+            if isinstance(scale, float | int) and scale == 0 and not self._asked and denoiser.packs is not None:
                 continue  # as beyond control_guidance_start and _end: nothing is left of finite residuals
             control, source = self._embedded(place, picture), self._source(hidden, timestep)
-            given = (hidden, control, scale, self._text, self._layout, source, attention)
-            several.append(controlnet.residuals(net, self._found, *given))
+            of_call = self._text, self._layout, source, denoiser.state.options.attention
+            several.append(controlnet.residuals(net, self._found, hidden, control, scale, *of_call))
             denoiser.state.calls["controlnet"] += 1
         return controlnet.summed(several)
 
@@ -96,23 +101,24 @@ class Control:
     def _embedded(self, place: int, picture: torch.Tensor) -> torch.Tensor:
         """Of the latents of a control picture, which are the same at each step."""
         held, rows = self._pictures.get(place, (None, None))
-        if held is None or not held.same(picture, dirty=True):
+        if held is None or not held.same(picture, self._dirty):
             rows = controlnet.embedded(self._found, picture)
             self._pictures[place] = Held.of(picture), rows
         return rows
 
 
-def _pictures(step: Step) -> list[tuple[torch.Tensor, float]]:
+def _pictures(given: dict[str, Any]) -> list[tuple[torch.Tensor, float]]:
     """Latents `[B, S_img, C_control]` of the control pictures, each with the scale of its residuals."""
-    pictures, scales = step.control["controlnet_cond"], step.control["conditioning_scale"]
+    pictures, scales = given["controlnet_cond"], given["conditioning_scale"]
     return [(pictures, scales)] if isinstance(pictures, torch.Tensor) else list(zip(pictures, scales, strict=False))
 
 
-def _misfit(step: Step, hidden: torch.Tensor) -> str | None:
+def _misfit(step: Step, given: dict[str, Any]) -> str | None:
     """What the ControlNet's own forward has to refuse or make fit, or None."""
+    hidden = given["hidden_states"]
     if torch.is_autocast_enabled(hidden.device.type):
         return "autocast around the ControlNet"
-    for picture, _ in _pictures(step):
+    for picture, _ in _pictures(given):
         if picture.shape[:2] != hidden.shape[:2] or picture.dtype != hidden.dtype:
             found, latents = (f"{tuple(one.shape)} {one.dtype}" for one in (picture, hidden))
             return f"a control picture of {found} for latents of {latents}"

@@ -63,7 +63,7 @@ def reason_against(denoiser: "Denoiser", step: Step) -> str | None:
     if denoiser.row is None:
         return "a timestep that the scheduler does not have"
     if step.control is not None or step.shared(RESIDUALS) is not None:
-        return "a ControlNet's residuals are new at each step"
+        return "a ControlNet, which a graph has not in it"
     if denoiser.source is None and step.shared("additional_t_cond") is not None:
         return "modulations with a condition of each sample's own"
     if len(denoiser.packs) > 1:

@@ -9,7 +9,8 @@ import torch
 
 from ..common.state import STATE, State
 from ..transformer.call import ATTACHED
-from ..transformer.controlnet import fused_net
+from ..transformer.controlnet import fused_net, stock_reason
+from ..transformer.survey import survey
 
 TRANSFORMER = diffusers.QwenImageTransformer2DModel
 
@@ -87,7 +88,8 @@ def report(pipe: Any) -> Report:
             replaced.append(f"transformer (fused blocks, modulation {modulation}, attention {state.options.attention})")
             if state.options.attention == "auto":
                 replaced += attention.described()
-            if fused_net(pipe) is not None:
+            net = fused_net(pipe)
+            if net is not None and stock_reason(net, survey(net)) is None:
                 replaced.append("ControlNet (fused blocks)")
             graphs = f"no CUDA graph: {state.graph}" if state.graph else f"CUDA graph {state.options.cuda_graph}"
             replaced.append(f"steps ({graphs})")

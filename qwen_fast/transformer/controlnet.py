@@ -71,7 +71,7 @@ def residuals(
     found: Survey,
     hidden_states: torch.Tensor,
     control: torch.Tensor,
-    scale: float,
+    scale: float | torch.Tensor,
     text: torch.Tensor,
     layout: Layout,
     source: ModulationSource,
@@ -83,7 +83,7 @@ def residuals(
         net: a QwenImageControlNetModel that `found` has no `stock_reason` against.
         hidden_states: `[B, S_img, C_in]`, the latents.
         control: `[B * S_img, C]`, of `embedded`.
-        scale: of the residuals.
+        scale: of the residuals; one number, or a tensor to multiply them by.
         text: `[txt_rows, C]`, the prompts after txt_norm and txt_in.
         layout: of the prompts and the latents.
         source: its modulations.
@@ -105,7 +105,7 @@ def residuals(
         stream.through(found.parts[id(block)], source.block(index), following, drop_text=index == last)
         out = torch.empty_like(image)
         linear_into(projection, stream.residual[stream.split :], out)
-        results.append(out.mul_(scale).unflatten(0, hidden_states.shape[:2]))
+        results.append(out.unflatten(0, hidden_states.shape[:2]).mul_(scale))
     return results
 
 

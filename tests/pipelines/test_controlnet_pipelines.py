@@ -107,6 +107,20 @@ def test_a_union_of_pictures(checkpoint, others, forwards):
     assert_drawn(union(checkpoint), forwards=forwards, control_image=[WIDE, WIDE.rotate(180)], **others)
 
 
+def test_a_scale_of_each_sample(checkpoint):
+    two = {"prompt": ["a red circle", "x"], "negative_prompt": ["x", "y"]}
+    assert_drawn(build(checkpoint), controlnet_conditioning_scale=torch.tensor([0.3, 0.9]).view(2, 1, 1), **two)
+
+
+def test_under_inference_mode(checkpoint):
+    member, pipe = MEMBERS["controlnet"], build(checkpoint)
+    expected = member.draw(pipe)
+    with torch.inference_mode():
+        member.assert_same(member.draw(qwen_fast.enable(pipe, strict=True)), expected)
+    member.assert_same(member.draw(pipe), expected)
+    assert counted(pipe) == 2 * STEPS
+
+
 def test_two_networks_are_refused_in_stocks_words(checkpoint):
     pipe = build(checkpoint)
     pipe.register_modules(controlnet=QwenImageMultiControlNetModel([pipe.controlnet, copy.deepcopy(pipe.controlnet)]))
@@ -123,10 +137,10 @@ def test_other_pictures_and_prompts_in_turn(checkpoint):
         member.assert_same(actual, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("precise", [False, True])
-def test_halves_are_as_near_to_fp32_as_stocks(checkpoint, dtype, precise):
-    member, pipe = MEMBERS["controlnet"], build(checkpoint, dtype=dtype)
+@BOTH
+@pytest.mark.parametrize("dtype, precise", [(torch.bfloat16, False), (torch.float16, False), (torch.bfloat16, True)], ids=str)
+def test_halves_are_as_near_to_fp32_as_stocks(checkpoint, name, dtype, precise):
+    member, pipe = MEMBERS[name], build(checkpoint, name, dtype=dtype)
     wide = copy.deepcopy(pipe)
     for part in wide.components.values():
         if isinstance(part, torch.nn.Module):
@@ -215,6 +229,7 @@ def test_what_was_changed_is_called(checkpoint, change):
     expected = member.draw(pipe)
     assert change is offloaded or (expected - plain).abs().max() > 1e-3 * plain.abs().max()
     member.assert_same(member.draw(qwen_fast.enable(pipe)), expected)
+    assert "ControlNet" not in str(qwen_fast.report(pipe).replaced)
     assert counted(pipe) == 0 and any("ControlNet" in reason for reason in qwen_fast.report(pipe).fallbacks)
     assert qwen_fast.report(pipe).calls["packed transformer"] == STEPS
     qwen_fast.enable(pipe, strict=True)
@@ -277,6 +292,21 @@ def test_a_hook_on_the_transformer_gets_residuals_where_the_scale_is_zero(checkp
     assert len(seen) == len(before) == 2 * STEPS
     for ours, theirs in zip(seen, before, strict=True):
         assert all((one - other).abs().max() <= 1e-4 for one, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_hooked_block_of_the_transformer_gets_its_residual(checkpoint, place):
+    member, pipe = MEMBERS["controlnet"], build(checkpoint)
+    plain = member.draw(pipe)
+
+    def changed(module, args, output):
+        return output[0], output[1] * 1.2
+
+    pipe.transformer.transformer_blocks[place].register_forward_hook(changed)
+    expected = member.draw(pipe)
+    assert (expected - plain).abs().max() > 1e-3 * plain.abs().max()
+    member.assert_same(member.draw(qwen_fast.enable(pipe)), expected)
+    assert counted(pipe) == STEPS
 
 
 # Callbacks
