@@ -155,7 +155,7 @@ def launch_gated_residual_ada_layer_norm(
             _gated_residual_ada_layer_norm_kernel,
             row_grid(rows, txt_rows, config),
             (y, normed, residual, branch, gate, shift, scale, step_index, own, more),
-            (rows, txt_rows, gate.shape[0], len(more), eps),
+            (rows, txt_rows, gate.shape[0], more.shape[0], eps),
             (*strides, more.stride(0)),
             HAS_TOKEN_ROWS=token_rows is not None,
             HAS_ADDED=added is not None,

@@ -21,12 +21,11 @@ class Control:
     """Adds the ControlNet's residuals to the steps of a call: fused where all of it is stock's own, else from its own forward.
 
     Args:
-        denoiser: of the call.
         asked: a callback reads the residuals: they are there where their scale is 0 too.
     """
 
-    def __init__(self, denoiser: "Denoiser", asked: bool):
-        self._denoiser, self._asked, self._tables = denoiser, asked, TableCache()
+    def __init__(self, asked: bool):
+        self._asked, self._tables = asked, TableCache()
         self._net: torch.nn.Module | None = None
         self._found: Survey | None = None
         self._why: str | None = None  # it is called
@@ -40,9 +39,9 @@ class Control:
         self._table: FromTable | None = None
         self._pictures: dict[int, tuple[Held, torch.Tensor]] = {}
 
-    def look(self) -> None:
+    def look(self, denoiser: "Denoiser") -> None:
         """Read what of the ControlNet is stock's own: before the first step, and after code of the user's has run."""
-        whole, self._dirty = self._denoiser.pipe.controlnet, True
+        whole, self._dirty = denoiser.pipe.controlnet, True
         before, self._net, self._found = (self._net, self._found), None, None
         self._why = controlnet.whole_reason(whole)
         if self._why is None:
@@ -50,13 +49,12 @@ class Control:
             self._found = survey(self._net, before[1] if before[0] is self._net else None)
             self._why = controlnet.stock_reason(self._net, self._found)
         if self._why is not None:
-            self._denoiser.state.fall_back(self._why)
+            denoiser.state.fall_back(self._why)
         if before != (self._net, self._found):
             self.forget()
 
-    def added(self, step: Step) -> Step:
+    def added(self, denoiser: "Denoiser", step: Step) -> Step:
         """`step` with the residuals among the arguments of its forwards; None there: nothing is added."""
-        denoiser = self._denoiser
         hidden, timestep = denoiser.given(step)
         timestep, pictures = timestep / 1000, step.control["controlnet_cond"]
         if denoiser.state.options.precise_sampler:  # some pipelines give them in the latents' dtype
@@ -69,12 +67,14 @@ class Control:
         if self._why is not None or misfit is not None:
             found = denoiser.pipe.controlnet(**given, timestep=timestep, return_dict=False)
         else:
-            found = self._fused(step, given, timestep[:1])
+            found = self._fused(denoiser, step, given, timestep[:1])
             self._dirty = False
         return replace(step, forwards=tuple(forward | {RESIDUALS: found} for forward in step.forwards))
 
-    def _fused(self, step: Step, given: dict[str, Any], timestep: torch.Tensor) -> list[torch.Tensor] | None:
-        net, denoiser, hidden = self._net, self._denoiser, given["hidden_states"]
+    def _fused(
+        self, denoiser: "Denoiser", step: Step, given: dict[str, Any], timestep: torch.Tensor
+    ) -> list[torch.Tensor] | None:
+        net, hidden = self._net, given["hidden_states"]
         if self._text is None:
             shapes = check_image_shapes(step.shapes, len(hidden))
             embeds, positions = rows_of(*step.prompts[0], len(hidden))

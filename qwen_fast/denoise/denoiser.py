@@ -87,7 +87,7 @@ class Denoiser:
     def __init__(self, pipe: Any, names: Iterable[str] = (), *, known_loop: bool = True, proved: torch.dtype | None = None):
         self.pipe, self.state, self.model = pipe, pipe.fast_state, pipe.transformer
         self.call = Call(self.model, self.state)
-        self.control = Control(self, RESIDUALS in names)
+        self.control = Control(RESIDUALS in names)
         self.watched, self.known_loop, self.proved = not set(SHOWN).isdisjoint(names), known_loop, proved
         self.scheduled: torch.Tensor | None = None
         self.source: FromTable | None = None
@@ -198,7 +198,7 @@ class Denoiser:
         if self.dirty:
             self.look()
             if step.control is not None:
-                self.control.look()
+                self.control.look(self)
             self.own_step = self.pipe.steps_itself()
             if self.own_step is not None and self.step_before is not None:
                 self.state.fall_back("a callback changed the scheduler, which takes the steps from there on")
@@ -301,7 +301,7 @@ class Denoiser:
         if precise:
             latents = latents.float()
         if step.control is not None:
-            step = self.control.added(step)
+            step = self.control.added(self, step)
         predictions = self.predict(step)
         shown = guided(predictions, step) if self.watched or not step.normalize else {}
         if self.own_step is not None or (predictions[0].dtype != latents.dtype and not precise):
