@@ -40,6 +40,12 @@ def _rows_op(tokens: int, tables: int, flops: int) -> Callable[..., tuple[int, i
     return traffic
 
 
+def _gated_norm(residual, *rest):
+    moved, flops = _rows_op(4, 3, 11)(residual)
+    txt_rows, added = rest[5], rest[-1]
+    return moved + (0 if added is None else (len(residual) - txt_rows) * added.shape[1] * added.element_size()), flops
+
+
 def _normed_heads(query, key, *rest):
     rope, text, places = rest[4], *rest[8:]
     return 2 * _bytes(query, key, text[2]) + _bytes(rope, places), 14 * query.numel()
@@ -72,7 +78,7 @@ TRAFFIC: dict[str, Callable[..., tuple[int, int]]] = {
     "cfg_euler_step": lambda latents, *_: (4 * _bytes(latents), 12 * latents.numel()),
     "ada_layer_norm": _rows_op(2, 2, 9),
     "gated_residual": _rows_op(3, 1, 2),
-    "gated_residual_ada_layer_norm": _rows_op(4, 3, 11),
+    "gated_residual_ada_layer_norm": _gated_norm,
     "qk_norm_rope": _normed_heads,
     "joint_attention": _attention,
     "linear_gelu": _matmul,

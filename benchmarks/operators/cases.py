@@ -178,6 +178,18 @@ CASES: list[OperatorCase] = [
     *_cases_of_token_rows("ada_layer_norm"),
     *_cases_of_token_rows("gated_residual"),
     *_cases_of_token_rows("gated_residual_ada_layer_norm"),
+    *(
+        OperatorCase(
+            "gated_residual_ada_layer_norm", f"ControlNet, {name}", dtype, size, {"added": True, **more}, default=default
+        )
+        for name, dtype, size, more, default in (
+            ("bf16", BF16, GUIDED, {}, True),
+            ("fp16", FP16, GUIDED, {"clip": True}, False),
+            ("fp32", FP32, GUIDED, {}, False),
+            ("512 channels, bf16", BF16, MIDDLE, {}, False),
+            ("64 channels, fp32", FP32, TINY, {}, False),
+        )
+    ),
     *_cases_of_heads("qk_norm_rope"),
     *_cases_of_heads("joint_attention"),
     OperatorCase("joint_attention", "key mask", BF16, PACKED, {"masked": True}, default=True),

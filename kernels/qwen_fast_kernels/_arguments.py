@@ -109,10 +109,13 @@ def _gated_residual(make, dtype, size, layout="rows", streams=2, packed=False, c
     return residual, branch, gate, *_conditions(make, size, packed, clip)
 
 
-def _gated_residual_ada_layer_norm(make, dtype, size, layout="rows", streams=2, packed=False, clip=False):
+def _gated_residual_ada_layer_norm(make, dtype, size, layout="rows", streams=2, packed=False, clip=False, added=False):
     shift, scale, gate = make.modulation(STEPS, streams, size.channels, dtype)[:3]
     residual, branch = (_tokens(make, dtype, size, layout) for _ in range(2))
-    return residual, branch, gate, shift, scale, *_conditions(make, size, packed, 1e-6), clip
+    # Sequences of one length get the same rows, as both predictions of a step do.
+    image = size.img[0] if len(set(size.img)) == 1 else sum(size.img)
+    more = make.normal(image, size.channels, dtype=dtype) if added else None
+    return residual, branch, gate, shift, scale, *_conditions(make, size, packed, 1e-6), clip, more
 
 
 def _heads(make, dtype, size, layout, count):

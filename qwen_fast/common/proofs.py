@@ -92,6 +92,8 @@ def transformer_problems(dtype: torch.dtype, heads: int, head_dim: int) -> tuple
         found.append(Problem.of("ada_layer_norm", dtype, size, packed=packed))
         for op in ("gated_residual", "gated_residual_ada_layer_norm"):
             found += [Problem.of(op, dtype, size, packed=packed, clip=clip) for clip in clips]
+    # With what a ControlNet adds.
+    found.append(Problem.of("gated_residual_ada_layer_norm", dtype, size, packed=False, clip=clips[-1], added=True))
     found.append(Problem.of("qk_norm_rope", dtype, size, layout="rows"))
     found.append(Problem.of("linear_gelu", dtype, size, expansion=1))
     found += [attention_problem(dtype, head_dim, masked) for masked in (False, True)]

@@ -19,19 +19,10 @@ from ..transformer.layout import check_image_shapes
 from ..transformer.modulation import FromScheduledTable, FromTable
 from ..transformer.modulation_weights import table_reason
 from . import graph
+from .control import Control
 from .inputs import Held, Inputs
 from .packing import packed_prompts, takes_rows
-from .step import (
-    SHOWN,
-    Found,
-    Step,
-    drew,
-    guided,
-    row_of,
-    sampler_step,
-    scheduling,
-    without_references,
-)
+from .step import RESIDUALS, SHOWN, Found, Step, drew, guided, row_of, sampler_step, scheduling, without_references
 from .watch import FiniteCheck, Pace
 
 _CURRENT: ContextVar["Denoiser | None"] = ContextVar("qwen_fast_denoiser", default=None)
@@ -46,13 +37,14 @@ def take_step(
     uncond: dict[str, Any] | None,
     true_cfg_scale: float | None,
     normalize: bool,
+    control: dict[str, Any] | None,
 ) -> Found | None:
     """A step of the call of `pipe` that is under way, see `Step`; None: stock's loop takes it."""
     denoiser = _CURRENT.get()
     if denoiser is None or denoiser.pipe is not pipe:
         return None
     forwards = (cond,) if uncond is None else (cond, uncond)
-    return denoiser.step(Step(t, latents, timestep, forwards, true_cfg_scale, normalize))
+    return denoiser.step(Step(t, latents, timestep, forwards, true_cfg_scale, normalize, control))
 
 
 def behind_step(pipe: Any, i: int, latents: torch.Tensor) -> None:
@@ -95,6 +87,7 @@ class Denoiser:
     def __init__(self, pipe: Any, names: Iterable[str] = (), *, known_loop: bool = True, proved: torch.dtype | None = None):
         self.pipe, self.state, self.model = pipe, pipe.fast_state, pipe.transformer
         self.call = Call(self.model, self.state)
+        self.control = Control(RESIDUALS in names)
         self.watched, self.known_loop, self.proved = not set(SHOWN).isdisjoint(names), known_loop, proved
         self.scheduled: torch.Tensor | None = None
         self.source: FromTable | None = None
@@ -204,6 +197,8 @@ class Denoiser:
                 self.pipe.require_kernels(dtype, self.device)
         if self.dirty:
             self.look()
+            if step.control is not None:
+                self.control.look(self)
             self.own_step = self.pipe.steps_itself()
             if self.own_step is not None and self.step_before is not None:
                 self.state.fall_back("a callback changed the scheduler, which takes the steps from there on")
@@ -212,6 +207,7 @@ class Denoiser:
         changed = self.inputs is None or not inputs.same(self.inputs)
         self.step_before, self.inputs, self.dirty = step, inputs, self.own_step is not None
         if changed:
+            self.control.forget()
             self._take_over(step)
         elif self.packs is not None:
             self._apply_lora_scale()
@@ -304,6 +300,8 @@ class Denoiser:
         precise = self.state.options.precise_sampler and self.own_step is None
         if precise:
             latents = latents.float()
+        if step.control is not None:
+            step = self.control.added(self, step)
         predictions = self.predict(step)
         shown = guided(predictions, step) if self.watched or not step.normalize else {}
         if self.own_step is not None or (predictions[0].dtype != latents.dtype and not precise):
@@ -320,7 +318,7 @@ class Denoiser:
             scheduler._step_index += 1
         self.places.add_(1)  # in stream order, so no program of this step can see the next index
         self._held = index + 1, None if row is None else row + 1
-        return Found(latents, shown.get("noise_pred"), tuple(shown.get(name) for name in SHOWN[1:]))
+        return Found(latents, shown.get("noise_pred"), tuple(shown.get(name) for name in SHOWN[1:]), step.shared(RESIDUALS))
 
     def behind(self, i: int, latents: torch.Tensor) -> None:
         """The end of turn `i` of the loop."""
@@ -331,9 +329,7 @@ class Denoiser:
 
     def predict(self, step: Step) -> tuple[torch.Tensor, ...]:
         """The prediction for the prompt, and with guidance the one for the negative prompt, each `[B, S_img, C]`."""
-        hidden, timestep = step.shared("hidden_states"), step.timestep
-        if self.state.options.precise_sampler and hidden.dtype != self.dtype:
-            hidden, timestep = hidden.to(self.dtype), step.t.expand(len(hidden)).to(self.dtype)
+        hidden, timestep = self.given(step)
         others, self.call.source = self.call.source, self.source
         if self.packs is None and self.attached and self.call.survey.model is not None:
             self.call.source = None  # what is around the forward may give it another timestep
@@ -355,9 +351,16 @@ class Denoiser:
         finally:
             self.call.source = others
 
+    def given(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states and timestep `[B]` of a step, in the model's dtype."""
+        hidden, timestep = step.shared("hidden_states"), step.timestep
+        if self.state.options.precise_sampler and hidden.dtype != self.dtype:
+            return hidden.to(self.dtype), step.t.expand(len(hidden)).to(self.dtype)
+        return hidden, timestep
+
     def _packed(self, step: Step, hidden: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor, ...]:
         predictions = []
-        others = {"controlnet_block_samples": step.shared("controlnet_block_samples")}
+        others = {RESIDUALS: step.shared(RESIDUALS)}
         others["additional_t_cond"] = None if self.source is not None else step.shared("additional_t_cond")
         for pack in self.packs:
             if self.call.survey.placed:

@@ -25,7 +25,7 @@ from ..transformer.call import ATTACHED, Call, PromptBatch
 from ..transformer.layout import build_layout
 from ..transformer.modulation import FromRow, ModulationTable
 from ..transformer.modulation_weights import host_bytes
-from .step import Step, combined, sampler_step, without_references
+from .step import RESIDUALS, Step, combined, sampler_step, without_references
 
 if TYPE_CHECKING:
     from .denoiser import Denoiser
@@ -62,8 +62,8 @@ def reason_against(denoiser: "Denoiser", step: Step) -> str | None:
         return "hooks, caches, compiled blocks or custom attention processors"
     if denoiser.row is None:
         return "a timestep that the scheduler does not have"
-    if step.shared("controlnet_block_samples") is not None:
-        return "a ControlNet's residuals are new at each step"
+    if step.control is not None or step.shared(RESIDUALS) is not None:
+        return "a ControlNet, which a graph has not in it"
     if denoiser.source is None and step.shared("additional_t_cond") is not None:
         return "modulations with a condition of each sample's own"
     if len(denoiser.packs) > 1:

@@ -19,7 +19,7 @@ def packed_prompts(denoiser: "Denoiser", step: Step, together: bool | None = Non
     Args:
         together: None: where the activations fit into the device's memory.
     """
-    model, prompts = denoiser.model, [_rows_of(*prompt, denoiser.batch) for prompt in step.prompts]
+    model, prompts = denoiser.model, [rows_of(*prompt, denoiser.batch) for prompt in step.prompts]
 
     def packed(group: list) -> PromptBatch:
         embeds, shapes = torch.cat([embeds for embeds, _ in group]), denoiser.shapes * len(group)
@@ -42,16 +42,21 @@ def takes_rows(denoiser: "Denoiser", step: Step) -> bool:
         return False
     if hidden.dtype != denoiser.dtype and not denoiser.state.options.precise_sampler:
         return False
-    for embeds, mask in step.prompts:
-        if embeds is None or denoiser.batch % embeds.shape[0] or (mask is not None and mask.shape != embeds.shape[:2]):
-            return False
-    shapes = check_image_shapes(step.shapes, denoiser.batch)
-    if any(sum(map(math.prod, entry)) != hidden.shape[1] for entry in shapes):
+    if not are_rows(step.prompts, step.shapes, hidden):
         return False
     return not getattr(model, "is_cache_enabled", False) and getattr(model, "_parallel_config", None) is None
 
 
-def _rows_of(embeds: torch.Tensor, mask: torch.Tensor | None, batch: int) -> tuple[torch.Tensor, list[int | tuple[int, ...]]]:
+def are_rows(prompts: list, shapes: list, hidden: torch.Tensor) -> bool:
+    """Whether prompts and pictures fit to hidden states `[B, S_img, C]`."""
+    for embeds, mask in prompts:
+        if embeds is None or len(hidden) % embeds.shape[0] or (mask is not None and mask.shape != embeds.shape[:2]):
+            return False
+    shapes = check_image_shapes(shapes, len(hidden))
+    return all(sum(map(math.prod, entry)) == hidden.shape[1] for entry in shapes)
+
+
+def rows_of(embeds: torch.Tensor, mask: torch.Tensor | None, batch: int) -> tuple[torch.Tensor, list[int | tuple[int, ...]]]:
     """Embeddings as rows without the masked ones, and per sample how many they are, or where they stood."""
     # One negative prompt for all: diffusers leaves it to broadcasting, which several pictures a prompt break.
     embeds = embeds.repeat(batch // embeds.shape[0], 1, 1) if embeds.shape[0] != batch else embeds

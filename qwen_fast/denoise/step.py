@@ -11,6 +11,7 @@ from ..common.hardware import free_bytes
 from ..common.state import State
 
 SHOWN = ("noise_pred", "neg_noise_pred", "comb_pred", "cond_norm", "noise_norm")  # a step's, by the names of stock's loop
+RESIDUALS = "controlnet_block_samples"  # likewise; and the transformer's argument
 _PROMPT = ("encoder_hidden_states", "encoder_hidden_states_mask")
 
 
@@ -24,6 +25,7 @@ class Step:
             the negative prompt. The hidden states are `[B, S_img + S_ref, C]` where there are reference pictures.
         true_cfg_scale: None without guidance.
         normalize: whether guidance keeps the norm of the prompt's prediction.
+        control: the keyword arguments of the ControlNet's forward, but the timestep; None without.
     """
 
     t: torch.Tensor
@@ -32,6 +34,7 @@ class Step:
     forwards: tuple[dict[str, Any], ...]
     true_cfg_scale: float | None
     normalize: bool
+    control: dict[str, Any] | None = None
 
     @property
     def prompts(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
@@ -63,11 +66,13 @@ class Found:
         latents: the next ones.
         noise_pred: the velocity; None where nobody asked for it.
         guided: what stock's loop has beside it under guidance, in the order of `SHOWN`, likewise.
+        residuals: of the ControlNet.
     """
 
     latents: torch.Tensor
     noise_pred: torch.Tensor | None = None
     guided: tuple[torch.Tensor | None, ...] = (None,) * 4
+    residuals: list[torch.Tensor] | None = None
 
 
 def scheduling(scheduler: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ..text import encoding as text
 from ..text import pictures
 from ..transformer.attach import attach, detach, settle_modulation
 from ..transformer.call import ATTACHED
+from ..transformer.controlnet import fused_net
 from ..vae import pictures as fast_vae
 from .foreign import scheduler_reason
 from .scheduler import FlowMatchEulerDiscreteScheduler
@@ -61,6 +62,7 @@ class AcceleratedPipeline(PickledAsStock):
         if state.texts.resting:
             text.rest(self)  # it went along
         state.texts.cache.leave(device)
+        state.texts.features.leave(device)
         if state.transformer is not None:
             state.transformer.__dict__[ATTACHED].leave(device)
         return self
@@ -161,9 +163,9 @@ class AcceleratedPipeline(PickledAsStock):
         state, model = self.fast_state, self.transformer
         flags = proofs.ScheduleFlags.of(self.scheduler.config)
         problems = [*proofs.sampler_problems(dtype, model.config.in_channels, flags, state.options.precise_sampler)]
-        if state.transformer is not None:
-            config = model.config
-            problems += proofs.transformer_problems(dtype, config.num_attention_heads, config.attention_head_dim)
+        for one in (state.transformer, fused_net(self)):
+            if one is not None:
+                problems += proofs.transformer_problems(dtype, one.config.num_attention_heads, one.config.attention_head_dim)
         if state.vae is not None:
             problems += proofs.vae_problems(self.vae.dtype, proofs.vae_norms(self.vae))
         proofs.require(state, problems, device)

@@ -9,6 +9,8 @@ import torch
 
 from ..common.state import STATE, State
 from ..transformer.call import ATTACHED
+from ..transformer.controlnet import fused_net, stock_reason
+from ..transformer.survey import survey
 
 TRANSFORMER = diffusers.QwenImageTransformer2DModel
 
@@ -86,11 +88,16 @@ def report(pipe: Any) -> Report:
             replaced.append(f"transformer (fused blocks, modulation {modulation}, attention {state.options.attention})")
             if state.options.attention == "auto":
                 replaced += attention.described()
+            net = fused_net(pipe)
+            if net is not None and stock_reason(net, survey(net)) is None:
+                replaced.append("ControlNet (fused blocks)")
             graphs = f"no CUDA graph: {state.graph}" if state.graph else f"CUDA graph {state.options.cuda_graph}"
             replaced.append(f"steps ({graphs})")
         if state.texts is not None:
             replaced.append(f"text encoding (no logits; {_prompts(state.texts)}; text encoder: {state.texts.placement})")
             memory["prompt cache"] = state.texts.cache.nbytes
+        if state.texts is not None and state.texts.pictures:
+            memory["vision features"] = state.texts.features.nbytes
         if state.pictures is not None:
             memory["encoded pictures"] = state.pictures.nbytes
         if state.options.check_nan:

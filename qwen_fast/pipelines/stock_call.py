@@ -1,8 +1,8 @@
 """diffusers' own `__call__`, but for the statements of a denoising step: those are asked of the denoiser first.
 
 All nine Qwen-Image pipelines of diffusers share the heart of their loop: a forward for the prompt, one for the negative
-prompt, guidance, `scheduler.step`. Everything around it differs, and is stock's own business. So the source of stock's
-`__call__` is read, and these statements become
+prompt, guidance, `scheduler.step`; two of them ask a ControlNet first. Everything around it differs, and is stock's own
+business. So the source of stock's `__call__` is read, and these statements become
 
     found = take_step(self, t, latents, timestep, {arguments of the first forward}, {of the second} or None, ...)
     if found is None:
@@ -23,6 +23,7 @@ from typing import Any
 from ..common.rewritten import Unknown, rewritten, text
 from ..common.stages import in_stage, stage
 from ..denoise.denoiser import around_steps, behind_step, take_step
+from ..denoise.step import RESIDUALS
 
 _INJECTED = {
     "_qwen_fast_step": take_step,
@@ -39,6 +40,8 @@ _STAGED = {
     "self.vae.decode": "vae",
     "self.image_processor.postprocess": "vae",
 }
+# What the forwards of ControlNet and transformer have alike.
+_SHARED = ("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "img_shapes")
 _GUIDED = ("neg_noise_pred", "comb_pred", "cond_norm", "noise_norm")
 
 
@@ -80,13 +83,21 @@ def _rewrite(function: ast.FunctionDef) -> None:
     last = next((n for n, one in enumerate(body) if _is_scheduler_step(one)), None)
     if first is None or last is None or last < first:
         raise Unknown
-    step = body[first : last + 1]
-    cond, uncond, normalize = _read(step)
-    guided = "do_true_cfg" if uncond is not None else "False"
-    call = f"{_STEP}(self, t, latents, timestep, {cond}, {uncond} if {guided} else None, "
-    call += f"true_cfg_scale if {guided} else None, {normalize})"
+    forwards, normalize = _read(body[first : last + 1])
+    control = _control(body[first - 1], forwards[0]) if first else None
+    if control is not None:
+        first -= 1
+        for one in forwards:
+            if one.pop(RESIDUALS, None) != RESIDUALS:
+                raise Unknown
+    step, sources = body[first : last + 1], [_dict(one) for one in forwards]
+    guided = "do_true_cfg" if len(sources) > 1 else "False"
+    call = f"{_STEP}(self, t, latents, timestep, {sources[0]}, {sources[-1]} if {guided} else None, "
+    call += f"true_cfg_scale if {guided} else None, {normalize}, {None if control is None else _dict(control)})"
     lines = [f"_found = {call}", "if _found is None:", "    pass", "else:", "    noise_pred = _found.noise_pred"]
-    if uncond is not None:
+    if control is not None:
+        lines.append(f"    {RESIDUALS} = _found.residuals")
+    if len(forwards) > 1:
         lines += ["    if do_true_cfg:", f"        {', '.join(_GUIDED)} = _found.guided"]
     lines += ["    latents_dtype = latents.dtype", "    latents = _found.latents"]
     new = ast.parse("\n".join(lines)).body
@@ -100,17 +111,17 @@ def _rewrite(function: ast.FunctionDef) -> None:
     _Stages().visit(function)
 
 
-def _read(step: list[ast.stmt]) -> tuple[str, str | None, str]:
-    """(arguments of the forward for the prompt as source of a dict, of the one for the negative prompt, whether guidance is
+def _read(step: list[ast.stmt]) -> tuple[list[dict[str, str]], str]:
+    """(arguments of the forward for the prompt, and of the one for the negative prompt if there is one; whether guidance is
     normalised) of statements that are known one by one; anything else among them is not."""
-    rest, uncond, normalize = list(step), None, "True"
-    cond = _arguments(rest.pop(0), "cond", "noise_pred")
+    rest, normalize = list(step), "True"
+    forwards = [_arguments(rest.pop(0), "cond", "noise_pred")]
     if isinstance(rest[0], ast.If):
         guidance = rest.pop(0)
         if text(guidance.test) != "do_true_cfg" or guidance.orelse:
             raise Unknown
         inner = list(guidance.body)
-        uncond = _arguments(inner.pop(0), "uncond", "neg_noise_pred")
+        forwards.append(_arguments(inner.pop(0), "uncond", "neg_noise_pred"))
         if text(inner[0]) == "neg_noise_pred = neg_noise_pred[:, :latents.size(1)]":
             inner.pop(0)
         if text(inner.pop(0)) != "comb_pred = neg_noise_pred + true_cfg_scale * (noise_pred - neg_noise_pred)":
@@ -128,11 +139,11 @@ def _read(step: list[ast.stmt]) -> tuple[str, str | None, str]:
             raise Unknown
     if [text(one) for one in rest[:-1]] != ["latents_dtype = latents.dtype"]:
         raise Unknown
-    return cond, uncond, normalize
+    return forwards, normalize
 
 
-def _arguments(node: ast.stmt, context: str, target: str) -> str:
-    """Source of a dict of the arguments of the forward in `with self.transformer.cache_context(context)`, but the timestep."""
+def _arguments(node: ast.stmt, context: str, target: str) -> dict[str, str]:
+    """Sources of the arguments of the forward in `with self.transformer.cache_context(context)`, but the timestep."""
     if not _is_forward(node, context):
         raise Unknown
     assign, *cut = node.body
@@ -141,12 +152,30 @@ def _arguments(node: ast.stmt, context: str, target: str) -> str:
     value = assign.value if isinstance(assign, ast.Assign) and text(assign.targets[0]) == target else None
     if not isinstance(value, ast.Subscript) or text(value.slice) != "0" or not isinstance(value.value, ast.Call):
         raise Unknown
-    call = value.value
+    return _words(value.value, "self.transformer")
+
+
+def _words(call: ast.Call, function: str) -> dict[str, str]:
+    """Sources of the keyword arguments of a forward, but the timestep."""
     words = {keyword.arg: text(keyword.value) for keyword in call.keywords}
-    if call.args or text(call.func) != "self.transformer" or words.pop("timestep", "") != "timestep / 1000":
+    if call.args or text(call.func) != function or words.pop("timestep", "") != "timestep / 1000":
         raise Unknown
     if words.pop("return_dict", "") != "False" or None in words:
         raise Unknown
+    return words
+
+
+def _control(node: ast.stmt, cond: dict[str, str]) -> dict[str, str] | None:
+    """Sources of the arguments of the ControlNet's forward, for latents and prompt of the next one; None: no such."""
+    if not isinstance(node, ast.Assign) or text(node.targets[0]) != RESIDUALS or not isinstance(node.value, ast.Call):
+        return None
+    words = _words(node.value, "self.controlnet")
+    if words.keys() != {"controlnet_cond", "conditioning_scale", *_SHARED} or any(words[n] != cond.get(n) for n in _SHARED):
+        raise Unknown
+    return words
+
+
+def _dict(words: dict[str, str]) -> str:
     return "{" + ", ".join(f"{name!r}: {source}" for name, source in words.items()) + "}"
 
 

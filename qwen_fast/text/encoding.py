@@ -23,8 +23,9 @@ from torch.nn.utils.rnn import pad_sequence
 from ..common.hooks import is_hooked
 from ..common.own import foreign_forward, foreign_methods, foreign_on, process_reason
 from ..common.placement import on_device, to_device, to_host, weights_reason
+from ..common.recent import Recent
 from ..common.state import State, logger
-from .cache import Encoded, PromptCache
+from .cache import PromptCache
 from .watch import EncoderWatch
 
 STOCK = transformers.Qwen2_5_VLForConditionalGeneration
@@ -49,6 +50,7 @@ class TextState:
 
     Attributes:
         cache: the prompts encoded so far.
+        features: what the vision tower gave for pictures, see tower.py.
         option: "memory" or "disk" cache, None for none.
         placement: "keep", "offload" or "free": what becomes of the text encoder after encoding.
         pictures: prompts hold pictures, see pictures.py.
@@ -62,6 +64,7 @@ class TextState:
 
     def __init__(self, option: str | None, cache: PromptCache, placement: str, pictures: bool = False):
         self.option, self.cache, self.placement, self.pictures = option, cache, placement, pictures
+        self.features = Recent()
         self.watch = EncoderWatch(pictures)
         self.content: str | None = None
         self.uncached: str | None = None
@@ -152,7 +155,7 @@ class _Call:
 
     def __init__(self, pipe: Any, waiting: list[list[str]]):
         self.pipe, self.waiting = pipe, waiting
-        self.encoded: dict[tuple[str, ...], list[Encoded]] = {}
+        self.encoded: dict[tuple[str, ...], list[torch.Tensor]] = {}
 
 
 _CALL: ContextVar[_Call | None] = ContextVar("qwen_fast_texts", default=None)
@@ -193,8 +196,8 @@ def prompt_embeds(
         encoded = results[0]
         if call is not None:
             call.encoded.update(zip(map(tuple, lists), results, strict=True))
-    embeds = pad_sequence([one.embeds for one in encoded], batch_first=True)  # a copy, which is the caller's
-    lengths = [one.embeds.shape[0] for one in encoded]
+    embeds = pad_sequence(encoded, batch_first=True)  # a copy, which is the caller's
+    lengths = [one.shape[0] for one in encoded]
     mask = torch.tensor([[1] * length + [0] * (embeds.shape[1] - length) for length in lengths], device=embeds.device)
     return embeds.to(dtype=dtype or pipe.fast_state.texts.dtype, device=device), mask
 
@@ -227,7 +230,7 @@ def bring_back(pipe: Any, state: State) -> None:
     state.texts.resting = False
 
 
-def _encode(pipe: Any, lists: list[list[str]], device: torch.device) -> list[list[Encoded]]:
+def _encode(pipe: Any, lists: list[list[str]], device: torch.device) -> list[list[torch.Tensor]]:
     """Lists of prompts, each padded for itself as stock would; what is not in the cache in one forward for each width."""
     texts = pipe.fast_state.texts
     texts.check_template(pipe)
@@ -237,11 +240,11 @@ def _encode(pipe: Any, lists: list[list[str]], device: torch.device) -> list[lis
     tokens = None
     if texts.content is not None:
         tokens = texts.watch.rows(pipe.text_encoder, (token for own in rows for row in own for token in row.ids))
-    encoded: dict[TokenizedPrompt, Encoded] = {}
+    encoded: dict[TokenizedPrompt, torch.Tensor] = {}
     missing: dict[int, dict[TokenizedPrompt, str | None]] = {}  # by width
     for row in dict.fromkeys(row for own in rows for row in own):
         digest = texts.digest(row, drop, device, tokens)
-        found = None if digest is None else texts.cache.get(digest, device)
+        found = None if digest is None else texts.cache.get((digest, device))
         if found is None:
             missing.setdefault(len(row.ids), {})[row] = digest
         else:
@@ -257,9 +260,9 @@ def _encode(pipe: Any, lists: list[list[str]], device: torch.device) -> list[lis
         for (row, digest), hidden in zip(group.items(), _hidden_states(pipe, list(group), device), strict=True):
             if not all(row.mask):
                 hidden = hidden[torch.tensor(row.mask, dtype=torch.bool, device=hidden.device)]
-            encoded[row] = Encoded(hidden[drop:].clone())  # no view: the template's rows can go
+            encoded[row] = hidden[drop:].clone()  # no view: the template's rows can go
             if digest is not None:
-                texts.cache.put(digest, device, encoded[row])
+                texts.cache.put((digest, device), encoded[row])
     rest(pipe)
     return [[encoded[row] for row in own] for own in rows]
 

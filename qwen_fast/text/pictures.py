@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..common.rewritten import Unknown, rewritten, text
-from .cache import Encoded
 from .encoding import bring_back, surroundings
+from .tower import kept_tower
 
 _GIVEN = {"input_ids", "attention_mask", "pixel_values", "image_grid_thw", "output_hidden_states"}
 _NAME = "_qwen_fast_encoder"
@@ -60,14 +60,15 @@ def encoded(pipe: Any, **given: Any) -> Any:
     name, device = None, given["input_ids"].device
     if texts.content is not None:
         name = _digest(texts, encoder, given)
-    found = None if name is None else texts.cache.get(name, device)
+    found = None if name is None else texts.cache.get((name, device))
     if found is not None:
-        return Outputs((found.embeds.clone(),))
+        return Outputs((found.clone(),))
     bring_back(pipe, pipe.fast_state)
-    outputs = encoder(**given)
+    with kept_tower(encoder, pipe.fast_state):
+        outputs = encoder(**given)
     pipe.fast_state.calls["text encoder with pictures"] += 1
     if name is not None:
-        texts.cache.put(name, device, Encoded(outputs.hidden_states[-1].clone()))
+        texts.cache.put((name, device), outputs.hidden_states[-1].clone())
     return outputs
 
 

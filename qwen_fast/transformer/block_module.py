@@ -78,7 +78,7 @@ def _fused_block(
     head_dim = block.attn.inner_dim // block.attn.heads
     stream = TokenStream(residual, layout, rows, head_dim, call.state.options.attention, sizes[0])
     stream.arguments = arguments
-    stream.through(found.parts[id(block)], modulation, None, plan)
+    stream.through(found.parts[id(block)], modulation, plan=plan)
     call.state.calls["transformer block"] += 1
     return as_batches(stream.residual, layout)
 

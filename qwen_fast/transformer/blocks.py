@@ -73,6 +73,7 @@ class TokenStream:
         parts: BlockParts,
         modulation: BlockModulation,
         following: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None,
+        added: torch.Tensor | None = None,
         plan: BlockPlan = FUSED,
         *,
         drop_text: bool = False,
@@ -81,6 +82,7 @@ class TokenStream:
 
         Args:
             following: gives shift and scale of the norm behind the block, to be computed along with its end.
+            added: `[A, C]`, what a ControlNet adds to the image rows behind the block, the same for each A of them.
             drop_text: keep the image rows only: nothing reads the text that the last block would give.
         """
         if self.normed is None:
@@ -90,8 +92,9 @@ class TokenStream:
         self._feed_forward(parts)
         if following is None:
             self._end(modulation.gate2)
+            self.add(added)
         else:
-            self._gate_and_norm(modulation.gate2, *following(), clip=self.clip)
+            self._gate_and_norm(modulation.gate2, *following(), clip=self.clip, added=added)
 
     def _begin(self, modulation: BlockModulation) -> None:
         """The first norm of a block, where the block before has not left it."""
@@ -146,10 +149,15 @@ class TokenStream:
         self.residual = gated_residual(self.residual, self.branch, gate, step_index, self.split, token_rows, self.clip)
         self.normed = None
 
-    def _gate_and_norm(self, gate, shift, scale, *, clip: bool) -> None:
+    def add(self, added: torch.Tensor | None) -> None:
+        """What a ControlNet adds behind a block, where no kernel of ours closes it, see `through`."""
+        if added is not None:
+            self.residual[self.split :].view(-1, *added.shape).add_(added)
+
+    def _gate_and_norm(self, gate, shift, scale, *, clip: bool, added: torch.Tensor | None = None) -> None:
         step_index, token_rows = self.rows
         self.residual, self.normed = gated_residual_ada_layer_norm(
-            self.residual, self.branch, gate, shift, scale, step_index, self.split, token_rows, clip=clip
+            self.residual, self.branch, gate, shift, scale, step_index, self.split, token_rows, clip=clip, added=added
         )
 
 

@@ -239,24 +239,25 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
         every = None if controlnet is None else math.ceil(len(blocks) / len(controlnet))
         last = len(blocks) - 1
         for index, (block, plan) in enumerate(zip(blocks, plans, strict=True)):
+            added = None
+            if controlnet is not None:
+                added = controlnet[index // every].flatten(0, 1).to(stream.residual.dtype).contiguous()
             if plan.called is not None or plan.stock is not None:
                 self._call_block(call, block, plan, stream)
+                stream.add(added)
             else:
                 following = None
                 drop = index == last and found.modulation is None and not found.foreign  # else as many calls as in stock
-                if controlnet is None and index < last:
+                if index < last:
                     following = _following(source, index + 1, plans[index + 1])
-                elif controlnet is None and drop and found.norm_out is None and stream.rows.token_rows is None:
+                elif drop and found.norm_out is None and stream.rows.token_rows is None:
                     following = source.out
-                work = functools.partial(_through, stream, found.parts[id(block)], index, source, following, plan, drop)
+                work = functools.partial(_through, stream, found.parts[id(block)], index, source, following, added, plan, drop)
                 if plan.placed:
                     stream.pending = work
                     block(stream, None, None, None)
                 else:
                     work()
-            if controlnet is not None:
-                sample = controlnet[index // every].flatten(0, 1)
-                stream.residual[stream.split :].view(-1, *sample.shape).add_(sample)  # to each of several predictions
         return self._out(found, stream, source)
 
     def _out(self, found: Survey, stream: TokenStream, source: ModulationSource) -> torch.Tensor:
@@ -365,9 +366,9 @@ def _call_of(model: torch.nn.Module) -> Call | None:
     return Call(model, kept.own, survey=model.look())
 
 
-def _through(stream, parts, index, source, following, plan, is_last) -> None:
+def _through(stream, parts, index, source, following, added, plan, is_last) -> None:
     # The modulation is asked for here, and not before: its layers are where a hook brings the block's weights.
-    stream.through(parts, source.block(index), following, plan, drop_text=is_last)
+    stream.through(parts, source.block(index), following, added, plan, drop_text=is_last)
 
 
 def _following(source: ModulationSource, index: int, plan: BlockPlan):

@@ -183,7 +183,8 @@ def table_modules(transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Name and module of all that a modulation table depends on."""
     yield "time_text_embed", transformer.time_text_embed
     yield from modulation_modules(transformer)
-    yield "norm_out.linear", transformer.norm_out.linear
+    if hasattr(transformer, "norm_out"):  # a ControlNet has none
+        yield "norm_out.linear", transformer.norm_out.linear
 
 
 def modulation_modules(transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -94,7 +94,8 @@ class Survey:
         rows: all layers may get the rows of several predictions at once.
         blocks: how each block is computed that is not fused throughout, by id.
         parts: of each block of ours whose attention or feed-forward is, by id.
-        img_in, txt_in, proj_out: the model's other projections.
+        img_in, txt_in, proj_out: the model's other projections; a ControlNet has no last one.
+        control: of a ControlNet: the embedder of its pictures, then a projection to the residual of each block; else empty.
         index: place of each block of `transformer_blocks`, by id.
         order: the blocks of `transformer_blocks`.
         owned: blocks of ours anywhere in the model, by id.
@@ -117,7 +118,8 @@ class Survey:
     parts: dict[int, BlockParts]
     img_in: Projection
     txt_in: Projection
-    proj_out: Projection
+    proj_out: Projection | None
+    control: tuple[Projection, ...]
     index: dict[int, int]
     order: list[nn.Module]
     owned: frozenset[int]
@@ -134,7 +136,7 @@ class Survey:
 
 
 def survey(model: nn.Module, before: Survey | None = None) -> Survey:
-    """Look at `model`: a walk over its 2,300 modules, and `before` again where nothing has changed since that."""
+    """Look at a transformer, a walk over its 2,300 modules, or a ControlNet; `before` again where nothing has changed since."""
     look = _Look(model)
     return before if before is not None and before.key == look.key else look.result()
 
@@ -144,6 +146,8 @@ class _Look:
 
     def __init__(self, model: nn.Module):
         self.model, self.modules = model, modules_below(model)
+        self.norm_out = getattr(model, "norm_out", None)
+        cls = stock.QwenImageTransformer2DModel if self.norm_out is not None else type(model)  # a ControlNet has none
         kinds = set(map(type, self.modules))
         self.kinds = {kind: words for kind in kinds if (words := foreign_kind(kind)) is not None}
         touched = [  # something may be attached to: the quick look at all of them
@@ -157,12 +161,12 @@ class _Look:
         self.attached = {id(module): found for module in touched if (found := attached(module)) is not None}
         self.whole = process_reason()
         self.functions = [f"{name} was replaced" for name in replaced_functions()]
-        self.stock = foreign_methods(stock.QwenImageTransformer2DModel, ("forward",))
+        self.stock = foreign_methods(cls, ("forward",))
         self.wrapped = [name for name in foreign_methods(type(model), ("forward",)) if name not in self.stock]
         self.processor_methods = foreign_methods(stock.QwenDoubleStreamAttnProcessor2_0, ("__call__",))
         self.block_methods = foreign_methods(stock.QwenImageTransformerBlock, METHODS[stock.QwenImageTransformerBlock])
         self.rotary = foreign_on(model.pos_embed, ROTARY_METHODS[1:])
-        self.wrapped += foreign_methods(stock.QwenImageTransformer2DModel, ("__call__",))
+        self.wrapped += foreign_methods(cls, ("__call__",))
         self.contexts = [*foreign_methods(type(model), ("cache_context",)), *foreign_on(model, ("cache_context",))]
         self.foreign = [*self.kinds.values(), *self.functions, *self.stock, *self.wrapped, *self.contexts]
         self.foreign += [*self.block_methods, *self.processor_methods, *self.rotary]
@@ -188,7 +192,7 @@ class _Look:
         except RuntimeError:  # one of inference mode, which counts no writes, or a sparse one, which has no place
             weights = [tensor for tensor in weights if tensor.layout is torch.strided]
             places = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in weights]
-        norm, time = self.model.norm_out, self.model.time_text_embed  # read by the fused forward, or by a table
+        norm, time = self.norm_out, self.model.time_text_embed  # read by the fused forward, or by a table
         odd += [getattr(getattr(norm, "norm", None), "eps", None), *map(str, vars(getattr(time, "time_proj", time)).values())]
         return self.modules, self.attached, tuple(self.foreign), self.whole, odd, self.adapters, self.random, places
 
@@ -211,12 +215,7 @@ class _Look:
         plans = {place: plan for place, plan in plans.items() if plan is not FUSED}
         outside = self.reason(model) or next(iter((*self.stock, *self.wrapped, *self.contexts)), None)
         rotary = self._rotary(model.pos_embed)
-        norm_out = self.reason(model.norm_out)
-        if norm_out is None and type(model.norm_out) is not AdaLayerNormContinuous:
-            norm_out = self._structure(model.norm_out, f"a {type(model.norm_out).__name__} as output norm")
-        norm_out = norm_out or self.reason(model.norm_out.norm)
-        if norm_out is None and getattr(model.norm_out.norm, "eps", None) != 1e-6:
-            norm_out = self._structure(model.norm_out, "an output norm whose eps is not 1e-6")
+        norm_out = None if self.norm_out is None else self._output_norm(self.norm_out)
         rows = outside is None and rotary is None and norm_out is None and all(map(self._is_by_rows, plans.values()))
         rows = rows and all(self._takes_rows(module) for module in self._linears(blocks))
         strange = (found.words for found in self.attached.values() if found.kind is Kind.FOREIGN)
@@ -234,7 +233,8 @@ class _Look:
             parts={id(block): self._parts(block, plans.get(id(block), FUSED)) for block in fused},
             img_in=self._projection(model.img_in),
             txt_in=self._projection(model.txt_in),
-            proj_out=self._projection(model.proj_out),
+            proj_out=self._projection(model.proj_out) if self.norm_out is not None else None,
+            control=() if self.norm_out is not None else tuple(map(self._projection, self._control())),
             index={id(block): place for place, block in enumerate(blocks)},
             order=blocks,
             owned=frozenset(map(id, fused)),
@@ -251,7 +251,8 @@ class _Look:
         strange = [module for module in strange if self.attached[id(module)].kind is Kind.FOREIGN]
         if strange:
             names = {id(module): name for name, module in self.model.named_modules()}
-            told = [f"{self.attached[id(m)].words} on {names.get(id(m)) or 'the transformer'}" for m in strange]
+            whole = "the transformer" if self.norm_out is not None else "the ControlNet"
+            told = [f"{self.attached[id(m)].words} on {names.get(id(m)) or whole}" for m in strange]
             self.foreign = self.foreign + (told if len(told) <= 4 else [*told[:3], f"{len(told) - 3} more such modules"])
 
     def _block(self, block: nn.Module) -> BlockPlan:
@@ -337,14 +338,27 @@ class _Look:
             self.foreign.append(words)
         return words
 
+    def _output_norm(self, norm: nn.Module) -> str | None:
+        reason = self.reason(norm)
+        if reason is None and type(norm) is not AdaLayerNormContinuous:
+            reason = self._structure(norm, f"a {type(norm).__name__} as output norm")
+        reason = reason or self.reason(norm.norm)
+        if reason is None and getattr(norm.norm, "eps", None) != 1e-6:
+            reason = self._structure(norm, "an output norm whose eps is not 1e-6")
+        return reason
+
     def _rotary(self, module: nn.Module) -> str | None:
         reason = self.reason(module) or next(iter(self.rotary), None)
         if reason is None and type(module) not in ROTARY:
             reason = self._structure(module, f"rotary embedding {type(module).__name__}")
         return reason
 
+    def _control(self) -> list[nn.Module]:
+        return [self.model.controlnet_x_embedder, *self.model.controlnet_blocks]
+
     def _linears(self, blocks: list[nn.Module]):
-        yield from (self.model.img_in, self.model.txt_in, self.model.proj_out)
+        yield from (self.model.img_in, self.model.txt_in)
+        yield from (self.model.proj_out,) if self.norm_out is not None else self._control()
         for block in blocks:
             if isinstance(block, stock.QwenImageTransformerBlock):
                 attn = block.attn._modules

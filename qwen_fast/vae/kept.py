@@ -4,8 +4,6 @@ What is kept is what the VAE's encoder gives, mean and deviation. Pipelines that
 """
 
 import hashlib
-import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -14,45 +12,8 @@ from torch import nn
 
 from ..common.fingerprint import modules_signature
 from ..common.placement import group_keeps_on_disk
+from ..common.recent import Recent
 from .survey import ENCODES
-
-
-class EncodedPictures:
-    """The moments of the pictures used last, by content. A copy starts empty.
-
-    Args:
-        max_bytes: of all that is kept, the least recently used goes first; one megapixel takes 1 MB in bf16.
-    """
-
-    def __init__(self, max_bytes: int = 2**26):
-        self.max_bytes = max_bytes
-        self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __deepcopy__(self, memo: dict) -> "EncodedPictures":
-        return EncodedPictures(self.max_bytes)
-
-    def __reduce__(self) -> tuple:
-        return EncodedPictures, (self.max_bytes,)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what is kept."""
-        return sum(moments.nbytes for moments in self._kept.values())
-
-    def get(self, name: str, encode: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What is kept under `name`, or what `encode` gives, which is kept then. The caller's own."""
-        with self._lock:
-            found = self._kept.get(name)
-            if found is not None:
-                self._kept.move_to_end(name)
-                return found.clone()
-        found = encode()
-        with self._lock:
-            self._kept[name] = found.clone()
-            while self._kept and self.nbytes > self.max_bytes:
-                self._kept.popitem(last=False)
-        return found
 
 
 def moments(vae: nn.Module, state: Any, x: torch.Tensor, encode: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -71,8 +32,13 @@ def moments(vae: nn.Module, state: Any, x: torch.Tensor, encode: Callable[[], to
     if content is None:
         return encode()
     if state.pictures is None:
-        state.pictures = EncodedPictures()
-    return state.pictures.get(_name(parts, content, state, x), encode)
+        state.pictures = Recent()
+    name = _name(parts, content, state, x)
+    found = state.pictures.get(name)
+    if found is None:
+        found = encode()
+        state.pictures.put(name, found)
+    return found.clone()  # the caller's own
 
 
 def _name(parts: list[tuple[str, nn.Module]], content: Any, state: Any, x: torch.Tensor) -> str:

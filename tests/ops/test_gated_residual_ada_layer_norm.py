@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from elementwise_cases import DTYPES, TOKEN_ROWS, RowOp, RowOpTests, bad_arguments, both
+from elementwise_cases import DTYPES, TOKEN_ROWS, RowOp, RowOpTests, bad_arguments, both, in_layout
 from stock_block import StockBlock
 
 from benchmarks.shared.budget import assert_bit_equal, assert_within_budget
 from qwen_fast_kernels.gated_residual_ada_layer_norm import gated_residual_ada_layer_norm
+from support.canaries import Canaries
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empties")
 
@@ -91,7 +92,102 @@ def test_the_cpu_with_a_row_for_every_token_and_with_long_stretches(rows, txt_ro
         ROW_OP.check(gated_residual_ada_layer_norm(**inputs), inputs)
 
 
-BAD = bad_arguments(ROW_OP)
+# With what a ControlNet adds
+
+# Tokens, channels, text tokens, rows that are added: to each of one, two and three predictions; a tail of a tile; all text.
+ADDED = [((37, 64, 19), 18), ((37, 64, 19), 9), ((25, 7, 4), 7), ((3, 3072, 1), 1), ((9, 512, 9), 2), ((36, 64, 0), 12)]
+
+
+def with_added(shape, rows: int, dtype, device, token_rows=None) -> dict:
+    inputs = ROW_OP.inputs(shape, dtype, device, token_rows)
+    generator = torch.Generator().manual_seed(rows)
+    return inputs | {"added": torch.randn(rows, shape[1], generator=generator).to(device, dtype)}
+
+
+@both
+@pytest.mark.parametrize("shape, rows", ADDED, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_added_rows(implementation, dtype, shape, rows, device):
+    for token_rows in (None, "some their own"):
+        inputs = with_added(shape, rows, dtype, device, token_rows)
+        ROW_OP.check(getattr(ROW_OP, implementation)(**inputs), inputs)
+        without = {name: value for name, value in inputs.items() if name != "added"}
+        text = inputs["txt_rows"]
+        for out, other in zip(
+            getattr(ROW_OP, implementation)(**inputs), getattr(ROW_OP, implementation)(**without), strict=True
+        ):
+            assert_bit_equal(out[:text], other[:text])
+            assert text == len(out) or not torch.equal(out[text:], other[text:])
+
+
+def test_added_rows_are_stocks_sum():
+    """The formula of stock's transformer behind a block, in float64."""
+    inputs = with_added((37, 64, 19), 9, torch.float64, torch.device("cpu"))
+    added = inputs.pop("added")
+    y, _ = ROW_OP.reference(**inputs)
+    y[19:28] += added
+    y[28:] += added
+    normed = NORM.op(x=y, **{name: inputs[name] for name in ("shift", "scale", "step_index", "txt_rows")})
+    for run in (ROW_OP.op, ROW_OP.reference):
+        for actual, expected in zip(run(**inputs, added=added), (y, normed), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
+
+
+@both
+def test_rows_are_added_behind_the_clipping(implementation, device):
+    inputs = with_added((6, 64, 2), 2, torch.float16, device)
+    inputs["residual"][:] = 7e4
+    inputs["branch"][:], inputs["added"][:] = 0, -1000
+    y, _ = getattr(ROW_OP, implementation)(**inputs, clip=True)
+    assert (y[:2] == 65504).all() and (y[2:] == torch.tensor(64504.0).half()).all()
+
+
+@both
+@pytest.mark.parametrize("layout", ["offset", "strided", "odd stride"])
+def test_added_rows_of_every_layout(implementation, layout, device):
+    inputs = with_added((37, 64, 19), 9, torch.bfloat16, device)
+    expected = getattr(ROW_OP, implementation)(**inputs)
+    before = inputs["added"].clone()
+    odd = inputs | {"added": in_layout(inputs["added"], layout)}
+    for out, other in zip(getattr(ROW_OP, implementation)(**odd), expected, strict=True):
+        assert_bit_equal(out, other)
+    assert torch.equal(inputs["added"], before)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("shape, rows", ADDED, ids=str)
+def test_nothing_outside_the_added_rows_is_read(shape, rows, device):
+    inputs, canaries = with_added(shape, rows, torch.bfloat16, device), Canaries()
+    guarded = inputs | {"added": canaries.copy(inputs["added"])}
+    outputs = ROW_OP.launch(**guarded)
+    canaries.check()
+    for out, other in zip(outputs, ROW_OP.launch(**inputs), strict=True):
+        assert_bit_equal(out, other)
+
+
+def test_opcheck_with_added_rows(device):
+    overload = torch.ops.qwen_fast.gated_residual_ada_layer_norm.default
+    torch.library.opcheck(overload, (), with_added((13, 7, 5), 4, torch.bfloat16, device))
+
+
+def test_compiled_with_added_rows_equals_eager(device):
+    torch.compiler.reset()
+    compiled = torch.compile(gated_residual_ada_layer_norm, fullgraph=True, backend="aot_eager")
+    for rows in (18, 9):
+        inputs = with_added((37, 64, 19), rows, torch.bfloat16, device)
+        for out, other in zip(compiled(**inputs), gated_residual_ada_layer_norm(**inputs), strict=True):
+            assert_bit_equal(out, other)
+
+
+BAD = bad_arguments(ROW_OP) | {
+    "added of other channels": ("added", torch.zeros(2, 32), r"added: got \(2, 32\)"),
+    "added of rank 3": ("added", torch.zeros(1, 2, 64), r"added: got \(1, 2, 64\)"),
+    "added of another dtype": ("added", torch.zeros(2, 64).half(), "added: got .*torch.float16"),
+    "added elsewhere": ("added", torch.zeros(2, 64, device="meta"), "added: on meta"),
+    "added without rows": ("added", torch.zeros(0, 64), "added: 0 rows for 2 image tokens"),
+    "too many added": ("added", torch.zeros(3, 64), "added: 3 rows for 2 image tokens"),
+    "transposed added": ("added", torch.zeros(64, 2).T, "added: stride 2 between channels"),
+}
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -123,6 +123,7 @@ RIGHT = [
     problem("ada_layer_norm", torch.float32, packed=True),
     problem("gated_residual", torch.float16, clip=True),
     problem("gated_residual_ada_layer_norm"),
+    problem("gated_residual_ada_layer_norm", torch.float16, clip=True, added=True),
     problem("qk_norm_rope"),
     problem("linear_gelu"),
     problem("linear_gated_residual", torch.float32),

@@ -18,7 +18,7 @@ from benchmarks.shared import stock as reference
 from benchmarks.shared.stock import draw
 from qwen_fast.common import placement
 from qwen_fast.text import encoding as text
-from qwen_fast.text.cache import Encoded, PromptCache
+from qwen_fast.text.cache import PromptCache
 from support.pipelines import GUIDED
 from support.small_transformer import pretend_elsewhere
 
@@ -35,31 +35,31 @@ def encode(pipe, prompt):
     return pipe.encode_prompt(prompt, device=CPU)
 
 
-def encoded(tokens: int = 3) -> Encoded:
-    return Encoded(torch.randn(tokens, 8))
+def encoded(tokens: int = 3) -> torch.Tensor:
+    return torch.randn(tokens, 8)
 
 
 def test_the_least_recently_used_goes_first():
     size = encoded().nbytes
     cache = PromptCache(max_bytes=2 * size)
     first, second, third = encoded(), encoded(), encoded()
-    cache.put("first", CPU, first)
-    cache.put("second", CPU, second)
-    assert cache.get("first", CPU) is first and cache.nbytes == 2 * size
-    cache.put("third", CPU, third)
-    assert cache.get("second", CPU) is None and cache.get("first", CPU) is first and cache.get("third", CPU) is third
+    cache.put(("first", CPU), first)
+    cache.put(("second", CPU), second)
+    assert cache.get(("first", CPU)) is first and cache.nbytes == 2 * size
+    cache.put(("third", CPU), third)
+    assert cache.get(("second", CPU)) is None and cache.get(("first", CPU)) is first and cache.get(("third", CPU)) is third
     assert (cache.hits, cache.misses) == (3, 1)
-    cache.put("large", CPU, encoded(100))
-    assert cache.get("large", CPU) is None and cache.nbytes <= 2 * size
-    assert cache.get("first", torch.device("meta")) is None
+    cache.put(("large", CPU), encoded(100))
+    assert cache.get(("large", CPU)) is None and cache.nbytes <= 2 * size
+    assert cache.get(("first", torch.device("meta"))) is None
 
 
 def test_a_copy_starts_empty(tmp_path):
     cache = PromptCache(max_bytes=1000, folder=tmp_path)
-    cache.put("a", CPU, encoded())
+    cache.put(("a", CPU), encoded())
     for other in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
         assert other.nbytes == 0 and (other.max_bytes, other.folder) == (1000, tmp_path)
-        other.put("b", CPU, encoded())
+        other.put(("b", CPU), encoded())
     assert cache.nbytes == encoded().nbytes
 
 
@@ -80,8 +80,8 @@ def test_threads_share_a_cache():
         try:
             for n in range(300):
                 name = str((n * 7 + seed) % 11)
-                if cache.get(name, CPU) is None:
-                    cache.put(name, CPU, encoded())
+                if cache.get((name, CPU)) is None:
+                    cache.put((name, CPU), encoded())
         except BaseException as error:
             failures.append(error)
 

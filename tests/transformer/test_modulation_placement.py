@@ -266,7 +266,7 @@ def test_autocast_does_not_poison_the_next_call(checkpoint, emulated_cuda):
     before = draw(pipe, **PROMPT, **SMALL).clone()
     pipe.transformer.__dict__[ATTACHED].tables.leave(torch.device("cpu"))
     with torch.autocast("cuda", torch.bfloat16):
-        other = pipe.transformer.__dict__[ATTACHED].tables.get(pipe.transformer, torch.tensor([0.5]), "cuda")
+        other = pipe.transformer.__dict__[ATTACHED].tables.table(pipe.transformer, torch.tensor([0.5]), "cuda")
     assert other.values.dtype == torch.bfloat16
     assert torch.equal(draw(pipe, **PROMPT, **SMALL), before)
 

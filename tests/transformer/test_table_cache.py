@@ -25,16 +25,16 @@ from support.small_transformer import (
 
 def test_a_schedule_computed_twice_hits():
     cache, transformer, steps = TableCache(), build(), timesteps()
-    table = cache.get(transformer, steps, "cpu")
-    assert cache.get(transformer, steps.clone(), torch.device("cpu")) is table
+    table = cache.table(transformer, steps, "cpu")
+    assert cache.table(transformer, steps.clone(), torch.device("cpu")) is table
     assert (cache.hits, cache.misses, cache.nbytes) == (1, 1, table.values.nbytes)
     for parameter in transformer.parameters():
         parameter.data = parameter.data.clone()  # as offloading does
-    assert cache.get(transformer, steps, "cpu") is table
+    assert cache.table(transformer, steps, "cpu") is table
     cache.leave(torch.device("cpu"))
-    assert cache.get(transformer, steps, "cpu") is table
+    assert cache.table(transformer, steps, "cpu") is table
     cache.leave(torch.device("cuda", 0))
-    assert cache.nbytes == 0 and cache.get(transformer, steps, "cpu") is not table
+    assert cache.nbytes == 0 and cache.table(transformer, steps, "cpu") is not table
 
 
 def _write_through_data(transformer):
@@ -54,10 +54,10 @@ MISSES = {
 @pytest.mark.parametrize("change", MISSES)
 def test_changed_weights_miss(change):
     cache, transformer, steps = TableCache(), build(torch.bfloat16), timesteps(torch.bfloat16)
-    first = cache.get(transformer, steps, "cpu")
+    first = cache.table(transformer, steps, "cpu")
     MISSES[change](transformer)
-    second = cache.get(transformer, steps, "cpu")
-    assert (cache.hits, cache.misses) == (0, 2) and cache.get(transformer, steps, "cpu") is second
+    second = cache.table(transformer, steps, "cpu")
+    assert (cache.hits, cache.misses) == (0, 2) and cache.table(transformer, steps, "cpu") is second
     assert_as_near_as_stock(second, transformer, stock_values(transformer, steps), 3)
     assert not torch.equal(first.values, second.values)
 
@@ -65,54 +65,54 @@ def test_changed_weights_miss(change):
 def test_other_schedules_miss_and_a_lora_taken_away_hits():
     cache, transformer = TableCache(), build()
     schedules = [timesteps(), timesteps(image_seq_len=25), timesteps(steps=4)]
-    tables = [cache.get(transformer, steps, "cpu") for steps in schedules]
+    tables = [cache.table(transformer, steps, "cpu") for steps in schedules]
     assert cache.misses == 3 and len({id(table) for table in tables}) == 3
     with_lora(transformer)
-    cache.get(transformer, schedules[0], "cpu")
+    cache.table(transformer, schedules[0], "cpu")
     transformer.delete_adapters("style")
     transformer.unload_lora()
-    assert [cache.get(transformer, steps, "cpu") for steps in schedules] == tables and cache.misses == 4
+    assert [cache.table(transformer, steps, "cpu") for steps in schedules] == tables and cache.misses == 4
 
 
 def test_autocast_does_not_poison():
     """A table that one call computed under autocast is not that of the next call without."""
     cache, transformer, steps = TableCache(), build(), timesteps()
     with torch.autocast("cpu", torch.bfloat16):
-        poisoned = cache.get(transformer, steps, "cpu")
-    table = cache.get(transformer, steps, "cpu")
+        poisoned = cache.table(transformer, steps, "cpu")
+    table = cache.table(transformer, steps, "cpu")
     assert poisoned.values.dtype == torch.bfloat16 and table.values.dtype == torch.float32
     assert torch.equal(table.values, compute_table(transformer, steps, "cpu").values)
     with torch.autocast("cpu", torch.bfloat16):
-        assert cache.get(transformer, steps, "cpu") is poisoned
+        assert cache.table(transformer, steps, "cpu") is poisoned
 
 
 def test_the_same_bytes_in_another_dtype_are_no_hit():
     cache, transformer, steps = TableCache(), build(torch.bfloat16), timesteps(torch.bfloat16)
-    cache.get(transformer, steps, "cpu")
+    cache.table(transformer, steps, "cpu")
     with pytest.raises(RuntimeError, match="dtype"):  # weights in bf16 do not take fp16
-        cache.get(transformer, steps.view(torch.float16), "cpu")
+        cache.table(transformer, steps.view(torch.float16), "cpu")
 
 
 def test_bounds_of_the_cache():
     transformer, schedules = build(), [timesteps(steps=steps) for steps in (2, 3, 4)]
     size = compute_table(transformer, schedules[0], "cpu").values.nbytes // 2
     cache = TableCache(7 * size)
-    first, second, third = (cache.get(transformer, steps, "cpu") for steps in schedules)
+    first, second, third = (cache.table(transformer, steps, "cpu") for steps in schedules)
     assert cache.nbytes == 7 * size
-    cache.get(transformer, schedules[1], "cpu")  # now the third is the older one
-    assert cache.get(transformer, schedules[0], "cpu") is not first
-    assert cache.get(transformer, schedules[1], "cpu") is second and cache.nbytes == 5 * size
+    cache.table(transformer, schedules[1], "cpu")  # now the third is the older one
+    assert cache.table(transformer, schedules[0], "cpu") is not first
+    assert cache.table(transformer, schedules[1], "cpu") is second and cache.nbytes == 5 * size
     small = TableCache(3 * size)
-    assert len(small.get(transformer, schedules[2], "cpu").values) == 4 and small.nbytes == 0
+    assert len(small.table(transformer, schedules[2], "cpu").values) == 4 and small.nbytes == 0
 
 
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, copy.copy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_a_copy_starts_empty(twin_of):
     cache, transformer = TableCache(10**6), build()
-    table = cache.get(transformer, timesteps(), "cpu")
+    table = cache.table(transformer, timesteps(), "cpu")
     twin = twin_of(cache)
     assert twin.nbytes == twin.hits == twin.misses == 0 and twin.max_bytes == 10**6
-    assert cache.get(transformer, timesteps(), "cpu") is table
+    assert cache.table(transformer, timesteps(), "cpu") is table
 
 
 def test_weights_out_of_reach_are_computed_each_time():
@@ -120,7 +120,7 @@ def test_weights_out_of_reach_are_computed_each_time():
     expected = stock_values(transformer, steps)
     accelerate.cpu_offload(transformer, execution_device="cpu")
     for _ in range(2):
-        assert_as_near_as_stock(cache.get(transformer, steps, "cpu"), transformer, expected, 3)
+        assert_as_near_as_stock(cache.table(transformer, steps, "cpu"), transformer, expected, 3)
     assert cache.misses == 2 and cache.nbytes == 0 and "accelerate" in table_reason(transformer)
     assert table_reason(build()) is None
 
@@ -194,7 +194,7 @@ def test_a_table_of_another_thread_and_stream_is_waited_for(emulated_cuda):
 
     def work(number: int) -> None:
         with torch.cuda.stream(streams[number]):
-            found[number] = cache.get(transformer, steps, "cuda")
+            found[number] = cache.table(transformer, steps, "cuda")
             found[number].values.sum()
 
     for number in range(2):
@@ -216,7 +216,7 @@ def test_two_threads_at_once(emulated_cuda):
         barrier.wait()
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(3):
-                found.append((steps, cache.get(transformer, timesteps(steps=steps), "cuda")))
+                found.append((steps, cache.table(transformer, timesteps(steps=steps), "cuda")))
 
     threads = [threading.Thread(target=work, args=(steps,)) for steps in (3, 4, 3, 4)]
     for thread in threads:
