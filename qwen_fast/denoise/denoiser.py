@@ -20,7 +20,7 @@ from ..transformer.modulation import FromScheduledTable, FromTable
 from ..transformer.modulation_weights import table_reason
 from . import graph
 from .inputs import Held, Inputs
-from .packing import packed_prompts, takes_rows
+from .packing import forwarded, packed_prompts, takes_rows
 from .step import (
     SHOWN,
     Found,
@@ -360,15 +360,7 @@ class Denoiser:
         others = {"controlnet_block_samples": step.shared("controlnet_block_samples")}
         others["additional_t_cond"] = None if self.source is not None else step.shared("additional_t_cond")
         for pack in self.packs:
-            if self.call.survey.placed:
-                self.call.prompts = pack
-                try:
-                    with entered(self.call):
-                        output = self.model(hidden_states=hidden, timestep=timestep, return_dict=False, **others)[0]
-                finally:
-                    self.call.prompts = None
-            else:
-                output = self.model.predict(self.call, hidden, timestep, pack, **others)
+            output = forwarded(self, pack, hidden, timestep, **others)
             predictions += without_references(output, pack.copies, step.latents.shape[1])
         return tuple(predictions)
 
