@@ -114,8 +114,8 @@ class SizesDenoiser(Denoiser):
         predictions = self._predictions(latents.to(self.dtype), self.own_places[i])
         following = []
         for own, sigmas in self.runs:
-            velocities = tuple(prediction[:, own] for prediction in predictions)
-            following.append(sampler_step(self.state, latents[:, own], velocities, sigmas, self.places, self.guidance))
+            present, *found = (rows[0, own][None] for rows in (latents, *predictions))
+            following.append(sampler_step(self.state, present, tuple(found), sigmas, self.places, self.guidance))
         self.places.add_(1)  # in stream order, so no program of this step can see the next index
         return torch.cat(following, dim=1)
 
@@ -165,7 +165,7 @@ class SizesDenoiser(Denoiser):
         if self.call.survey is not before:
             tables = self.model.__dict__[ATTACHED].tables
             self.call.source = FromPlaces(self.model, tables, self.timesteps) if self.wants_table else None
-        self.packs = packed_rows(self, self.prompts)
+        self.packs = packed_rows(self, self.prompts, None if self.packs is None else len(self.packs) == 1)
         self._apply_lora_scale()
         self.dirty = False
 

@@ -164,7 +164,7 @@ class AcceleratedPipeline(PickledAsStock):
         if state.transformer is not None:
             config = model.config
             problems += proofs.transformer_problems(dtype, config.num_attention_heads, config.attention_head_dim)
-        if state.vae is not None:
+        if state.vae is not None and self.vae is not None:
             problems += proofs.vae_problems(self.vae.dtype, proofs.vae_norms(self.vae))
         proofs.require(state, problems, device)
 

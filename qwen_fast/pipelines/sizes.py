@@ -59,23 +59,24 @@ def draw(pipe: Any, arguments: dict[str, Any], device: torch.device, reason: str
             f"`height` or `width` is a list, but a {pipe.STANDS_FOR.__name__} draws one size a call; "
             f"a {STOCK.__name__} takes lists."
         )
+    state = pipe.fast_state  # which a callback may take off it
     check_call(pipe, arguments | {"height": None, "width": None, "latents": None})
     sizes = _sizes(pipe, arguments)
     _check_callback_inputs(arguments)
     noise = _noise(pipe, arguments, sizes)
     check_components(pipe, arguments)
-    check_attention(pipe.fast_state.options.attention, device)
+    check_attention(state.options.attention, device)
     _check_by_stock(pipe, arguments, sizes)
     denoiser = _denoiser(pipe, arguments, device, reason)
-    note_foreign(pipe, STOCK, pipe.fast_state)
+    note_foreign(pipe, STOCK, state)
     pipe.require_kernels(denoiser.proved, device)
-    pipe.fast_state.calls["call of several sizes"] += 1
+    state.calls["call of several sizes"] += 1
     try:
-        pipe.fast_state.device = device
+        state.device = device
         with prompts_of_call(pipe, arguments, apart=True), on_device(device), pipe._images(), denoiser.running():
             images = _images(pipe, denoiser, arguments, sizes, noise, device)
     finally:
-        pipe.fast_state.device = None
+        state.device = None
     return sys.modules[STOCK.__module__].QwenImagePipelineOutput(images=images) if arguments["return_dict"] else (images,)
 
 
@@ -190,7 +191,7 @@ def _images(
     for size, own in zip(sizes, latents[0].split([one.latents[..., 0].numel() for one in drawn]), strict=True):
         own = own.unflatten(0, (arguments["num_images_per_prompt"], -1))
         with stage("vae"):
-            images += own if output_type == "latent" else decoded_latents(pipe, own, *size, output_type)
+            images.extend(own if output_type == "latent" else decoded_latents(pipe, own, *size, output_type))
     pipe.maybe_free_model_hooks()
     return images
 
