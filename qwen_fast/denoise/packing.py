@@ -26,7 +26,7 @@ def packed_prompts(denoiser: "Denoiser", step: Step, together: bool | None = Non
 
 
 def packed_rows(denoiser: "Denoiser", prompts: list[Rows], together: bool | None = None) -> list[PromptBatch]:
-    """`packed_prompts` of prompts as rows, one entry for each prediction; `denoiser.shapes` are of the pictures of each sample."""
+    """`packed_prompts` of prompts as rows, one entry for each prediction; `denoiser.shapes` are of each sample's pictures."""
     model = denoiser.model
 
     def packed(group: list[Rows]) -> PromptBatch:

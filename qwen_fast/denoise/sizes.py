@@ -25,7 +25,7 @@ class Pictures(NamedTuple):
     Attributes:
         latents: `[N, S_img, C]`, noise.
         shape: (frames, height, width) in patches.
-        prompts: embeddings `[N, S_txt, C_txt]` and mask `[N, S_txt]` or None, of the prompt and with guidance of the negative one.
+        prompts: embeddings `[N, S_txt, C_txt]` and mask `[N, S_txt]` or None, of the prompt, with guidance of the negative one.
         timesteps, sigmas: `[T]` and `[T + 1]`, fp32; those of the same schedule are the same tensors.
     """
 
@@ -39,9 +39,9 @@ class Pictures(NamedTuple):
 class SizesDenoiser(Denoiser):
     """Takes the steps of a call that draws pictures of different sizes.
 
-    Its latents are the rows of all pictures, `[1, R, C]`, one after the other. A step is one forward of all predictions, or where
-    memory is short of one each, and an update for every run of pictures that share a schedule. No CUDA graph is captured: it
-    would hold for just these sizes in this order, and rows of several pictures keep a device busy without one.
+    Its latents are the rows of all pictures, `[1, R, C]`, one after the other. A step is one forward of all predictions, or of
+    one after the other where memory is short, and an update for every run of pictures that share a schedule. No CUDA graph is
+    captured: it would hold for just these sizes in this order, and rows of several pictures keep a device busy without one.
     """
 
     def reason_against(self, device: torch.device) -> str | None:
@@ -117,6 +117,7 @@ class SizesDenoiser(Denoiser):
             present, *found = (rows[0, own][None] for rows in (latents, *predictions))
             following.append(sampler_step(self.state, present, tuple(found), sigmas, self.places, self.guidance))
         self.places.add_(1)  # in stream order, so no program of this step can see the next index
+        self.pipe.scheduler._step_index = i + 1  # for callbacks, and so that it is seen to be at the end of a run
         return torch.cat(following, dim=1)
 
     def behind(self, i: int, latents: torch.Tensor) -> None:
@@ -160,7 +161,7 @@ class SizesDenoiser(Denoiser):
             reason = reason_against_rows(self, self.device)
         if reason is not None:
             raise RuntimeError(
-                f"pictures of several sizes cannot go on behind a callback: {reason}. Without a list of sizes it can be followed."
+                f"pictures of several sizes cannot go on behind this callback: {reason}. Call the pipeline once for each size."
             )
         if self.call.survey is not before:
             tables = self.model.__dict__[ATTACHED].tables

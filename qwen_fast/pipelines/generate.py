@@ -41,8 +41,8 @@ def generate(pipe: diffusers.QwenImagePipeline, prompts: Sequence[str], *, seed:
         pipe: a QwenImagePipeline, ours or diffusers'.
         prompts: one for each picture; for several of one prompt it stands there several times.
         seed: of the first picture.
-        settings: arguments of the pipeline's call, the same for all, but for `height` and `width`, which may be lists of one for
-            each picture. Its progress bar says which picture it is.
+        settings: arguments of the pipeline's call, the same for all; but `height` and `width` may be lists, of one for each.
+            Its progress bar says which picture it is.
     Returns:
         Iterator[Picture]: nothing is drawn before its first `next`.
     Raises:
@@ -69,7 +69,7 @@ def _of_each(settings: dict[str, Any], pictures: int) -> list[dict[str, Any]]:
     lists = {name: sides for name, sides in sizes.items() if isinstance(sides, list)}
     for name, sides in lists.items():
         if len(sides) != pictures:
-            raise ValueError(f"`{name}` is a list of {len(sides)} for {pictures} prompts; one for all or one for each is needed.")
+            raise ValueError(f"`{name}` is a list of {len(sides)} for {pictures} prompts; one for all, or one for each.")
     return [settings | {name: sides[index] for name, sides in lists.items()} for index in range(pictures)]
 
 

@@ -1,8 +1,8 @@
 """A call that draws pictures of different sizes: `height`, `width` or both are lists, with an entry for each prompt.
 
 Stock refuses such lists. Here each prompt gets what a call of stock's with that prompt and size alone would do, by the same
-methods of the pipeline: its prompt encoded, its noise drawn, its schedule set, its pictures decoded. The steps between are taken
-together, without padding, see denoise/sizes.py.
+methods of the pipeline: its prompt encoded, its noise drawn, its schedule set, its pictures decoded. The steps between are
+taken together, without padding, see denoise/sizes.py.
 """
 
 import sys
@@ -43,8 +43,8 @@ def draw(pipe: Any, arguments: dict[str, Any], device: torch.device, reason: str
 
     - `images` is a list, of pictures or of tensors and arrays without a batch dimension: `images[i]` is what it always is.
     - `latents` is a list of one `[S_img, C]` or `[1, S_img, C]` for each picture.
-    - `callback_on_step_end` gets the timesteps of all pictures, `[pictures]`, and `latents` as a list of one `[1, S_img, C]` for
-      each, which it may edit or give back; other tensors it cannot ask for.
+    - `callback_on_step_end` gets the timesteps of all pictures, `[pictures]`, and `latents` as a list of one `[1, S_img, C]`
+      for each, which it may edit or give back; it cannot ask for other tensors.
     - No CUDA graph is captured, and nothing runs on stock: what would have to is refused.
 
     Args:
@@ -93,7 +93,7 @@ def _sizes(pipe: Any, arguments: dict[str, Any]) -> list[tuple[int, int]]:
             given = [given] * prompts
         if len(given) != prompts:
             raise ValueError(
-                f"`{name}` is a list of {len(given)} for {prompts} prompts; one number for all is needed, or one for each prompt."
+                f"`{name}` is a list of {len(given)} for {prompts} prompts; one for each prompt is needed, or a number for all."
             )
         for value in given:
             if isinstance(value, (bool, np.bool_)) or not isinstance(whole(value), int):
@@ -146,12 +146,15 @@ def _check_by_stock(pipe: Any, arguments: dict[str, Any], sizes: list[tuple[int,
     odd = [size for size in dict.fromkeys(sizes) if any(side % patch for side in size)]
     for height, width in odd or sizes[:1]:
         pipe.check_inputs(arguments["prompt"], height, width, **{name: arguments[name] for name in names})
-    negative = arguments["negative_prompt"] is not None or arguments["negative_prompt_embeds"] is not None
-    if negative != (arguments["true_cfg_scale"] > 1):
-        given = "a" if negative else "no"
-        logger.warning("no guidance: `true_cfg_scale` is %s and %s negative prompt is given.", arguments["true_cfg_scale"], given)
+    scale, negative = arguments["true_cfg_scale"], _has_negative(arguments)
+    if negative != (scale > 1):
+        logger.warning("no guidance: `true_cfg_scale` is %s and %s negative prompt is given.", scale, "a" if negative else "no")
     if arguments["guidance_scale"] is not None:
         logger.warning("`guidance_scale` is ignored: the model is not guidance-distilled.")
+
+
+def _has_negative(arguments: dict[str, Any]) -> bool:
+    return arguments["negative_prompt"] is not None or arguments["negative_prompt_embeds"] is not None
 
 
 def _denoiser(pipe: Any, arguments: dict[str, Any], device: torch.device, reason: str | None) -> SizesDenoiser:
@@ -165,8 +168,8 @@ def _denoiser(pipe: Any, arguments: dict[str, Any], device: torch.device, reason
         reason = denoiser.reason_against(device)
     if reason is not None:
         raise ValueError(
-            f"`height` or `width` is a list, and pictures of several sizes can only be drawn together on the fast path, which this "
-            f"call cannot take: {reason}. Call the pipeline once for each size."
+            "`height` or `width` is a list, and pictures of several sizes can only be drawn together on the fast path, which "
+            f"this call cannot take: {reason}. Call the pipeline once for each size."
         )
     return denoiser
 
@@ -181,8 +184,7 @@ def _images(
 ) -> list[Any]:
     """The pictures, those of the first prompt first."""
     pipe._guidance_scale, pipe._current_timestep, pipe._interrupt = arguments["guidance_scale"], None, False
-    negative = arguments["negative_prompt"] is not None or arguments["negative_prompt_embeds"] is not None
-    guided = arguments["true_cfg_scale"] > 1 and negative
+    guided = arguments["true_cfg_scale"] > 1 and _has_negative(arguments)
     drawn = _begun(pipe, arguments, sizes, noise, device, guided)
     latents = denoiser.begin(drawn, arguments["true_cfg_scale"] if guided else None)
     latents = _denoised(pipe, denoiser, arguments, drawn, latents)
@@ -274,9 +276,10 @@ def _denoised(
 
 def _joined(given: Any, shown: list[torch.Tensor]) -> torch.Tensor:
     """`[1, R, C]` of what a callback gave back for the list that it was shown."""
-    if not isinstance(given, (list, tuple)) or [one.shape for one in given] != [one.shape for one in shown]:
-        found = [tuple(one.shape) for one in given] if isinstance(given, (list, tuple)) else type(given).__name__
-        raise ValueError(
-            f"a callback gave back `latents` {found}; with lists of sizes a list is needed: {[tuple(one.shape) for one in shown]}."
-        )
-    return torch.cat([one.to(shown[0].dtype) for one in given], dim=1)
+    found, wanted = (
+        [(tuple(one.shape), one.dtype) for one in latents] if isinstance(latents, (list, tuple)) else type(latents).__name__
+        for latents in (given, shown)
+    )
+    if found != wanted:
+        raise ValueError(f"a callback gave back `latents` {found}; with lists of sizes a list is needed: {wanted}.")
+    return torch.cat(list(given), dim=1)

@@ -11,6 +11,8 @@ import qwen_fast
 from benchmarks.shared.stock import assert_same_latents, stock
 from qwen_fast.pipelines.sizes import listed
 from qwen_fast.schedule.configs import LIGHTNING_SCHEDULER_CONFIG, QWEN_IMAGE_SCHEDULER_CONFIG
+from qwen_fast.testing.family import EDIT_2511, build_pipeline
+from qwen_fast.transformer import model
 
 PROMPTS = ["a red circle", "two green squares on a hill by the sea, and a road", "x"]
 # The last two have as many tokens, and so one schedule; the first has another.
@@ -40,7 +42,7 @@ def alone(pipe, generator=None, **arguments) -> list:
     """What a pipeline draws prompt by prompt."""
     prompts, each, images = arguments["prompt"], arguments.get("num_images_per_prompt", 1), []
     for n in range(len(prompts)):
-        own = arguments | {name: arguments[name] for name in OF_EACH if name in arguments}
+        own = dict(arguments)
         for name in OF_EACH:
             value = listed(own.get(name))
             own[name] = value[n] if isinstance(value, list) else value
@@ -163,7 +165,7 @@ def test_a_lora(checkpoint, pipe, modulation, scale):
     ids=["base", "lightning", "static", "linear", "karras"],
 )
 def test_schedules(checkpoint, config, updates):
-    """Pictures next to each other with the same schedule are updated at once, and a schedule for all has one modulation a step."""
+    """Neighbours with the same schedule are updated at once."""
     pipe, fast = stock(checkpoint), stock(checkpoint)
     for one in (pipe, fast):
         one.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
@@ -174,10 +176,12 @@ def test_schedules(checkpoint, config, updates):
     assert calls["cfg_euler_step"] == 4 * updates
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_halves_are_as_near_to_fp32_as_stocks(checkpoint, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "precise"), [(torch.bfloat16, False), (torch.float16, False), (torch.bfloat16, True)], ids=str
+)
+def test_halves_are_as_near_to_fp32_as_stocks(checkpoint, dtype, precise):
     pipe, call = stock(checkpoint, dtype), {"prompt": PROMPTS} | SIZES | GUIDED
-    fast, wide = qwen_fast.enable(stock(checkpoint, dtype)), copy.deepcopy(pipe)
+    fast, wide = qwen_fast.enable(stock(checkpoint, dtype), precise_sampler=precise), copy.deepcopy(pipe)
     for part in wide.components.values():
         if isinstance(part, torch.nn.Module):
             torch.nn.Module.to(part, torch.float32)
@@ -185,7 +189,21 @@ def test_halves_are_as_near_to_fp32_as_stocks(checkpoint, dtype):
              for h, w, g in zip(*SIZES.values(), generators(3), strict=True)]  # fmt: skip
     expected, exact = (alone(one, **call, latents=noise) for one in (pipe, wide))
     for one, other, exactly in zip(fast(**call, latents=noise).images, expected, exact, strict=True):
-        assert_same_latents(one, other, exactly)
+        assert one.dtype == (torch.float32 if precise else dtype)
+        assert_same_latents(one.to(dtype), other, exactly)
+
+
+def test_each_picture_has_the_timesteps_that_stock_rounds(checkpoint, monkeypatch):
+    """Rounded to the model's dtype before they are divided; 0.2 % apart in bf16 otherwise, which no picture shows."""
+    pipe, fast = stock(checkpoint, torch.bfloat16), qwen_fast.enable(stock(checkpoint, torch.bfloat16), modulation="layers")
+    expected, actual, compute = [], [], model.FromLayers.__init__
+    hook = pipe.transformer.register_forward_pre_hook(lambda m, a, given: expected.append(given["timestep"]), with_kwargs=True)
+    call = {"prompt": PROMPTS} | SIZES | GUIDED | UNGUIDED
+    alone(pipe, generators(3), **call)
+    hook.remove()
+    monkeypatch.setattr(model.FromLayers, "__init__", lambda *a: (actual.append(a[3]), compute(*a))[1])
+    fast(**call, generator=generators(3))
+    assert torch.equal(torch.stack(actual, dim=1).flatten(), torch.cat(expected)) and len(set(torch.cat(expected).tolist())) > 4
 
 
 def test_latents_of_the_callers_own(pipe, fast):
@@ -261,7 +279,8 @@ def test_a_callback_may_interrupt_switch_adapters_and_draw(checkpoint):
     add_lora(pipe, fast)
 
     def change(pipe, i, t, tensors):
-        pipe(PROMPTS[0], height=32, width=32, num_inference_steps=1, sigmas=[0.9], output_type="latent")
+        several = isinstance(tensors["latents"], list) and i == 1
+        pipe(PROMPTS[:1], height=[32] if several else 32, width=32, sigmas=[0.9], output_type="latent")
         if i == 0:
             pipe.transformer.set_adapters(["a"], [0.3])
         pipe._interrupt = i == 2
@@ -270,9 +289,8 @@ def test_a_callback_may_interrupt_switch_adapters_and_draw(checkpoint):
     expected = []
     for n, prompt in enumerate(PROMPTS):
         pipe.transformer.set_adapters(["a"], [1.0])
-        scheduler = copy.deepcopy(pipe.scheduler)
 
-        def changed(pipe, i, t, tensors, scheduler=scheduler):
+        def changed(pipe, i, t, tensors):  # stock's scheduler is left in the run of the picture drawn last
             held = vars(pipe.scheduler).copy()
             result = change(pipe, i, t, tensors)
             vars(pipe.scheduler).update(held)
@@ -303,13 +321,30 @@ def test_what_a_callback_may_not_change_is_named(fast, change, message):
         fast(PROMPTS, **SIZES, **GUIDED, callback_on_step_end=called)
 
 
-@pytest.mark.parametrize("given", [None, [], "shapes"])
-def test_latents_of_a_callback_that_do_not_fit(fast, given):
+@pytest.mark.parametrize("change", [lambda one: one[:, 1:], lambda one: one.double(), lambda one: one[0], None], ids=str)
+def test_latents_of_a_callback_that_do_not_fit(fast, change):
     def called(pipe, i, t, tensors):
-        return {"latents": [one[:, 1:] for one in tensors["latents"]] if given == "shapes" else given}
+        return {"latents": change and list(map(change, tensors["latents"]))}
 
     with pytest.raises(ValueError, match="a callback gave back `latents`"):
         fast(PROMPTS, **SIZES, **GUIDED, callback_on_step_end=called)
+
+
+@pytest.mark.parametrize("modulation", ["auto", "layers"])
+def test_a_transformer_that_knows_references(checkpoint, modulation):
+    """`zero_cond_t` has a row of modulations for reference pictures, of which there are none here."""
+    pipe, fast = (build_pipeline(diffusers.QwenImagePipeline, checkpoint, **EDIT_2511) for _ in range(2))
+    assert pipe.transformer.config.zero_cond_t
+    assert_as_alone(pipe, qwen_fast.enable(fast, modulation=modulation))
+    assert_as_alone(pipe, fast, prompt=PROMPTS[1:], height=[96, 48], width=[160, 320])  # one schedule
+
+
+def test_in_inference_mode(pipe, fast):
+    call = {"prompt": PROMPTS} | SIZES | GUIDED | {"callback_on_step_end": lambda pipe, i, t, tensors: {}}
+    with torch.inference_mode():
+        actual = fast(**call, generator=generators(3)).images
+    for one, other in zip(actual, alone(pipe, generators(3), **call), strict=True):
+        assert_same_latents(one, other)
 
 
 def test_check_nan_names_the_picture_and_its_own_timestep(fast, caplog):

@@ -1,5 +1,7 @@
 """Lists of sizes that do not fit, and calls that cannot carry them: named before any work, and nothing is left patched."""
 
+import inspect
+
 import diffusers
 import pytest
 import torch
@@ -28,7 +30,7 @@ def fast(checkpoint):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"height": [64]}, "`height` is a list of 1 for 2 prompts; one number for all is needed, or one for each prompt"),
+        ({"height": [64]}, "`height` is a list of 1 for 2 prompts; one for each prompt is needed, or a number for all"),
         ({"width": [64, 64, 64]}, "`width` is a list of 3 for 2 prompts"),
         ({"width": []}, "`width` is a list of 0 for 2 prompts"),
         ({"prompt": "a red circle"}, "`height` is a list of 2 for 1 prompts"),
@@ -103,8 +105,12 @@ def own_processor(pipe, monkeypatch):
 
 def own_call(pipe, monkeypatch):
     call = diffusers.QwenImagePipeline.__call__
-    monkeypatch.setattr(diffusers.QwenImagePipeline, "__call__", lambda self, *args, **kwargs: call(self, *args, **kwargs))
-    monkeypatch.setattr(diffusers.QwenImagePipeline.__call__, "__signature__", __import__("inspect").signature(call), raising=False)
+
+    def mine(self, *args, **kwargs):
+        return call(self, *args, **kwargs)
+
+    mine.__signature__ = inspect.signature(call)
+    monkeypatch.setattr(diffusers.QwenImagePipeline, "__call__", mine)
 
 
 def distilled(pipe, monkeypatch):
@@ -148,7 +154,9 @@ def test_autocast_and_gradients_are_refused(fast):
 
 def test_other_pipelines_draw_one_size_a_call(checkpoint):
     pipe = qwen_fast.enable(stock(checkpoint, cls=diffusers.QwenImageImg2ImgPipeline))
-    with pytest.raises(ValueError, match="but a QwenImageImg2ImgPipeline draws one size a call; a QwenImagePipeline takes lists"):
+    with pytest.raises(
+        ValueError, match="but a QwenImageImg2ImgPipeline draws one size a call; a QwenImagePipeline takes lists"
+    ):
         pipe(image=torch.zeros(2, 3, 64, 64), **CALL)
 
 
