@@ -147,7 +147,6 @@ class SizesDenoiser(Denoiser):
     def _follow_changes(self) -> None:
         """Before the first step, and after code of the user's has run."""
         pipe, before = self.pipe, self.call.survey
-        reason = None
         if STATE not in pipe.__dict__ or pipe.fast_state is not self.state or pipe.transformer is not self.model:
             reason = "the pipeline is another one"
         elif torch.is_grad_enabled():
@@ -156,9 +155,9 @@ class SizesDenoiser(Denoiser):
             reason = "the scheduler has other sigmas"
         else:
             reason = pipe.steps_itself()
-        if reason is None:
-            self.look()
-            reason = reason_against_rows(self, self.device)
+            if reason is None:
+                self.look()
+                reason = reason_against_rows(self, self.device)
         if reason is not None:
             raise RuntimeError(
                 f"pictures of several sizes cannot go on behind this callback: {reason}. Call the pipeline once for each size."

@@ -38,7 +38,7 @@ def assert_nothing_wrong(seen: notes.Notes) -> None:
         ({"modulation": "host"}, {"callback_on_step_end": lambda pipe, i, t, tensors: tensors}),
         ({"precise_sampler": True, "check_nan": True}, {"output_type": "pt"}),
     ],
-    ids=str,
+    ids=["as it comes", "unguided", "layers", "weights on the host, callback", "precise, check_nan, pictures"],
 )
 def test_the_cpus_pictures_without_a_wait(checkpoint, emulated_cuda, options, others):
     seen = emulated_cuda.notes

@@ -321,7 +321,11 @@ def test_what_a_callback_may_not_change_is_named(fast, change, message):
         fast(PROMPTS, **SIZES, **GUIDED, callback_on_step_end=called)
 
 
-@pytest.mark.parametrize("change", [lambda one: one[:, 1:], lambda one: one.double(), lambda one: one[0], None], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [lambda one: one[:, 1:], lambda one: one.double(), lambda one: one[0], None],
+    ids=["fewer tokens", "another dtype", "no batch", "no list"],
+)
 def test_latents_of_a_callback_that_do_not_fit(fast, change):
     def called(pipe, i, t, tensors):
         return {"latents": change and list(map(change, tensors["latents"]))}
