@@ -160,6 +160,7 @@ def test_what_keeps_the_decoding_in_turn(pipe, monkeypatch):
     # In fp32 a decode at 1024x1024 is reckoned at 10.5 GiB.
     assert drawing._reason_against(pipe, [{"height": 1024, "width": 1024}]) == "memory is too short"
     assert drawing._reason_against(pipe, [{"height": 1024, "width": 944}]) is None
+    assert drawing._reason_against(pipe, [SETTINGS, {"height": 1024, "width": 1024}]) == "memory is too short"
     handle = pipe.vae.register_forward_pre_hook(lambda *_: None)
     assert drawing._reason_against(pipe, [SETTINGS]) == "hooks move the models"
     handle.remove()
