@@ -23,7 +23,7 @@ import qwen_fast_kernels
 from qwen_fast.demo.accuracy import held_out_requests
 from qwen_fast.demo.scenes import Request
 from qwen_fast.loading import check_folder
-from qwen_fast.pipelines.generate import decoded_latents
+from qwen_fast.pipelines.decoding import decoded_latents
 from qwen_fast.pipelines.opening import library_output, load_pipeline
 
 from .modes import Mode, Setting

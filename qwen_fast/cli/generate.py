@@ -28,6 +28,7 @@ examples:
   qwen-fast generate --prompt "a large red circle on a white background"
   qwen-fast generate --model Qwen/Qwen-Image --prompt "a red fox" --prompt "a blue bird" --out pictures
   qwen-fast generate --model path/to/Qwen-Image --prompt-file prompts.txt --num-images 4 --size 1328x1328
+  qwen-fast generate --model Qwen/Qwen-Image --prompt "a red fox" --prompt "a tower" --size 1328x1328 928x1664
   qwen-fast generate --model Qwen/Qwen-Image --prompt "a red fox" --steps 8 --cfg 1 --config lightning \\
       --lora Qwen-Image-Lightning-8steps.safetensors
   qwen-fast generate --prompt "two green squares on a white background" --stock --out stock.png    by diffusers alone
@@ -49,7 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument("--negative-prompt", default=" ", metavar="TEXT", help="what to keep out (default: a space)")
     prompts.add_argument("--num-images", type=positive_int, default=1, metavar="N", help="per prompt (default: 1)")
     prompts.add_argument(
-        "--size", type=arguments.size, metavar="WxH", help="multiples of 16 (default: the model's, demo 64x64)"
+        "--size",
+        type=arguments.size,
+        nargs="+",
+        metavar="WxH",
+        help="multiples of 16; one for all, or one for each prompt (default: the model's, demo 64x64)",
     )
     prompts.add_argument("--seed", type=arguments.seed, default=0, metavar="N", help="of the first picture (default: 0)")
 
@@ -92,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
     total = len(prompts) * args.num_images
     if args.seed + total - 1 >= 2**63:
         args.parser.error(f"--seed {args.seed} leaves no seeds for {total} pictures")
+    if args.size is not None and len(args.size) not in (1, len(prompts)):
+        args.parser.error(f"--size names {len(args.size)} sizes for {len(prompts)} prompts; one for all or one for each")
     folder, file = _destination(args.out, total, args.overwrite)
     if args.config is not None:
         config, _ = load_config(args.config)
@@ -118,29 +125,32 @@ def run(args: argparse.Namespace) -> int:
         loaded = time.perf_counter() - started
 
         side = pipe.default_sample_size * pipe.vae_scale_factor
-        width, height = args.size or (DEMO_SIZE if args.model is None else (side, side))
+        sizes = args.size or [DEMO_SIZE if args.model is None else (side, side)]
+        sizes = sizes * (len(prompts) // len(sizes))  # one for all, or one for each
         steps = args.steps or (DEMO_STEPS if args.model is None else MODEL_STEPS)
-        settings = _settings(args, pipe, model, device, dtype, steps, (width, height))
-        print(f"{width}x{height}, {steps} steps, cfg {args.cfg:g}, {settings['dtype']} on {device}", flush=True)
+        settings = _settings(args, pipe, model, device, dtype, steps)
+        names = " ".join(dict.fromkeys(f"{width}x{height}" for width, height in sizes))
+        print(f"{names}, {steps} steps, cfg {args.cfg:g}, {settings['dtype']} on {device}", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         pipe.set_progress_bar_config(disable=not bars)
-        each = [prompt for prompt in prompts for _ in range(args.num_images)]
+        each = [pair for pair in zip(prompts, sizes, strict=True) for _ in range(args.num_images)]
         pictures = generate(
             pipe,
-            each,
+            [prompt for prompt, _ in each],
             seed=args.seed,
             negative_prompt=args.negative_prompt if args.cfg > 1 else None,
             true_cfg_scale=args.cfg,
-            width=width,
-            height=height,
+            width=[width for _, (width, _) in each],
+            height=[height for _, (_, height) in each],
             num_inference_steps=steps,
         )
         writer = PngWriter()
         try:
             with staged(pipe) if args.stock else contextlib.nullcontext(), writer:
                 for index, image, seconds in pictures:
-                    prompt, seed, drawn = each[index], args.seed + index, sum(seconds.values())
-                    text = {"prompt": prompt, "seed": str(seed), **settings, "seconds": f"{drawn:.2f}"}
+                    (prompt, (width, height)), seed, drawn = each[index], args.seed + index, sum(seconds.values())
+                    text = {"prompt": prompt, "seed": str(seed), **settings, "size": f"{width}x{height}"}
+                    text["seconds"] = f"{drawn:.2f}"
                     text["stages"] = ", ".join(f"{name} {value:.3f}" for name, value in seconds.items())
                     path = file or folder / f"{_slug(prompt)}-seed{seed}.png"
                     note = f"seed {seed}  {drawn:.2f} s"
@@ -170,10 +180,8 @@ def read_prompts(name: str) -> list[str]:
     return prompts
 
 
-def _settings(
-    args: argparse.Namespace, pipe: Any, model: str, device: Any, dtype: Any, steps: int, size: tuple[int, int]
-) -> dict[str, str]:
-    """What goes into every picture's metadata beside prompt and seed."""
+def _settings(args: argparse.Namespace, pipe: Any, model: str, device: Any, dtype: Any, steps: int) -> dict[str, str]:
+    """What goes into every picture's metadata beside prompt, seed and size."""
     import diffusers
     import torch
     import transformers
@@ -183,7 +191,6 @@ def _settings(
     return {
         "negative_prompt": args.negative_prompt if args.cfg > 1 else "",
         "steps": str(steps),
-        "size": f"{size[0]}x{size[1]}",
         "cfg": f"{args.cfg:g}",
         "model": args.model or "demo checkpoint",
         "lora": ", ".join(f"{name}:{scale:g}" for name, scale in args.lora),

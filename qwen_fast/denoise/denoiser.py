@@ -21,7 +21,7 @@ from ..transformer.modulation_weights import table_reason
 from . import graph
 from .control import Control
 from .inputs import Held, Inputs
-from .packing import packed_prompts, takes_rows
+from .packing import forwarded, packed_prompts, takes_rows
 from .step import RESIDUALS, SHOWN, Found, Step, drew, guided, row_of, sampler_step, scheduling, without_references
 from .watch import FiniteCheck, Pace
 
@@ -363,15 +363,7 @@ class Denoiser:
         others = {RESIDUALS: step.shared(RESIDUALS)}
         others["additional_t_cond"] = None if self.source is not None else step.shared("additional_t_cond")
         for pack in self.packs:
-            if self.call.survey.placed:
-                self.call.prompts = pack
-                try:
-                    with entered(self.call):
-                        output = self.model(hidden_states=hidden, timestep=timestep, return_dict=False, **others)[0]
-                finally:
-                    self.call.prompts = None
-            else:
-                output = self.model.predict(self.call, hidden, timestep, pack, **others)
+            output = forwarded(self, pack, hidden, timestep, **others)
             predictions += without_references(output, pack.copies, step.latents.shape[1])
         return tuple(predictions)
 

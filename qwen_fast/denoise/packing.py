@@ -1,16 +1,19 @@
 """The prompts of a step as rows without padding: both predictions share a forward where memory allows it."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..transformer.call import PromptBatch
+from ..transformer.call import PromptBatch, entered
 from ..transformer.layout import check_image_shapes
 from .step import Step, fits_in_memory
 
 if TYPE_CHECKING:
     from .denoiser import Denoiser
+
+# Embeddings `[R, C_txt]` without the masked ones, and per sample how many they are, or where they stood.
+Rows = tuple[torch.Tensor, list[int | tuple[int, ...]]]
 
 
 def packed_prompts(denoiser: "Denoiser", step: Step, together: bool | None = None) -> list[PromptBatch]:
@@ -19,9 +22,14 @@ def packed_prompts(denoiser: "Denoiser", step: Step, together: bool | None = Non
     Args:
         together: None: where the activations fit into the device's memory.
     """
-    model, prompts = denoiser.model, [rows_of(*prompt, denoiser.batch) for prompt in step.prompts]
+    return packed_rows(denoiser, [rows_of(*prompt, denoiser.batch) for prompt in step.prompts], together)
 
-    def packed(group: list) -> PromptBatch:
+
+def packed_rows(denoiser: "Denoiser", prompts: list[Rows], together: bool | None = None) -> list[PromptBatch]:
+    """`packed_prompts` of prompts as rows, one entry for each prediction; `denoiser.shapes` are of each sample's pictures."""
+    model = denoiser.model
+
+    def packed(group: list[Rows]) -> PromptBatch:
         embeds, shapes = torch.cat([embeds for embeds, _ in group]), denoiser.shapes * len(group)
         positions = [position for _, own in group for position in own]
         return PromptBatch(model.layout(shapes, positions, denoiser.device), embeds, len(group), shapes)
@@ -32,19 +40,29 @@ def packed_prompts(denoiser: "Denoiser", step: Step, together: bool | None = Non
     return [batch] if together or len(prompts) == 1 else [packed([prompt]) for prompt in prompts]
 
 
+def forwarded(
+    denoiser: "Denoiser", pack: PromptBatch, hidden: torch.Tensor, timestep: torch.Tensor, **others: Any
+) -> torch.Tensor:
+    """What `predict` of the model gives for a pack; through the model's own call where a hook brings its weights."""
+    model, call = denoiser.model, denoiser.call
+    if not call.survey.placed:
+        return model.predict(call, hidden, timestep, pack, **others)
+    call.prompts = pack
+    try:
+        with entered(call):
+            return model(hidden_states=hidden, timestep=timestep, return_dict=False, **others)[0]
+    finally:
+        call.prompts = None
+
+
 def takes_rows(denoiser: "Denoiser", step: Step) -> bool:
     """Whether both predictions of a step can share a forward; what does not fit together is stock's to refuse."""
-    model, found, hidden = denoiser.model, denoiser.call.survey, step.shared("hidden_states")
-    others = set(denoiser.pipe.attention_kwargs or ()) - {"scale"}
-    if not denoiser.attached or not found.rows or found.whole is not None or others or step.shared("guidance") is not None:
-        return False
-    if torch.is_autocast_enabled(denoiser.device.type) or not step.is_shared:
+    hidden = step.shared("hidden_states")
+    if reason_against_rows(denoiser, denoiser.device) is not None or step.shared("guidance") is not None or not step.is_shared:
         return False
     if hidden.dtype != denoiser.dtype and not denoiser.state.options.precise_sampler:
         return False
-    if not are_rows(step.prompts, step.shapes, hidden):
-        return False
-    return not getattr(model, "is_cache_enabled", False) and getattr(model, "_parallel_config", None) is None
+    return are_rows(step.prompts, step.shapes, hidden)
 
 
 def are_rows(prompts: list, shapes: list, hidden: torch.Tensor) -> bool:
@@ -56,7 +74,24 @@ def are_rows(prompts: list, shapes: list, hidden: torch.Tensor) -> bool:
     return all(sum(map(math.prod, entry)) == hidden.shape[1] for entry in shapes)
 
 
-def rows_of(embeds: torch.Tensor, mask: torch.Tensor | None, batch: int) -> tuple[torch.Tensor, list[int | tuple[int, ...]]]:
+def reason_against_rows(denoiser: "Denoiser", device: torch.device) -> str | None:
+    """Why a forward cannot get the rows of several sequences at once, or None."""
+    model, found = denoiser.model, denoiser.call.survey
+    if not denoiser.attached:
+        return "the transformer is not accelerated"
+    if getattr(model, "is_cache_enabled", False):
+        return "a step cache"
+    if getattr(model, "_parallel_config", None) is not None:
+        return "context parallelism"
+    if found.whole is not None or not found.rows:
+        return found.whole or found.against_rows
+    others = set(denoiser.pipe.attention_kwargs or ()) - {"scale"}
+    if others:
+        return f"attention_kwargs {', '.join(sorted(others))}"
+    return f"autocast on {device.type}" if torch.is_autocast_enabled(device.type) else None
+
+
+def rows_of(embeds: torch.Tensor, mask: torch.Tensor | None, batch: int) -> Rows:
     """Embeddings as rows without the masked ones, and per sample how many they are, or where they stood."""
     # One negative prompt for all: diffusers leaves it to broadcasting, which several pictures a prompt break.
     embeds = embeds.repeat(batch // embeds.shape[0], 1, 1) if embeds.shape[0] != batch else embeds

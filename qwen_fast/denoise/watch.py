@@ -14,12 +14,12 @@ class FiniteCheck:
 
     Args:
         latents: `[B, S_img, C]`, before the first step.
-        timesteps: `[T]`, of the schedule.
+        timesteps: `[T]`, of the schedule, or `[B, T]`, of each picture's.
     """
 
     def __init__(self, latents: torch.Tensor, timesteps: torch.Tensor):
-        self._timesteps = timesteps
-        self._first = torch.full(latents.shape[:1], len(timesteps), dtype=torch.int64, device=latents.device)
+        self._timesteps = timesteps.expand(len(latents), -1)
+        self._first = torch.full(latents.shape[:1], timesteps.shape[-1], dtype=torch.int64, device=latents.device)
         self.look(-1, latents)
 
     def look(self, step: int, latents: torch.Tensor) -> None:
@@ -38,8 +38,8 @@ class FiniteCheck:
 
     def found(self) -> str | None:
         """Where it began, or None if all stayed finite."""
-        timesteps, parts = self._timesteps.tolist(), []
-        for picture, step in enumerate(self._first.tolist()):
+        parts = []
+        for picture, (timesteps, step) in enumerate(zip(self._timesteps.tolist(), self._first.tolist(), strict=True)):
             if step < 0:
                 parts.append(f"the latents of picture {picture} are not finite before the first step")
             elif step < len(timesteps):

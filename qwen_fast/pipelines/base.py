@@ -166,7 +166,7 @@ class AcceleratedPipeline(PickledAsStock):
         for one in (state.transformer, fused_net(self)):
             if one is not None:
                 problems += proofs.transformer_problems(dtype, one.config.num_attention_heads, one.config.attention_head_dim)
-        if state.vae is not None:
+        if state.vae is not None and self.vae is not None:
             problems += proofs.vae_problems(self.vae.dtype, proofs.vae_norms(self.vae))
         proofs.require(state, problems, device)
 

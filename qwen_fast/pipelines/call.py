@@ -14,13 +14,12 @@ from ..common.stages import on_device, staged
 from ..common.state import STATE
 from ..denoise.denoiser import Denoiser
 from ..text.encoding import prompts_of_call
-from . import cache_dit
+from . import cache_dit, sizes
 from .foreign import note_foreign
-from .inputs import check_attention, check_call, check_callback_inputs, check_components, whole
+from .inputs import check_attention, check_call, check_callback_inputs, check_components, dtype_of, whole
 from .stock_call import with_own_steps
 
 _signature = functools.lru_cache(maxsize=32)(inspect.signature)
-_PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def accelerated_call(stock: type) -> Callable[..., Any]:
@@ -53,6 +52,11 @@ def _called(pipe: Any, stock: type, args: tuple[Any, ...], kwargs: dict[str, Any
         bound = signature.bind(pipe, *args, **kwargs)
         bound.apply_defaults()
         arguments = bound.arguments
+        if sizes.has_lists_of_sizes(arguments):
+            reason = "gradients are asked for" if torch.is_grad_enabled() else reason_for_stock(pipe, device)
+            if call is not with_own_steps(stock):
+                reason = reason or "`__call__` is not diffusers' own"
+            return sizes.draw(pipe, arguments, device, reason)
         if not torch.is_grad_enabled():
             check_call(pipe, arguments)
             check_components(pipe, arguments)
@@ -76,7 +80,7 @@ def _called(pipe: Any, stock: type, args: tuple[Any, ...], kwargs: dict[str, Any
             state.fall_back(reason)
     if arguments.get("callback_on_step_end") is not None:
         check_callback_inputs(arguments.get("callback_on_step_end_tensor_inputs") or (), call)
-    dtype = _dtype(pipe.transformer)
+    dtype = dtype_of(pipe.transformer)
     pipe.require_kernels(dtype, device)
     names, known = arguments.get("callback_on_step_end_tensor_inputs") or (), call is with_own_steps(stock)
     denoiser = Denoiser(pipe, names, known_loop=known, proved=dtype)
@@ -102,12 +106,6 @@ def _function(pipe: Any, stock: type) -> tuple[Callable[..., Any], bool]:
     if replaced and cache_dit.is_cached(pipe):
         return without_no_grad(stock.__call__), True
     return with_own_steps(stock) or without_no_grad(stock.__call__), True
-
-
-def _dtype(model: torch.nn.Module) -> torch.dtype:
-    """What the model computes in; `model.dtype` asks every module."""
-    weight = next(iter(getattr(model, "img_in", torch.nn.Module()).parameters()), None)
-    return weight.dtype if weight is not None and weight.dtype in _PLAIN else model.dtype
 
 
 def without_no_grad(call: Callable[..., Any]) -> Callable[..., Any]:

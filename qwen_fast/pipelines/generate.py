@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ import torch
 from ..common.hooks import is_hooked
 from ..common.stages import Recorder, on_device, record, stage
 from .call import reason_for_stock
+from .decoding import decoded_latents
+from .sizes import listed
 from .text_to_image import QwenImagePipeline
 
 # Stock's decode takes 5.25 GiB at 1024x1024 in bf16 (reported by users): more than ours, which is the room to spare.
@@ -38,7 +41,8 @@ def generate(pipe: diffusers.QwenImagePipeline, prompts: Sequence[str], *, seed:
         pipe: a QwenImagePipeline, ours or diffusers'.
         prompts: one for each picture; for several of one prompt it stands there several times.
         seed: of the first picture.
-        settings: arguments of the pipeline's call, the same for all. Its progress bar says which picture it is.
+        settings: arguments of the pipeline's call, the same for all; but `height` and `width` may be lists, of one for each.
+            Its progress bar says which picture it is.
     Returns:
         Iterator[Picture]: nothing is drawn before its first `next`.
     Raises:
@@ -54,25 +58,34 @@ def generate(pipe: diffusers.QwenImagePipeline, prompts: Sequence[str], *, seed:
             raise ValueError(f"`{name}` is given, but is different or fixed for each picture; use `prompts` and `seed`.")
     if not 0 <= seed <= 2**63 - max(1, len(prompts)):
         raise ValueError(f"`seed` is {seed}; with {len(prompts)} pictures it is one of 0 to 2**63 - {max(1, len(prompts))}.")
-    draw = _beside if len(prompts) > 1 and _reason_against(pipe, settings) is None else _in_turn
-    return draw(pipe, list(prompts), seed, settings)
+    each = _of_each(settings, len(prompts))
+    draw = _beside if len(prompts) > 1 and _reason_against(pipe, each) is None else _in_turn
+    return draw(pipe, list(prompts), seed, each)
 
 
-def _in_turn(pipe: Any, prompts: list[str], seed: int, settings: dict[str, Any]) -> Iterator[Picture]:
-    for index in range(len(prompts)):
+def _of_each(settings: dict[str, Any], pictures: int) -> list[dict[str, Any]]:
+    """The settings of every picture, `height` and `width` its own."""
+    sizes = {name: listed(settings[name]) for name in ("height", "width") if name in settings}
+    lists = {name: sides for name, sides in sizes.items() if isinstance(sides, list)}
+    for name, sides in lists.items():
+        if len(sides) != pictures:
+            raise ValueError(f"`{name}` is a list of {len(sides)} for {pictures} prompts; one for all, or one for each.")
+    return [settings | {name: sides[index] for name, sides in lists.items()} for index in range(pictures)]
+
+
+def _in_turn(pipe: Any, prompts: list[str], seed: int, each: list[dict[str, Any]]) -> Iterator[Picture]:
+    for index, settings in enumerate(each):
         with record() as recorder:
             image = _call(pipe, prompts, index, seed, settings)
         yield _picture(index, image[0], recorder)
 
 
-def _beside(pipe: Any, prompts: list[str], seed: int, settings: dict[str, Any]) -> Iterator[Picture]:
+def _beside(pipe: Any, prompts: list[str], seed: int, each: list[dict[str, Any]]) -> Iterator[Picture]:
     """As `_in_turn`, but decoded in a second thread, on CUDA on a second stream."""
     device = pipe._execution_device
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    side = pipe.default_sample_size * pipe.vae_scale_factor
-    height, width = settings.get("height") or side, settings.get("width") or side
 
-    def decode(latents: torch.Tensor, user: Any, written: Any) -> Any:
+    def decode(latents: torch.Tensor, settings: dict[str, Any], user: Any, written: Any) -> Any:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())  # which is each thread's own
             if stream is not None:
@@ -82,7 +95,7 @@ def _beside(pipe: Any, prompts: list[str], seed: int, settings: dict[str, Any]) 
             stack.enter_context(on_device(device))
             stack.enter_context(stage("vae"))
             stack.enter_context(pipe._images())
-            images = decoded_latents(pipe, latents, height, width, settings.get("output_type", "pil"))
+            images = decoded_latents(pipe, latents, *_size(pipe, settings), settings.get("output_type", "pil"))
             if stream is not None and isinstance(images, torch.Tensor):
                 images.record_stream(user)
                 stream.synchronize()
@@ -95,7 +108,7 @@ def _beside(pipe: Any, prompts: list[str], seed: int, settings: dict[str, Any]) 
 
     with ThreadPoolExecutor(1, thread_name_prefix="qwen_fast_vae") as worker:
         waiting = None
-        for index in range(len(prompts)):
+        for index, settings in enumerate(each):
             try:
                 with record() as recorder:
                     latents = _call(pipe, prompts, index, seed, {**settings, "output_type": "latent"})
@@ -108,24 +121,10 @@ def _beside(pipe: Any, prompts: list[str], seed: int, settings: dict[str, Any]) 
                 if waiting is not None:
                     yield decoded(index - 1, *waiting)
                 raise
-            before, waiting = waiting, (worker.submit(context.run, decode, latents, user, written), recorder)
+            before, waiting = waiting, (worker.submit(context.run, decode, latents, settings, user, written), recorder)
             if before is not None:
                 yield decoded(index - 1, *before)
         yield decoded(len(prompts) - 1, *waiting)
-
-
-def decoded_latents(pipe: Any, latents: torch.Tensor, height: int, width: int, output_type: str) -> Any:
-    """Packed latents `[B, S_img, C]` as pictures, as stock's `__call__` makes them, in the VAE's dtype."""
-    latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor).to(pipe.vae.dtype)
-
-    def per_channel(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values).view(1, pipe.vae.config.z_dim, 1, 1, 1).to(latents.device, latents.dtype)
-
-    # Division by a rounded reciprocal is what stock does; a product with the deviation rounds otherwise.
-    inverse_std = 1.0 / per_channel(pipe.vae.config.latents_std)
-    latents = latents / inverse_std + per_channel(pipe.vae.config.latents_mean)
-    image = pipe.vae.decode(latents, return_dict=False)[0][:, :, 0]
-    return pipe.image_processor.postprocess(image, output_type=output_type)
 
 
 def _call(pipe: Any, prompts: list[str], index: int, seed: int, settings: dict[str, Any]) -> Any:
@@ -143,19 +142,24 @@ def _picture(index: int, image: Any, recorder: Recorder) -> Picture:
     return Picture(index, image, here | beside)
 
 
-def _reason_against(pipe: Any, settings: dict[str, Any]) -> str | None:
+def _size(pipe: Any, settings: dict[str, Any]) -> tuple[int, int]:
+    """(height, width) of a picture."""
+    side = pipe.default_sample_size * pipe.vae_scale_factor
+    return settings.get("height") or side, settings.get("width") or side
+
+
+def _reason_against(pipe: Any, each: list[dict[str, Any]]) -> str | None:
     """Why pictures are decoded before the next one begins, or None. The CPU's cores are busy with the one."""
     device = pipe._execution_device
     if device.type != "cuda":
         return f"the device is {device}"
     if type(pipe) is not QwenImagePipeline or reason_for_stock(pipe, device) is not None:
         return "the loop is diffusers'"
-    if settings.get("output_type", "pil") == "latent":
+    if each[0].get("output_type", "pil") == "latent":
         return "nothing is decoded"
     if any(is_hooked(module) for module in pipe.components.values() if isinstance(module, torch.nn.Module)):
         return "hooks move the models"
-    side = pipe.default_sample_size * pipe.vae_scale_factor
-    pixels = (settings.get("height") or side) * (settings.get("width") or side)
+    pixels = max(math.prod(_size(pipe, settings)) for settings in each)
     # Of the driver's alone: what PyTorch keeps in reserve is what the next picture's forwards will take.
     if torch.cuda.mem_get_info(device)[0] < _DECODE_BYTES * pixels * pipe.vae.dtype.itemsize:
         return "memory is too short"

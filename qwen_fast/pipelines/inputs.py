@@ -8,6 +8,14 @@ import torch
 
 from ..schedule import check_num_inference_steps, check_sigmas
 
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def dtype_of(model: torch.nn.Module) -> torch.dtype:
+    """What the model computes in; `model.dtype` asks every module."""
+    weight = next(iter(getattr(model, "img_in", torch.nn.Module()).parameters()), None)
+    return weight.dtype if weight is not None and weight.dtype in _PLAIN else model.dtype
+
 
 def check_attention(option: str, device: torch.device) -> None:
     """A ValueError where the attention that was named is not there on the device of a call."""

@@ -20,7 +20,8 @@ class QwenImagePipeline(EncodesText, STOCK):
     """diffusers.QwenImagePipeline with its schedule on the device and CFG, norm rescale and Euler step in one kernel.
 
     Same signature, same outputs, same random stream; `from_pretrained`, `from_pipe`, LoRA, offload and saving are
-    diffusers' own, and a folder it saves loads in stock diffusers.
+    diffusers' own, and a folder it saves loads in stock diffusers. One thing more: `height` and `width` may be lists of one for
+    each prompt, whose pictures are then drawn together, see pipelines/sizes.py.
 
     Args:
         options: of `enable`, by the same names. With `precise_sampler` callbacks and `output_type="latent"` see fp32 latents.

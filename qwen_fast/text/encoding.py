@@ -133,16 +133,19 @@ def configure(pipe: Any, state: State) -> None:
 
 
 @contextlib.contextmanager
-def prompts_of_call(pipe: Any, arguments: dict[str, Any]) -> Iterator[None]:
+def prompts_of_call(pipe: Any, arguments: dict[str, Any], *, apart: bool = False) -> Iterator[None]:
     """Inside, `pipe` encodes the prompt and the negative prompt of a call together when the first of them is asked for.
 
     Args:
         arguments: of `pipe.__call__`, by name.
+        apart: each prompt will be asked for alone, padded to no other.
     """
     prompts = [arguments["prompt"]]
     if arguments["true_cfg_scale"] > 1:
         prompts.append(arguments["negative_prompt"])
     waiting = [[prompt] if isinstance(prompt, str) else list(prompt) for prompt in prompts if prompt is not None]
+    if apart:
+        waiting = [[prompt] for own in waiting for prompt in own]
     token = _CALL.set(_Call(pipe, waiting))
     try:
         yield

@@ -134,6 +134,13 @@ class Survey:
         """How a block of `transformer_blocks` is computed; one that was not there when this was looked at is called."""
         return self.blocks.get(id(block), FUSED if id(block) in self.index else _STRANGER)
 
+    @property
+    def against_rows(self) -> str:
+        """In words, what forbids `rows`."""
+        plans = ((plan.called, plan.stock, plan.attention, *plan.mlps) for plan in self.blocks.values())
+        found = (*self.foreign, self.model, self.rotary, self.norm_out, *(reason for plan in plans for reason in plan))
+        return next(filter(None, found), None) or self.modulation or "layers that may not get several predictions at once"
+
 
 def survey(model: nn.Module, before: Survey | None = None) -> Survey:
     """Look at a transformer, a walk over its 2,300 modules, or a ControlNet; `before` again where nothing has changed since."""

@@ -58,6 +58,18 @@ def test_generate_writes_a_picture_with_its_settings(draw, tmp_path, checkpoint,
     assert f"diffusers {diffusers.__version__}" in image.text["versions"]
 
 
+def test_each_prompt_has_a_size_of_its_own(draw, tmp_path, capsys):
+    arguments = ["--prompt", "x", "--prompt", "y", "--size", "96x64", "48x80", "--num-images", "2", "--cfg", "1"]
+    assert draw(*arguments) == 0
+    assert "96x64 48x80, 2 steps, cfg 1" in capsys.readouterr().out
+    found = {}
+    for path in tmp_path.glob("*.png"):
+        with Image.open(path) as image:
+            found[image.text["prompt"], image.text["seed"]] = image.size, image.text["size"]
+    wide, high = ((96, 64), "96x64"), ((48, 80), "48x80")
+    assert found == {("x", "0"): wide, ("x", "1"): wide, ("y", "2"): high, ("y", "3"): high}
+
+
 def test_generate_draws_what_stock_diffusers_draws(draw, checkpoint, capsys):
     assert draw("--prompt", "a cat", "--seed", "3", "--out", "ours.png") == 0
     assert draw("--prompt", "a cat", "--seed", "3", "--out", "stock.png", "--stock") == 0
@@ -219,6 +231,7 @@ def test_generate_with_loras_and_another_schedule(draw, checkpoint, tmp_path, ca
         (["--prompt", "x", "--size", "64"], "'64' is not WIDTHxHEIGHT"),
         (["--prompt", "x", "--size", "64x70"], "70 is not a multiple of 16 pixels; 64 or 80 would do"),
         (["--prompt", "x", "--size", "0x64"], "'0' is not a whole number of at least 1"),
+        (["--prompt", "x", "--size", "64x64", "96x64"], "--size names 2 sizes for 1 prompts; one for all or one for each"),
         (["--prompt", "x", "--steps", "-3"], "'-3' is not a whole number of at least 1"),
         (["--prompt", "x", "--num-images", "0"], "'0' is not a whole number of at least 1"),
         (["--prompt", "x", "--seed", "-1"], "'-1' is not a whole number from 0"),

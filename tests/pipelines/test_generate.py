@@ -27,14 +27,29 @@ def alone(pipe, prompt: str, seed: int, **settings) -> np.ndarray:
 
 def beside(pipe, prompts, seed=0, **settings):
     """As generate() draws on a GPU, here with the CPU for both threads."""
-    return drawing._beside(pipe, prompts, seed, {**SETTINGS, **settings})
+    return drawing._beside(pipe, prompts, seed, drawing._of_each({**SETTINGS, **settings}, len(prompts)))
 
 
 def in_turn(pipe, prompts, seed=0, **settings):
-    return qwen_fast.generate(pipe, prompts, seed=seed, **SETTINGS, **settings)
+    return qwen_fast.generate(pipe, prompts, seed=seed, **SETTINGS | settings)
 
 
 BOTH = pytest.mark.parametrize("draw", [in_turn, beside])
+
+
+@BOTH
+def test_each_picture_has_a_size_of_its_own(pipe, draw):
+    heights, widths = [96, 64, 48], (64, 48, 80)
+    for index, image, _ in draw(pipe, PROMPTS, output_type="pt", height=heights, width=widths):
+        own = {"height": heights[index], "width": widths[index]}
+        generator = torch.Generator().manual_seed(index)
+        expected = pipe(PROMPTS[index], generator=generator, output_type="pt", **SETTINGS | own).images[0]
+        assert torch.equal(image, expected) and image.shape[1:] == (heights[index], widths[index])
+
+
+def test_a_list_of_sizes_of_another_length_is_named(pipe):
+    with pytest.raises(ValueError, match="`width` is a list of 2 for 3 prompts"):
+        qwen_fast.generate(pipe, PROMPTS, width=[64, 64])
 
 
 @BOTH
@@ -132,7 +147,7 @@ def test_a_consumer_may_stop_early(pipe):
 
 
 def test_nothing_is_decoded_beside_the_next_on_the_cpu(pipe):
-    assert drawing._reason_against(pipe, SETTINGS) == "the device is cpu"
+    assert drawing._reason_against(pipe, [SETTINGS]) == "the device is cpu"
 
 
 def test_what_keeps_the_decoding_in_turn(pipe, monkeypatch):
@@ -140,15 +155,16 @@ def test_what_keeps_the_decoding_in_turn(pipe, monkeypatch):
     monkeypatch.setattr("qwen_fast.pipelines.call.unsupported_reason", lambda device: None)
     free = 10 * 2**30
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 2**30))
-    assert drawing._reason_against(pipe, SETTINGS) is None
-    assert drawing._reason_against(pipe, {**SETTINGS, "output_type": "latent"}) == "nothing is decoded"
+    assert drawing._reason_against(pipe, [SETTINGS]) is None
+    assert drawing._reason_against(pipe, [{**SETTINGS, "output_type": "latent"}]) == "nothing is decoded"
     # In fp32 a decode at 1024x1024 is reckoned at 10.5 GiB.
-    assert drawing._reason_against(pipe, {"height": 1024, "width": 1024}) == "memory is too short"
-    assert drawing._reason_against(pipe, {"height": 1024, "width": 944}) is None
+    assert drawing._reason_against(pipe, [{"height": 1024, "width": 1024}]) == "memory is too short"
+    assert drawing._reason_against(pipe, [{"height": 1024, "width": 944}]) is None
+    assert drawing._reason_against(pipe, [SETTINGS, {"height": 1024, "width": 1024}]) == "memory is too short"
     handle = pipe.vae.register_forward_pre_hook(lambda *_: None)
-    assert drawing._reason_against(pipe, SETTINGS) == "hooks move the models"
+    assert drawing._reason_against(pipe, [SETTINGS]) == "hooks move the models"
     handle.remove()
-    assert drawing._reason_against(qwen_fast.disable(pipe), SETTINGS) == "the loop is diffusers'"
+    assert drawing._reason_against(qwen_fast.disable(pipe), [SETTINGS]) == "the loop is diffusers'"
 
 
 @pytest.mark.parametrize(
@@ -177,7 +193,7 @@ def test_pipelines_that_need_more_than_a_prompt_are_refused(checkpoint):
 @pytest.mark.parametrize("cuda_graph", [True, False])
 def test_on_a_gpu_the_pictures_are_those_drawn_alone(checkpoint, cuda_graph):
     pipe = qwen_fast.enable(stock(checkpoint, torch.bfloat16).to("cuda"), cuda_graph=cuda_graph)
-    assert drawing._reason_against(pipe, SETTINGS) is None
+    assert drawing._reason_against(pipe, [SETTINGS]) is None
     prompts = [prompt * length for length, prompt in zip((1, 9, 1, 9), PROMPTS + PROMPTS[:1], strict=True)]
     for index, image, _ in qwen_fast.generate(pipe, prompts, output_type="pt", **SETTINGS):
         assert np.array_equal(image.float().cpu().numpy(), alone_on_gpu(pipe, prompts[index], index))
