@@ -386,7 +386,7 @@ class Denoiser:
 
     def _apply_lora_scale(self) -> None:
         """`attention_kwargs={"scale": ...}`: on the layers while steps are taken, and not while code of the user's runs."""
-        scale = (self.pipe.attention_kwargs or {}).get("scale", 1.0)
+        scale = (self.step_before.shared("attention_kwargs") or {}).get("scale", 1.0)
         if scale != self.lora_scale:
             self._leave_scale()
             self._context.enter_context(lora_scale(self.model, {"scale": scale}))

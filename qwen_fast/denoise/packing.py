@@ -35,7 +35,7 @@ def packed_prompts(denoiser: "Denoiser", step: Step, together: bool | None = Non
 def takes_rows(denoiser: "Denoiser", step: Step) -> bool:
     """Whether both predictions of a step can share a forward; what does not fit together is stock's to refuse."""
     model, found, hidden = denoiser.model, denoiser.call.survey, step.shared("hidden_states")
-    others = set(denoiser.pipe.attention_kwargs or ()) - {"scale"}
+    others = set(step.shared("attention_kwargs") or ()) - {"scale"}
     if not denoiser.attached or not found.rows or found.whole is not None or others or step.shared("guidance") is not None:
         return False
     if torch.is_autocast_enabled(denoiser.device.type) or not step.is_shared:

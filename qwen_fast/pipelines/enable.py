@@ -89,10 +89,7 @@ def disable(pipe: Pipeline) -> Pipeline:
     """
     state = getattr(pipe, "__dict__", {}).get(STATE)
     if state is not None:
-        pipe.remove_scheduler()
-        pipe.remove_transformer()
-        pipe.remove_vae()
-        pipe.remove_texts()
+        pipe.take_out()
         del pipe.__dict__[STATE]
         ours = type(pipe)
         pipe.__class__ = next(stock for stock, one in ACCELERATED.items() if one is ours)
