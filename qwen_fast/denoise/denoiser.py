@@ -1,8 +1,8 @@
 """One denoising step: the predictions, guidance, and the Euler update.
 
-diffusers' own loop asks for it, see pipelines/stock_call.py, so that whatever a pipeline or a callback does between two steps
-happens as in stock. At each step the loop hands over what it would have called the transformer with; what differs from the
-step before is followed.
+diffusers' own loop asks for it, see loop.py, so that whatever a pipeline or a callback does between two steps happens as in
+stock. At each step the loop hands over what it would have called the transformer with; what differs from the step before is
+followed.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from ..common.stages import steps
 from ..common.state import STATE, logger
 from ..transformer.call import ATTACHED, Call, PromptBatch, entered, lora_scale
 from ..transformer.layout import check_image_shapes
@@ -34,40 +33,7 @@ from .step import (
 )
 from .watch import FiniteCheck, Pace
 
-_CURRENT: ContextVar["Denoiser | None"] = ContextVar("qwen_fast_denoiser", default=None)
-
-
-def take_step(
-    pipe: Any,
-    t: torch.Tensor,
-    latents: torch.Tensor,
-    timestep: torch.Tensor,
-    cond: dict[str, Any],
-    uncond: dict[str, Any] | None,
-    true_cfg_scale: float | None,
-    normalize: bool,
-) -> Found | None:
-    """A step of the call of `pipe` that is under way, see `Step`; None: stock's loop takes it."""
-    denoiser = _CURRENT.get()
-    if denoiser is None or denoiser.pipe is not pipe:
-        return None
-    forwards = (cond,) if uncond is None else (cond, uncond)
-    return denoiser.step(Step(t, latents, timestep, forwards, true_cfg_scale, normalize))
-
-
-def behind_step(pipe: Any, i: int, latents: torch.Tensor) -> None:
-    """Where stock's loop ends its turn `i`, behind callbacks."""
-    denoiser = _CURRENT.get()
-    if denoiser is not None and denoiser.pipe is pipe:
-        denoiser.behind(i, latents)
-
-
-def around_steps(timesteps: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The timesteps that stock's loop goes through."""
-    denoiser = _CURRENT.get()
-    if denoiser is not None:
-        denoiser.scheduled = timesteps
-    return steps(timesteps)
+CURRENT: ContextVar["Denoiser | None"] = ContextVar("qwen_fast_denoiser", default=None)
 
 
 class Denoiser:
@@ -120,7 +86,7 @@ class Denoiser:
             self.look()
             if self.wants_table:
                 self.call.source = FromScheduledTable(self.model, self.model.__dict__[ATTACHED].tables, self.pipe)
-        token = _CURRENT.set(self)
+        token = CURRENT.set(self)
         try:
             with self._context, entered(self.call):
                 yield
@@ -129,23 +95,27 @@ class Denoiser:
             if self._check is not None:
                 self.state.nan_note = self._check.told()
         finally:
-            _CURRENT.reset(token)
+            CURRENT.reset(token)
             self._leave_graph()
 
-    def outside(self, callback: Callable[..., Any]) -> Callable[..., Any]:
-        """`callback_on_step_end` outside the call, since it may run anything; then everything is looked at again."""
+    def outside(self, callback: Callable[..., Any], call: Call | None = None) -> Callable[..., Any]:
+        """`callback_on_step_end`, or a block, outside the call, since it may run anything; then all is looked at again.
+
+        Args:
+            call: of the transformer's forwards inside; None: they are stock's.
+        """
 
         def called(pipe, *args, **kwargs):
             scheduler = pipe.scheduler
             before, device = scheduling(scheduler), self.state.device
-            token = _CURRENT.set(None)
+            token = CURRENT.set(None)
             self.state.device = None  # it may move the pipeline
             self._leave_scale()  # it may read, set, fuse or save the layers
             try:
-                with entered(None):
+                with entered(call):
                     result = callback(pipe, *args, **kwargs)
             finally:
-                _CURRENT.reset(token)
+                CURRENT.reset(token)
                 self.state.device = device
             if pipe.scheduler is scheduler and drew(scheduler, before):
                 vars(scheduler).update(before)

@@ -76,7 +76,7 @@ def _called(pipe: Any, stock: type, args: tuple[Any, ...], kwargs: dict[str, Any
             state.fall_back(reason)
     if arguments.get("callback_on_step_end") is not None:
         check_callback_inputs(arguments.get("callback_on_step_end_tensor_inputs") or (), call)
-    dtype = _dtype(pipe.transformer)
+    dtype = dtype_of(pipe.transformer)
     pipe.require_kernels(dtype, device)
     names, known = arguments.get("callback_on_step_end_tensor_inputs") or (), call is with_own_steps(stock)
     denoiser = Denoiser(pipe, names, known_loop=known, proved=dtype)
@@ -104,7 +104,7 @@ def _function(pipe: Any, stock: type) -> tuple[Callable[..., Any], bool]:
     return with_own_steps(stock) or without_no_grad(stock.__call__), True
 
 
-def _dtype(model: torch.nn.Module) -> torch.dtype:
+def dtype_of(model: torch.nn.Module) -> torch.dtype:
     """What the model computes in; `model.dtype` asks every module."""
     weight = next(iter(getattr(model, "img_in", torch.nn.Module()).parameters()), None)
     return weight.dtype if weight is not None and weight.dtype in _PLAIN else model.dtype
