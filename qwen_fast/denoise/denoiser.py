@@ -214,7 +214,7 @@ class Denoiser:
         else:
             self._leave_scale()  # stock's forward scales LoRA layers itself
         reason = "the scheduler takes the steps itself" if self.own_step is not None else None
-        reason = reason or ("a callback gets the predictions" if self.watched else graph.reason_against(self, step))
+        reason = reason or ("a callback or a block gets the predictions" if self.watched else graph.reason_against(self, step))
         self.state.graph = reason
         if reason is None:
             self.graph = graph.take(self, step)
@@ -240,6 +240,10 @@ class Denoiser:
         if self._held != (self.index, self.row):
             for n, place in enumerate((self.index, self.row)):
                 self.places[n : n + 1].fill_(place or 0)
+
+    def _pass_place(self) -> None:
+        self.places.add_(1)  # in stream order, so no program of this step can see the next index
+        self._held = self.index + 1, None if self.row is None else self.row + 1
 
     def _find_source(self, step: Step) -> None:
         """Where our forwards have their modulations: from one table of the schedule wherever there can be one.
@@ -288,9 +292,20 @@ class Denoiser:
             guidance = self.guidance if len(predictions) == 2 else None
             latents = sampler_step(self.state, latents, predictions, scheduler.sigmas, self.places[:1], guidance)
             scheduler._step_index += 1
-        self.places.add_(1)  # in stream order, so no program of this step can see the next index
-        self._held = index + 1, None if row is None else row + 1
+        self._pass_place()
         return Found(latents, shown.get("noise_pred"), tuple(shown.get(name) for name in SHOWN[1:]))
+
+    def predictions(self, step: Step) -> tuple[torch.Tensor, ...] | None:
+        """Those of a step whose guidance and update its loop takes itself, or None where it has to ask for them itself too."""
+        follows = self._follow(step)
+        self._leave_graph("the guidance is not ours")
+        if not follows:
+            self._leave_scale()
+            return None
+        self._put_place()
+        found = self.predict(step)
+        self._pass_place()
+        return found
 
     def behind(self, i: int, latents: torch.Tensor) -> None:
         """The end of turn `i` of the loop."""

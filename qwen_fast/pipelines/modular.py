@@ -7,37 +7,32 @@ and the scheduler's step. All others, and whatever a user has put in, are called
 is what it was, so that copies of it, and what a user does to it between two calls, are diffusers'.
 """
 
-import ast
 import contextlib
 import functools
-import inspect
+import itertools
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from diffusers import ClassifierFreeGuidance
 from diffusers.modular_pipelines import LoopSequentialPipelineBlocks, ModularPipelineBlocks
 
 from ..common.hardware import unsupported_reason
 from ..common.options import Options
 from ..common.own import foreign_methods, foreign_on
-from ..common.rewritten import Unknown, rewritten, text
 from ..common.stages import on_device, stage
 from ..common.state import STATE
 from ..denoise.denoiser import Denoiser
-from ..denoise.loop import current, take_step
-from ..denoise.step import SHOWN
+from ..denoise.loop import current
+from ..denoise.step import SHOWN, Step
 from ..schedule import check_num_inference_steps
 from ..transformer.call import ATTACHED, Call, entered
+from . import guiders
 from .base import AcceleratedModels
 from .call import dtype_of
+from .denoiser_blocks import code_of, is_own, is_update
+from .guiders import alone_reason, is_plain
 from .inputs import check_attention
-
-# What the packed path goes around of a guider. Names that a version of diffusers lacks are passed over.
-_GUIDER = ("set_state", "prepare_inputs", "_prepare_batch", "prepare_models", "cleanup_models", "__call__", "forward")
-_GUIDER += ("num_conditions", "_is_cfg_enabled")
-_FORWARDS = "_qwen_fast_forwards"
 
 
 class AcceleratedModularPipeline(AcceleratedModels):
@@ -96,9 +91,10 @@ class _OwnLoop:
         fast = components.__dict__.get(STATE)
         if fast is None or fast.device is None:
             return super().__call__(components, state)
-        for reason in _reasons(self, components.guider):
+        reasons = _reasons(self, components.guider)
+        for reason in reasons:
             fast.fall_back(reason)
-        names = SHOWN[:1] if _foreign(self) else ()  # code that is not diffusers' may read the velocity
+        names = SHOWN[:1] if reasons or _foreign(self) else ()  # code that is not ours may read the velocity
         model = components.transformer
         denoiser = Denoiser(components, names, proved=None if model is None else dtype_of(model))
         with stage("denoise"), denoiser.running():
@@ -119,39 +115,58 @@ class _OwnLoop:
 
 
 class _OwnStep:
-    """The block that stands in a turn of a loop for the denoiser and the scheduler's step."""
+    """The block that stands in a turn of a loop for the denoiser, and for the scheduler's step where that is right behind it.
 
-    def __init__(self, denoiser: Denoiser, predict: ModularPipelineBlocks, update: ModularPipelineBlocks):
+    A plain guider's step is ours throughout. Of another guider of diffusers, or where the scheduler's step stands elsewhere,
+    the predictions are ours, in one forward, and what stock does with them is stock's. One that changes the model between two
+    predictions, or that is not diffusers', asks for each of them alone.
+    """
+
+    def __init__(self, denoiser: Denoiser, predict: ModularPipelineBlocks, update: ModularPipelineBlocks | None):
         self._denoiser, self._predict, self._update = denoiser, predict, update
 
     def __call__(self, components: Any, block_state: Any, i: int, t: torch.Tensor) -> tuple[Any, Any]:
-        if not self._takes(components, block_state, i, t):
-            for block in (self._predict, self._update):
+        rest, attached = (self._predict, self._update), ATTACHED in getattr(components.transformer, "__dict__", {})
+        if attached and alone_reason(components.guider) is None and self._is_at(t, block_state):
+            rest = self._taken(components, block_state, i, t)
+        for block in rest:
+            if block is not None:
                 components, block_state = _as_it_is(block, self._denoiser)(components, block_state, i=i, t=t)
         return components, block_state
 
-    def _takes(self, components: Any, block_state: Any, i: int, t: torch.Tensor) -> bool:
-        """Take the step, if it is one of ours."""
-        guider = components.guider
-        if _guider_reason(guider) is not None or ATTACHED not in components.transformer.__dict__:
-            return False
-        latents, timestep = block_state.latents, block_state.timestep
-        if self._denoiser.watched and not torch.equal(timestep, t.expand(latents.shape[0]).to(latents.dtype)):
-            self._denoiser.state.fall_back("a block of the loop gives the transformer another timestep than the scheduler's")
-            return False
-        forwards = _asking(self._predict)(self._predict, components, block_state, i, t)
+    def _is_at(self, t: torch.Tensor, block_state: Any) -> bool:
+        """Whether the transformer is asked at the scheduler's timestep. Only code of a user's can have changed that."""
+        expected = t.expand(block_state.latents.shape[0]).to(block_state.latents.dtype)
+        if not self._denoiser.watched or torch.equal(block_state.timestep, expected):
+            return True
+        self._denoiser.state.fall_back("a block of the loop gives the transformer another timestep than the scheduler's")
+        return False
+
+    def _taken(self, components: Any, block_state: Any, i: int, t: torch.Tensor) -> tuple[ModularPipelineBlocks | None, ...]:
+        """Do as much of the step as is ours; returns the blocks that are still to be called."""
+        guider, code, denoiser = components.guider, code_of(self._predict), self._denoiser
+        asked = code.run(self._predict, components, block_state, i, t)
+        forwards = tuple(next(asked))
         for forward in forwards:
             del forward["timestep"], forward["return_dict"]
-        cond, uncond = forwards if len(forwards) == 2 else (*forwards, None)
-        found = take_step(
-            components, t, latents, timestep, cond, uncond, None if uncond is None else guider.guidance_scale, True
-        )
-        if found is None:
-            return False
-        block_state.latents = found.latents
-        if found.noise_pred is not None:
-            block_state.noise_pred = found.noise_pred
-        return True
+        if self._update is not None and code.rescales and is_plain(guider):
+            scale = guider.guidance_scale if len(forwards) == 2 else None
+            found = denoiser.step(Step(t, block_state.latents, block_state.timestep, forwards, scale, True))
+            if found is not None:
+                block_state.latents = found.latents
+                if found.noise_pred is not None:
+                    block_state.noise_pred = found.noise_pred
+                return ()
+        elif len(forwards) <= 2:
+            # The guider gets the rows of references too: its norms and deviations are over all of them.
+            step = Step(t, forwards[0]["hidden_states"], block_state.timestep, forwards, None, True)
+            predictions = denoiser.predictions(step)
+            if predictions is not None:
+                with contextlib.suppress(StopIteration):
+                    asked.send(predictions)
+                return (self._update,)
+        asked.close()
+        return self._predict, self._update
 
 
 def described(pipe: AcceleratedModularPipeline) -> str:
@@ -188,33 +203,30 @@ def _own_class(cls: type) -> type:
 
 
 def _with_own_step(blocks: Mapping[str, Any], denoiser: Denoiser) -> dict[str, Callable[..., Any]]:
-    """The blocks of a turn, with our step in the place of the denoiser and the scheduler's step."""
+    """The blocks of a turn, with our step in the place of the denoiser, and of the scheduler's step right behind it."""
     found = {name: _as_it_is(block, denoiser) for name, block in blocks.items()}
-    pair = _pair(blocks)
-    if pair is not None:
-        first, second = pair
-        found[first] = _OwnStep(denoiser, blocks[first], blocks[second])
-        del found[second]
+    first, second = _places(blocks)
+    if first is not None:
+        found[first] = _OwnStep(denoiser, blocks[first], None if second is None else blocks[second])
+        found.pop(second, None)
     return found
 
 
-def _pair(blocks: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Names of a denoiser of diffusers' own and of the scheduler's step right behind it."""
-    names = list(blocks)
-    for first, second in zip(names, names[1:], strict=False):
-        predict, update = blocks[first], blocks[second]
-        if _is_own(predict) and _is_own(update) and _asking(predict) is not None and _is_update(update):
-            return first, second
-    return None
+def _places(blocks: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Names of the denoiser of diffusers' own, and of the scheduler's step if that is right behind it."""
+    own = {name: is_own(block) for name, block in blocks.items()}
+    for first, second in itertools.zip_longest(blocks, list(blocks)[1:]):
+        if own[first] and code_of(blocks[first]) is not None:
+            return first, second if second is not None and own[second] and is_update(blocks[second]) else None
+    return None, None
 
 
 def _as_it_is(block: Any, denoiser: Denoiser) -> Callable[..., Any]:
     """`block`, with the transformer's forwards in it fused, as the model is by then."""
 
-    @functools.wraps(type(block).__call__)
     def called(components: Any, block_state: Any, **kwargs: Any) -> Any:
         call = Call(components.transformer, denoiser.state)
-        if not _is_own(block):
+        if not is_own(block):
             return denoiser.outside(block, call)(components, block_state, **kwargs)
         with entered(call):
             return block(components, block_state, **kwargs)
@@ -222,111 +234,22 @@ def _as_it_is(block: Any, denoiser: Denoiser) -> Callable[..., Any]:
     return called
 
 
-def _is_own(block: Any) -> bool:
-    """Whether calling a block runs diffusers' code."""
-    return not foreign_methods(type(block), ("__call__",))
-
-
 def _foreign(loop: LoopSequentialPipelineBlocks) -> list[str]:
     """What a loop runs that is not diffusers' own, by name."""
     found = foreign_methods(type(loop), ("__call__", "loop_step")) + foreign_on(loop, ("loop_step",))
-    return found + [type(block).__name__ for block in loop.sub_blocks.values() if not _is_own(block)]
+    return found + [type(block).__name__ for block in loop.sub_blocks.values() if not is_own(block)]
 
 
 def _reasons(loop: LoopSequentialPipelineBlocks, guider: Any) -> list[str]:
-    """Why the predictions of a loop come one after the other, and the scheduler takes its steps."""
-    steps = foreign_methods(type(loop), ("loop_step",)) + foreign_on(loop, ("loop_step",))
-    found = [f"{name} is not diffusers' own, and is called as it is" for name in steps]
-    if _pair(loop.sub_blocks) is None:
-        names = ", ".join(type(block).__name__ for block in loop.sub_blocks.values())
-        return [*found, f"no denoiser of diffusers' own with its scheduler step right behind it among the blocks {names}"]
-    reason = _guider_reason(guider)
-    return found if reason is None else [*found, reason]
-
-
-def _guider_reason(guider: Any) -> str | None:
-    """Why a guider is called as it is, or None: ours is the plain formula, followed by diffusers' rescaling to the norm."""
-    if type(guider) is not ClassifierFreeGuidance:
-        return f"guider is a {type(guider).__name__}, not a ClassifierFreeGuidance"
-    found = foreign_methods(type(guider), _GUIDER) + foreign_on(guider, _GUIDER)
-    if found:
-        return f"{', '.join(dict.fromkeys(found))}: not diffusers' own"
-    if guider.guidance_rescale > 0:
-        return f"guider with guidance_rescale={guider.guidance_rescale}"
-    return "guider with use_original_formulation" if guider.use_original_formulation else None
-
-
-def _asking(block: Any) -> Callable[..., list[dict[str, Any]]] | None:
-    """`__call__` of a denoiser, which returns the arguments of its forwards in the place of their predictions; None for
-    other blocks."""
-    return _asking_by_code(inspect.unwrap(type(block).__call__))
-
-
-@functools.lru_cache(maxsize=64)
-def _asking_by_code(original: Any) -> Callable[..., list[dict[str, Any]]] | None:
-    return rewritten(original, _ask, {}) if isinstance(original, types.FunctionType) else None
-
-
-_CUT = ["pred = {0}.pred[:, :block_state.latents.size(1)]", "pred_cond = {0}.pred_cond[:, :block_state.latents.size(1)]"]
-_GUIDED = [
-    "guider_output = components.guider(guider_state)",
-    "pred_cond_norm = torch.norm({1}pred_cond, dim=-1, keepdim=True)",
-    "pred_norm = torch.norm({1}pred, dim=-1, keepdim=True)",
-    "block_state.noise_pred = {1}pred * (pred_cond_norm / pred_norm)",
-    "return (components, block_state)",
-]
-
-
-def _ask(function: ast.FunctionDef) -> None:
-    """The loop over a guider's batches collects arguments, and what comes behind it is left out, if all of it is known."""
-    place = next((n for n, node in enumerate(function.body) if isinstance(node, ast.For) and _is_batches(node)), None)
-    if place is None:
-        raise Unknown
-    loop, behind = function.body[place], [text(node) for node in function.body[place + 1 :]]
-    whole = [line.format("", "guider_output.") for line in _GUIDED]
-    cut = [line.format("", "") for line in _GUIDED]
-    cut[1:1] = [line.format("guider_output") for line in _CUT]
-    if behind not in (whole, cut):
-        raise Unknown
-    forward = loop.body[2].value.value  # the call in `components.transformer(...)[0]`
-    forward.func = ast.Name("dict", ast.Load())
-    taken = ast.Expr(ast.Call(ast.Attribute(ast.Name(_FORWARDS, ast.Load()), "append", ast.Load()), [forward], []))
-    loop.body[2] = taken
-    function.body[place + 1 :] = ast.parse(f"def _():\n    return {_FORWARDS}").body[0].body
-    function.body.insert(place, ast.parse(f"{_FORWARDS} = []").body[0])
-
-
-def _is_batches(node: ast.For) -> bool:
-    """Whether a loop asks the transformer for one prediction after the other, and does nothing else."""
-    if text(node.target) != "guider_state_batch" or text(node.iter) != "guider_state" or len(node.body) != 4:
-        return False
-    prepare, gather, predict, clean = (text(one) for one in node.body)
-    return (
-        prepare == "components.guider.prepare_models(components.transformer)"
-        and gather.startswith("cond_kwargs = ")
-        and predict.startswith("guider_state_batch.noise_pred = components.transformer(")
-        and "timestep=block_state.timestep / 1000, " in predict
-        and "return_dict=False, " in predict
-        and predict.endswith(", **cond_kwargs, **block_state.additional_cond_kwargs)[0]")
-        and clean == "components.guider.cleanup_models(components.transformer)"
-    )
-
-
-def _is_update(block: Any) -> bool:
-    """Whether a block is diffusers' call of the scheduler's step."""
-    return _is_update_by_code(inspect.unwrap(type(block).__call__))
-
-
-@functools.lru_cache(maxsize=64)
-def _is_update_by_code(original: Any) -> bool:
-    found: list[str] = []
-    if isinstance(original, types.FunctionType):
-        rewritten(original, lambda function: found.extend(map(text, function.body)), {})
-    step = "components.scheduler.step(block_state.noise_pred, t, block_state.latents, return_dict=False)[0]"
-    kept = "if block_state.latents.dtype != latents_dtype:"
-    return (
-        len(found) == 4
-        and found[:2] == ["latents_dtype = block_state.latents.dtype", f"block_state.latents = {step}"]
-        and found[2].startswith(kept)
-        and found[3] == "return (components, block_state)"
-    )
+    """What of the steps of a loop is stock's, and why."""
+    found = foreign_methods(type(loop), ("loop_step",)) + foreign_on(loop, ("loop_step",))
+    found = [f"{name} is not diffusers' own, and is called as it is" for name in found]
+    first, second = _places(loop.sub_blocks)
+    names = ", ".join(type(block).__name__ for block in loop.sub_blocks.values())
+    if first is None:
+        return [*found, f"no denoiser of diffusers' own among the blocks {names}"]
+    if second is None or not code_of(loop.sub_blocks[first]).rescales:
+        found.append(f"no scheduler step of diffusers' own right behind the denoiser among the blocks {names}")
+    if not is_plain(guider):
+        found.append(alone_reason(guider) or f"{guiders.described(guider)} guides with torch's operators")
+    return found
