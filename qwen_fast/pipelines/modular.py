@@ -126,13 +126,21 @@ class _OwnStep:
         self._denoiser, self._predict, self._update = denoiser, predict, update
 
     def __call__(self, components: Any, block_state: Any, i: int, t: torch.Tensor) -> tuple[Any, Any]:
-        rest, attached = (self._predict, self._update), ATTACHED in getattr(components.transformer, "__dict__", {})
-        if attached and alone_reason(components.guider) is None and self._is_at(t, block_state):
+        rest = (self._predict, self._update)
+        if self._is_ours(components) and alone_reason(components.guider) is None and self._is_at(t, block_state):
             rest = self._taken(components, block_state, i, t)
         for block in rest:
             if block is not None:
                 components, block_state = _as_it_is(block, self._denoiser)(components, block_state, i=i, t=t)
         return components, block_state
+
+    def _is_ours(self, components: Any) -> bool:
+        """Whether the transformer, or the one that a block has put in, is ours."""
+        if components.transformer is not self._denoiser.model:
+            reason = components.install_transformer()
+            if reason is not None:
+                self._denoiser.state.fall_back(reason)
+        return ATTACHED in getattr(components.transformer, "__dict__", {})
 
     def _is_at(self, t: torch.Tensor, block_state: Any) -> bool:
         """Whether the transformer is asked at the scheduler's timestep. Only code of a user's can have changed that."""

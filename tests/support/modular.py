@@ -9,6 +9,7 @@ from unittest import mock
 import diffusers
 import torch
 from diffusers.modular_pipelines.qwenimage import encoders
+from diffusers.modular_pipelines.qwenimage.denoise import QwenImageDenoiseStep
 
 from qwen_fast.testing.family import EDIT_2511, build_pipeline
 
@@ -52,14 +53,21 @@ class Workflow:
 def silence(pipe: Any) -> None:
     """Without progress bars: `pipe.set_progress_bar_config` does not reach the loops, which lie deeper."""
 
-    def all_of(block):
-        yield block
-        for one in block.sub_blocks.values():
-            yield from all_of(one)
-
-    for block in all_of(pipe._blocks):
+    for block in blocks_of(pipe._blocks):
         if hasattr(block, "set_progress_bar_config"):
             block.set_progress_bar_config(disable=True)
+
+
+def blocks_of(block: Any) -> Iterator[Any]:
+    """A block and all below it."""
+    yield block
+    for one in block.sub_blocks.values():
+        yield from blocks_of(one)
+
+
+def loop_of(pipe: Any) -> Any:
+    """The loop that draws from text alone."""
+    return next(one for one in blocks_of(pipe._blocks) if type(one) is QwenImageDenoiseStep)
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, limit: float = 2e-6) -> None:
