@@ -125,7 +125,6 @@ def accelerated() -> dict[str, str | None]:
 
     known = {stock.__name__ for stock in ACCELERATED}
     family = [name for name in dir(diffusers) if name.startswith("QwenImage") and name.endswith("Pipeline")]
-    family = [name for name in family if "Modular" not in name]
     not_yet = "not yet; it runs on stock diffusers, unchanged"
     return {name: None if name in known else not_yet for name in sorted(family)}
 

@@ -12,6 +12,13 @@ FAMILY = (
     "QwenImageControlNetInpaintPipeline",
 )
 
+MODULAR = (
+    "QwenImageModularPipeline",
+    "QwenImageEditModularPipeline",
+    "QwenImageEditPlusModularPipeline",
+    "QwenImageLayeredModularPipeline",
+)
+
 # Those whose checkpoints draw from text alone: they differ in code only, not in their components.
 TEXT_TO_IMAGE = FAMILY[:3]
 

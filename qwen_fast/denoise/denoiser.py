@@ -1,8 +1,8 @@
 """One denoising step: the predictions, guidance, and the Euler update.
 
-diffusers' own loop asks for it, see pipelines/stock_call.py, so that whatever a pipeline or a callback does between two steps
-happens as in stock. At each step the loop hands over what it would have called the transformer with; what differs from the
-step before is followed.
+diffusers' own loop asks for it, see loop.py, so that whatever a pipeline or a callback does between two steps happens as in
+stock. At each step the loop hands over what it would have called the transformer with; what differs from the step before is
+followed.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from ..common.stages import steps
 from ..common.state import STATE, logger
 from ..transformer.call import ATTACHED, Call, PromptBatch, entered, lora_scale
 from ..transformer.layout import check_image_shapes
@@ -25,41 +24,7 @@ from .packing import forwarded, packed_prompts, takes_rows
 from .step import RESIDUALS, SHOWN, Found, Step, drew, guided, row_of, sampler_step, scheduling, without_references
 from .watch import FiniteCheck, Pace
 
-_CURRENT: ContextVar["Denoiser | None"] = ContextVar("qwen_fast_denoiser", default=None)
-
-
-def take_step(
-    pipe: Any,
-    t: torch.Tensor,
-    latents: torch.Tensor,
-    timestep: torch.Tensor,
-    cond: dict[str, Any],
-    uncond: dict[str, Any] | None,
-    true_cfg_scale: float | None,
-    normalize: bool,
-    control: dict[str, Any] | None,
-) -> Found | None:
-    """A step of the call of `pipe` that is under way, see `Step`; None: stock's loop takes it."""
-    denoiser = _CURRENT.get()
-    if denoiser is None or denoiser.pipe is not pipe:
-        return None
-    forwards = (cond,) if uncond is None else (cond, uncond)
-    return denoiser.step(Step(t, latents, timestep, forwards, true_cfg_scale, normalize, control))
-
-
-def behind_step(pipe: Any, i: int, latents: torch.Tensor) -> None:
-    """Where stock's loop ends its turn `i`, behind callbacks."""
-    denoiser = _CURRENT.get()
-    if denoiser is not None and denoiser.pipe is pipe:
-        denoiser.behind(i, latents)
-
-
-def around_steps(timesteps: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The timesteps that stock's loop goes through."""
-    denoiser = _CURRENT.get()
-    if denoiser is not None:
-        denoiser.scheduled = timesteps
-    return steps(timesteps)
+CURRENT: ContextVar["Denoiser | None"] = ContextVar("qwen_fast_denoiser", default=None)
 
 
 class Denoiser:
@@ -113,7 +78,7 @@ class Denoiser:
             self.look()
             if self.wants_table:
                 self.call.source = FromScheduledTable(self.model, self.model.__dict__[ATTACHED].tables, self.pipe)
-        token = _CURRENT.set(self)
+        token = CURRENT.set(self)
         try:
             with self._context, entered(self.call):
                 yield
@@ -122,23 +87,27 @@ class Denoiser:
             if self._check is not None:
                 self.state.nan_note = self._check.told()
         finally:
-            _CURRENT.reset(token)
+            CURRENT.reset(token)
             self._leave_graph()
 
-    def outside(self, callback: Callable[..., Any]) -> Callable[..., Any]:
-        """`callback_on_step_end` outside the call, since it may run anything; then everything is looked at again."""
+    def outside(self, callback: Callable[..., Any], call: Call | None = None) -> Callable[..., Any]:
+        """`callback_on_step_end`, or a block, outside the call, since it may run anything; then all is looked at again.
+
+        Args:
+            call: of the transformer's forwards inside; None: they are stock's.
+        """
 
         def called(pipe, *args, **kwargs):
             scheduler = pipe.scheduler
             before, device = scheduling(scheduler), self.state.device
-            token = _CURRENT.set(None)
+            token = CURRENT.set(None)
             self.state.device = None  # it may move the pipeline
             self._leave_scale()  # it may read, set, fuse or save the layers
             try:
-                with entered(None):
+                with entered(call):
                     result = callback(pipe, *args, **kwargs)
             finally:
-                _CURRENT.reset(token)
+                CURRENT.reset(token)
                 self.state.device = device
             if pipe.scheduler is scheduler and drew(scheduler, before):
                 vars(scheduler).update(before)
@@ -240,7 +209,7 @@ class Denoiser:
         else:
             self._leave_scale()  # stock's forward scales LoRA layers itself
         reason = "the scheduler takes the steps itself" if self.own_step is not None else None
-        reason = reason or ("a callback gets the predictions" if self.watched else graph.reason_against(self, step))
+        reason = reason or ("a callback or a block gets the predictions" if self.watched else graph.reason_against(self, step))
         self.state.graph = reason
         if reason is None:
             self.graph = graph.take(self, step)
@@ -266,6 +235,10 @@ class Denoiser:
         if self._held != (self.index, self.row):
             for n, place in enumerate((self.index, self.row)):
                 self.places[n : n + 1].fill_(place or 0)
+
+    def _pass_place(self) -> None:
+        self.places.add_(1)  # in stream order, so no program of this step can see the next index
+        self._held = self.index + 1, None if self.row is None else self.row + 1
 
     def _find_source(self, step: Step) -> None:
         """Where our forwards have their modulations: from one table of the schedule wherever there can be one.
@@ -316,9 +289,20 @@ class Denoiser:
             guidance = self.guidance if len(predictions) == 2 else None
             latents = sampler_step(self.state, latents, predictions, scheduler.sigmas, self.places[:1], guidance)
             scheduler._step_index += 1
-        self.places.add_(1)  # in stream order, so no program of this step can see the next index
-        self._held = index + 1, None if row is None else row + 1
+        self._pass_place()
         return Found(latents, shown.get("noise_pred"), tuple(shown.get(name) for name in SHOWN[1:]), step.shared(RESIDUALS))
+
+    def predictions(self, step: Step) -> tuple[torch.Tensor, ...] | None:
+        """Those of a step whose guidance and update its loop takes itself, or None where it has to ask for them itself too."""
+        follows = self._follow(step)
+        self._leave_graph("the guidance is not ours")
+        if not follows:
+            self._leave_scale()
+            return None
+        self._put_place()
+        found = self.predict(step)
+        self._pass_place()
+        return found
 
     def behind(self, i: int, latents: torch.Tensor) -> None:
         """The end of turn `i` of the loop."""
@@ -381,7 +365,7 @@ class Denoiser:
 
     def _apply_lora_scale(self) -> None:
         """`attention_kwargs={"scale": ...}`: on the layers while steps are taken, and not while code of the user's runs."""
-        scale = (self.pipe.attention_kwargs or {}).get("scale", 1.0)
+        scale = (self.step_before.shared("attention_kwargs") or {}).get("scale", 1.0)
         if scale != self.lora_scale:
             self._leave_scale()
             self._context.enter_context(lora_scale(self.model, {"scale": scale}))

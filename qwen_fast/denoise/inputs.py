@@ -33,7 +33,7 @@ class Inputs:
     def of(cls, denoiser: "Denoiser", step: Step) -> "Inputs":
         """Those of a step; behind code of the user's also what it may have written into."""
         tensors = [tensor for prompt in step.prompts for tensor in prompt] + [step.shared(name) for name in _NAMES]
-        model, kwargs = denoiser.model, denoiser.pipe.attention_kwargs or {}
+        model, kwargs = denoiser.model, step.shared("attention_kwargs") or {}
         before = denoiser.inputs
         if denoiser.attached and (denoiser.dirty or before is None):
             weights = [*model.txt_in.parameters(), *model.txt_norm.parameters()]

@@ -58,7 +58,9 @@ def forwarded(
 def takes_rows(denoiser: "Denoiser", step: Step) -> bool:
     """Whether both predictions of a step can share a forward; what does not fit together is stock's to refuse."""
     hidden = step.shared("hidden_states")
-    if reason_against_rows(denoiser, denoiser.device) is not None or step.shared("guidance") is not None or not step.is_shared:
+    if step.shared("guidance") is not None or not step.is_shared:
+        return False
+    if reason_against_rows(denoiser, denoiser.device, step.shared("attention_kwargs")) is not None:
         return False
     if hidden.dtype != denoiser.dtype and not denoiser.state.options.precise_sampler:
         return False
@@ -74,7 +76,7 @@ def are_rows(prompts: list, shapes: list, hidden: torch.Tensor) -> bool:
     return all(sum(map(math.prod, entry)) == hidden.shape[1] for entry in shapes)
 
 
-def reason_against_rows(denoiser: "Denoiser", device: torch.device) -> str | None:
+def reason_against_rows(denoiser: "Denoiser", device: torch.device, attention_kwargs: dict[str, Any] | None) -> str | None:
     """Why a forward cannot get the rows of several sequences at once, or None."""
     model, found = denoiser.model, denoiser.call.survey
     if not denoiser.attached:
@@ -85,7 +87,7 @@ def reason_against_rows(denoiser: "Denoiser", device: torch.device) -> str | Non
         return "context parallelism"
     if found.whole is not None or not found.rows:
         return found.whole or found.against_rows
-    others = set(denoiser.pipe.attention_kwargs or ()) - {"scale"}
+    others = set(attention_kwargs or ()) - {"scale"}
     if others:
         return f"attention_kwargs {', '.join(sorted(others))}"
     return f"autocast on {device.type}" if torch.is_autocast_enabled(device.type) else None

@@ -47,7 +47,10 @@ class SizesDenoiser(Denoiser):
     def reason_against(self, device: torch.device) -> str | None:
         """Why these steps cannot be taken with the model as it is now, or None. Nothing is counted."""
         self.call.survey = self.model.look() if self.attached else None
-        reason, self.call.survey = reason_against_rows(self, device), None  # `look` takes it for new, and counts
+        reason, self.call.survey = (
+            reason_against_rows(self, device, self.pipe.attention_kwargs),
+            None,
+        )  # `look` takes it for new, and counts
         return reason
 
     def begin(self, drawn: list[Pictures], true_cfg_scale: float | None) -> torch.Tensor:
@@ -157,7 +160,7 @@ class SizesDenoiser(Denoiser):
             reason = pipe.steps_itself()
             if reason is None:
                 self.look()
-                reason = reason_against_rows(self, self.device)
+                reason = reason_against_rows(self, self.device, self.pipe.attention_kwargs)
         if reason is not None:
             raise RuntimeError(
                 f"pictures of several sizes cannot go on behind this callback: {reason}. Call the pipeline once for each size."

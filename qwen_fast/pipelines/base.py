@@ -1,4 +1,4 @@
-"""What all accelerated pipelines share."""
+"""What all accelerated pipelines share: the models and the scheduler that are put in and taken out, and the text."""
 
 import contextlib
 import functools
@@ -25,8 +25,8 @@ from .scheduler import FlowMatchEulerDiscreteScheduler
 from .stock_call import with_own_steps
 
 
-class AcceleratedPipeline(PickledAsStock):
-    """What all accelerated pipelines share: their state, what is put into them and taken out, diffusers' masks repaired."""
+class AcceleratedModels(PickledAsStock):
+    """The state of an accelerated pipeline, and what is put into it and taken out again: transformer, VAE and scheduler."""
 
     NOT_PICKLED = (STATE,)
 
@@ -38,14 +38,18 @@ class AcceleratedPipeline(PickledAsStock):
     def put_in(self, options: Options) -> None:
         """Put everything in as the options say."""
         self.fast_state.options = options
-        with_own_steps(self.STANDS_FOR)  # which takes 20 ms the first time
-        text.configure(self, self.fast_state)
         reason = self.install_transformer()
         if reason is not None:
             logger.warning("the transformer stays as it is: %s.", reason)
         self.drop_unwanted_graphs()
         self.install_vae()
         self.install_scheduler()
+
+    def take_out(self) -> None:
+        """Give everything back as it was."""
+        self.remove_scheduler()
+        self.remove_transformer()
+        self.remove_vae()
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """As diffusers', but a CUDA device where there is none is refused before anything moves, modulation weights that have
@@ -58,13 +62,9 @@ class AcceleratedPipeline(PickledAsStock):
         if device is not None:
             self.about_to_move(check_device(device), dtype)
         super().to(*args, **kwargs)
-        state, device = self.fast_state, indexed(self._execution_device)
-        if state.texts.resting:
-            text.rest(self)  # it went along
-        state.texts.cache.leave(device)
-        state.texts.features.leave(device)
-        if state.transformer is not None:
-            state.transformer.__dict__[ATTACHED].leave(device)
+        model = self.fast_state.transformer
+        if model is not None:
+            model.__dict__[ATTACHED].leave(indexed(self._execution_device))
         return self
 
     def about_to_move(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
@@ -81,51 +81,6 @@ class AcceleratedPipeline(PickledAsStock):
             return sum(one.numel() * size for one, size in zip(tensors, sizes, strict=True) if one.device != device)
 
         settle_modulation(model, device, coming)
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "STANDS_FOR" in vars(cls):
-            cls.encode_prompt = _with_right_masks(cls.STANDS_FOR)
-
-    def _get_qwen_prompt_embeds(self, *args: Any, **kwargs: Any) -> Any:
-        """As diffusers', with its code; the text encoder is asked for what is not in the prompt cache, and rests then."""
-        if STATE not in self.__dict__:
-            return type(self)._get_qwen_prompt_embeds(self, *args, **kwargs)
-        reason = text.stock_reason(self)
-        function = pictures.with_kept_outputs(self.STANDS_FOR) if reason is None else None
-        if function is not None:
-            embeds = function(self, *args, **kwargs)
-        else:
-            texts = self.fast_state.texts
-            texts.content, texts.uncached = None, reason or "diffusers' code around the text encoder is not known"
-            self.fast_state.fall_back(texts.uncached)
-            text.bring_back(self, self.fast_state)
-            embeds = super()._get_qwen_prompt_embeds(*args, **kwargs)
-        text.rest(self)
-        return embeds
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As diffusers'; a pipeline whose text encoder was freed has none to save.
-
-        Raises:
-            ValueError: the text encoder was freed.
-        """
-        if STATE not in self.__dict__:
-            return type(self).save_pretrained(self, *args, **kwargs)
-        if self.text_encoder is None and self.fast_state.texts.freed:
-            raise ValueError(
-                "text_encoder_mode='free' has dropped the text encoder: set `pipe.text_encoder` again before saving."
-            )
-        return super().save_pretrained(*args, **kwargs)
-
-    @property
-    def device(self) -> torch.device:
-        """As diffusers', never that of a text encoder that rests in host memory."""
-        state = self.__dict__.get(STATE)
-        resting = state is not None and state.texts is not None and state.texts.resting
-        if resting and self.transformer is not None:
-            return self.transformer.device
-        return super().device
 
     @property
     def components(self) -> dict[str, Any]:
@@ -207,15 +162,6 @@ class AcceleratedPipeline(PickledAsStock):
             fast_vae.detach(self.fast_state.vae, self.fast_state)
             self.fast_state.vae = None
 
-    def remove_texts(self) -> None:
-        """Bring a text encoder back that rests in host memory; a freed one is named."""
-        state = self.fast_state
-        text.bring_back(self, state)
-        if state.texts.freed and self.text_encoder is None:
-            logger.warning(
-                "text_encoder_mode='free' has dropped the text encoder: set `pipe.text_encoder` to encode new prompts."
-            )
-
     def install_scheduler(self) -> str | None:
         """Put our scheduler in the place of the one that the pipeline has now; returns why it cannot be, or None."""
         state, current = self.fast_state, self.scheduler
@@ -251,6 +197,88 @@ class AcceleratedPipeline(PickledAsStock):
             self.scheduler = adopted.stock
             if adopted.is_of(self.fast_state):
                 adopted.release()  # somebody's wrapper may hold on to it
+
+
+class AcceleratedPipeline(AcceleratedModels):
+    """A pipeline of diffusers with a `__call__` of its own: its text, and diffusers' masks repaired."""
+
+    def put_in(self, options: Options) -> None:
+        """Put everything in as the options say."""
+        self.fast_state.options = options
+        with_own_steps(self.STANDS_FOR)  # which takes 20 ms the first time
+        text.configure(self, self.fast_state)
+        super().put_in(options)
+
+    def take_out(self) -> None:
+        """Give everything back as it was."""
+        super().take_out()
+        self.remove_texts()
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers', with what is kept of prompts; see `AcceleratedModels.to`."""
+        if STATE not in self.__dict__:  # kept from before `disable`
+            return type(self).to(self, *args, **kwargs)
+        super().to(*args, **kwargs)
+        texts = self.fast_state.texts
+        if texts.resting:
+            text.rest(self)  # it went along
+        for kept in (texts.cache, texts.features):
+            kept.leave(indexed(self._execution_device))
+        return self
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "STANDS_FOR" in vars(cls):
+            cls.encode_prompt = _with_right_masks(cls.STANDS_FOR)
+
+    def _get_qwen_prompt_embeds(self, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers', with its code; the text encoder is asked for what is not in the prompt cache, and rests then."""
+        if STATE not in self.__dict__:
+            return type(self)._get_qwen_prompt_embeds(self, *args, **kwargs)
+        reason = text.stock_reason(self)
+        function = pictures.with_kept_outputs(self.STANDS_FOR) if reason is None else None
+        if function is not None:
+            embeds = function(self, *args, **kwargs)
+        else:
+            texts = self.fast_state.texts
+            texts.content, texts.uncached = None, reason or "diffusers' code around the text encoder is not known"
+            self.fast_state.fall_back(texts.uncached)
+            text.bring_back(self, self.fast_state)
+            embeds = super()._get_qwen_prompt_embeds(*args, **kwargs)
+        text.rest(self)
+        return embeds
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers'; a pipeline whose text encoder was freed has none to save.
+
+        Raises:
+            ValueError: the text encoder was freed.
+        """
+        if STATE not in self.__dict__:
+            return type(self).save_pretrained(self, *args, **kwargs)
+        if self.text_encoder is None and self.fast_state.texts.freed:
+            raise ValueError(
+                "text_encoder_mode='free' has dropped the text encoder: set `pipe.text_encoder` again before saving."
+            )
+        return super().save_pretrained(*args, **kwargs)
+
+    @property
+    def device(self) -> torch.device:
+        """As diffusers', never that of a text encoder that rests in host memory."""
+        state = self.__dict__.get(STATE)
+        resting = state is not None and state.texts is not None and state.texts.resting
+        if resting and self.transformer is not None:
+            return self.transformer.device
+        return super().device
+
+    def remove_texts(self) -> None:
+        """Bring a text encoder back that rests in host memory; a freed one is named."""
+        state = self.fast_state
+        text.bring_back(self, state)
+        if state.texts.freed and self.text_encoder is None:
+            logger.warning(
+                "text_encoder_mode='free' has dropped the text encoder: set `pipe.text_encoder` to encode new prompts."
+            )
 
 
 class EncodesText(AcceleratedPipeline):

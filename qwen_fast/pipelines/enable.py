@@ -21,7 +21,8 @@ def enable(pipe: Pipeline, **options: Any) -> Pipeline:
     the transformer, and no value of a weight.
 
     Args:
-        pipe: any Qwen-Image pipeline of diffusers but those of 2.1 and modular ones.
+        pipe: any Qwen-Image pipeline of diffusers, modular ones too, but those of 2.1. Modular ones keep diffusers' text
+            encoding, so that `prompt_cache` and `text_encoder_mode` do not apply to them.
         precise_sampler: keep latents and step size in fp32 between steps, instead of the model's dtype as stock does (nearer
             to the exact solution, no longer bit-equal to stock in bf16).
         modulation: where the layers rest that compute the modulations, a third of the transformer's parameters. "auto": on the
@@ -89,10 +90,7 @@ def disable(pipe: Pipeline) -> Pipeline:
     """
     state = getattr(pipe, "__dict__", {}).get(STATE)
     if state is not None:
-        pipe.remove_scheduler()
-        pipe.remove_transformer()
-        pipe.remove_vae()
-        pipe.remove_texts()
+        pipe.take_out()
         del pipe.__dict__[STATE]
         ours = type(pipe)
         pipe.__class__ = next(stock for stock, one in ACCELERATED.items() if one is ours)

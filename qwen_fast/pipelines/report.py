@@ -68,6 +68,7 @@ def report(pipe: Any) -> Report:
     """
     from ..transformer import attention
     from ..vae import pictures as vae  # which need the state from here
+    from . import modular
 
     if isinstance(pipe, TRANSFORMER):
         return _of_transformer(pipe)
@@ -93,6 +94,8 @@ def report(pipe: Any) -> Report:
                 replaced.append("ControlNet (fused blocks)")
             graphs = f"no CUDA graph: {state.graph}" if state.graph else f"CUDA graph {state.options.cuda_graph}"
             replaced.append(f"steps ({graphs})")
+        if isinstance(pipe, modular.AcceleratedModularPipeline):
+            replaced.append(modular.described(pipe))
         if state.texts is not None:
             replaced.append(f"text encoding (no logits; {_prompts(state.texts)}; text encoder: {state.texts.placement})")
             memory["prompt cache"] = state.texts.cache.nbytes

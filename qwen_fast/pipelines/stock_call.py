@@ -22,7 +22,7 @@ from typing import Any
 
 from ..common.rewritten import Unknown, rewritten, text
 from ..common.stages import in_stage, stage
-from ..denoise.denoiser import around_steps, behind_step, take_step
+from ..denoise.loop import around_steps, behind_step, take_step
 from ..denoise.step import RESIDUALS
 
 _INJECTED = {
