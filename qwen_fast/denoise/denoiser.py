@@ -365,11 +365,16 @@ class Denoiser:
 
     def _apply_lora_scale(self) -> None:
         """`attention_kwargs={"scale": ...}`: on the layers while steps are taken, and not while code of the user's runs."""
-        scale = (self.step_before.shared("attention_kwargs") or {}).get("scale", 1.0)
+        scale = (self.attention_kwargs or {}).get("scale", 1.0)
         if scale != self.lora_scale:
             self._leave_scale()
             self._context.enter_context(lora_scale(self.model, {"scale": scale}))
             self.lora_scale = scale
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        """Of the call, as the last step has them."""
+        return self.step_before.shared("attention_kwargs")
 
     def _leave_scale(self) -> None:
         self._context.close()

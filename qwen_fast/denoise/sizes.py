@@ -47,11 +47,13 @@ class SizesDenoiser(Denoiser):
     def reason_against(self, device: torch.device) -> str | None:
         """Why these steps cannot be taken with the model as it is now, or None. Nothing is counted."""
         self.call.survey = self.model.look() if self.attached else None
-        reason, self.call.survey = (
-            reason_against_rows(self, device, self.pipe.attention_kwargs),
-            None,
-        )  # `look` takes it for new, and counts
+        reason = reason_against_rows(self, device, self.attention_kwargs)
+        self.call.survey = None  # `look` takes it for new, and counts
         return reason
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        return self.pipe.attention_kwargs
 
     def begin(self, drawn: list[Pictures], true_cfg_scale: float | None) -> torch.Tensor:
         """Prepare the steps of these pictures.
@@ -160,7 +162,7 @@ class SizesDenoiser(Denoiser):
             reason = pipe.steps_itself()
             if reason is None:
                 self.look()
-                reason = reason_against_rows(self, self.device, self.pipe.attention_kwargs)
+                reason = reason_against_rows(self, self.device, self.attention_kwargs)
         if reason is not None:
             raise RuntimeError(
                 f"pictures of several sizes cannot go on behind this callback: {reason}. Call the pipeline once for each size."
