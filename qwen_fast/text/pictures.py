@@ -63,6 +63,8 @@ def encoded(pipe: Any, **given: Any) -> Any:
     found = None if name is None else texts.cache.get(name, device)
     if found is not None:
         return Outputs((found.embeds.clone(),))
+    if len(given["input_ids"]) > 1:
+        pipe.fast_state.not_invariant("prompts with pictures are encoded in one batch, padded to the longest")
     bring_back(pipe, pipe.fast_state)
     outputs = encoder(**given)
     pipe.fast_state.calls["text encoder with pictures"] += 1
