@@ -11,16 +11,17 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 import qwen_fast
+from benchmarks.ladder.models import call_arguments, random_pipeline
+from benchmarks.shared.shapes import PictureCase, Shape
 from benchmarks.shared.stock import stock
 from support.family import HIGH, MASK, MEMBERS, WIDE, small_references
 
 PROMPTS = ("a red circle", "two green squares on a hill, and a rather long tail of words", "x")
 NEGATIVES = ("", "low quality", "blurry and dull")
-CALL = {"height": 32, "width": 48, "num_inference_steps": 3, "true_cfg_scale": 3.7, "output_type": "pt"}
-WATCHED = ["noise_pred", "noise_norm"]
+CALL = {"height": 32, "width": 48, "num_inference_steps": 2, "true_cfg_scale": 3.7, "output_type": "pt"}
 EAGER, GRAPH = {"cuda_graph": False}, {"cuda_graph": True}
 IMAGES = (WIDE, HIGH, WIDE.rotate(90))
-IMAGE = {"image": IMAGES, "strength": 0.7}
+IMAGE = {"image": IMAGES, "strength": 1.0}
 INPAINT = IMAGE | {"mask_image": MASK}
 
 
@@ -43,15 +44,6 @@ def add_lora(pipe: Any, **others: Any) -> None:
     pipe.transformer.add_adapter(config, adapter_name="a")
 
 
-def watch(pipe, step, timestep, tensors):
-    assert tensors["noise_pred"].isfinite().all() and tensors["noise_norm"].shape[-1] == 1
-    return {}
-
-
-def allow_watching(pipe: Any) -> None:
-    pipe._callback_tensor_inputs = WATCHED
-
-
 @dataclass
 class Case:
     options: dict = field(default_factory=dict)
@@ -67,9 +59,6 @@ CASES = {
     "unguided": Case(EAGER, {"true_cfg_scale": 1.0}),
     "layers": Case(EAGER | {"modulation": "layers"}),
     "our attention": Case(EAGER | {"attention": "triton", "precise_sampler": True}),
-    "watched": Case(
-        GRAPH, {"callback_on_step_end": watch, "callback_on_step_end_tensor_inputs": WATCHED}, prepare=allow_watching
-    ),
     "LoRA": Case(EAGER, prepare=add_lora),
     "LoRA layers that are called": Case(EAGER, prepare=lambda pipe: add_lora(pipe, use_dora=True)),
     "image to image": Case(GRAPH, IMAGE, diffusers.QwenImageImg2ImgPipeline),
@@ -109,13 +98,13 @@ def test_alone_and_in_any_batch(checkpoint, by_shape, name):
     for order in ([2, 0, 1], [0, 1]):
         batch = drawn(other, case, order)
         assert [torch.equal(picture, alone[n][0]) for n, picture in zip(order, batch, strict=True)] == [True] * len(order)
-    assert (other.fast_state.graph is None) is (case.options is GRAPH and name != "watched"), other.fast_state.graph
+    assert (other.fast_state.graph is None) is (case.options is GRAPH), other.fast_state.graph
     for pipe in (one, other):
         assert_kept(pipe)
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["graph", "unguided", "layers", "LoRA layers that are called", "inpaint"])
 def test_without_it_a_picture_depends_on_its_batch(checkpoint, by_shape, name):
     """Of the same pipeline, so that even the prompts are the same."""
     case = CASES[name]
@@ -144,7 +133,7 @@ def test_a_batch_replays_the_graphs_of_pictures_alone(checkpoint, by_shape):
     calls, negative = pipe.fast_state.calls, {"negative_prompt": "x"}
     alone = [drawn(pipe, case, [n], **negative) for n in (0, 0, 1, 2)][1:]  # the first one once more, captured
     assert calls["graph captures"] == 1
-    assert torch.equal(drawn(pipe, case, [2, 1, 0], negative_prompt=["x"] * 3), torch.cat(alone[::-1]))
+    assert torch.equal(drawn(pipe, case, [2, 1, 0], **negative), torch.cat(alone[::-1]))
     assert calls["graph captures"] == 1
     long = "a very long negative prompt of many words " * 2
     for _ in range(2):
@@ -171,6 +160,20 @@ def test_a_callback_that_changes_a_prompt(checkpoint, by_shape):
 
 @pytest.mark.triton
 @pytest.mark.parametrize("batch_invariant", [True, False])
+def test_what_a_callback_sees(checkpoint, by_shape, batch_invariant):
+    names, seen = ["latents", "noise_pred", "noise_norm"], []
+    watch = {"callback_on_step_end": lambda pipe, step, timestep, tensors: seen.append(tensors) or {}}
+    case = Case(GRAPH, watch | {"callback_on_step_end_tensor_inputs": names})
+    pipe = enabled(checkpoint, case, batch_invariant=batch_invariant)
+    pipe._callback_tensor_inputs = names
+    drawn(pipe, case, [1, 0])
+    drawn(pipe, case, [0])
+    for batch, alone in zip(seen[:2], seen[2:], strict=True):
+        assert all(torch.equal(batch[name][1], alone[name][0]) for name in names) is batch_invariant
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("batch_invariant", [True, False])
 def test_an_edit(checkpoint, by_shape, batch_invariant):
     member = MEMBERS["edit"]
     with small_references():
@@ -184,15 +187,18 @@ def test_an_edit(checkpoint, by_shape, batch_invariant):
 @pytest.mark.triton
 @pytest.mark.parametrize("batch_invariant", [True, False])
 def test_prompts(checkpoint, by_shape, batch_invariant):
-    """Encoded alone and with others, and those from a cache that has seen either."""
-    case = Case({"batch_invariant": batch_invariant})
+    """Encoded alone and with others, of other lengths and of the same, and those from a cache that has seen either."""
+    case, prompts = Case({"batch_invariant": batch_invariant}), [*PROMPTS, "y"]
     first, second = (enabled(checkpoint, case) for _ in range(2))
     with torch.no_grad():
-        alone = [first.encode_prompt(prompt)[0] for prompt in PROMPTS]
-        others = first.encode_prompt(list(PROMPTS)), second.encode_prompt(list(PROMPTS))
-    for embeds, mask in others:
+        alone = [first.encode_prompt(prompt)[0] for prompt in prompts]
+        others = first.encode_prompt(prompts), second.encode_prompt(prompts), second.encode_prompt(prompts[2:])
+    assert alone[2].shape == alone[3].shape
+    for embeds, mask in others[:2]:
         equal = [torch.equal(row[own.bool()], one[0]) for row, own, one in zip(embeds, mask, alone, strict=True)]
         assert all(equal) is batch_invariant
+    embeds, mask = others[2]
+    assert mask is None and all(torch.equal(row, one[0]) for row, one in zip(embeds, alone[2:], strict=True)) is batch_invariant
 
 
 @pytest.mark.triton
@@ -235,3 +241,21 @@ def test_alone_and_in_any_batch_on_a_gpu(checkpoint, device, name):
     for order in ([2, 0, 1], [0, 1], [1, 0, 2]):
         assert all(torch.equal(picture, alone[n][0]) for n, picture in zip(order, drawn(other, case, order), strict=True))
     assert_kept(other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graph", [True, False])
+@pytest.mark.parametrize(("side", "cfg"), [(256, True), (512, True), (1024, False)])
+def test_at_the_models_own_width_on_a_gpu(device, side, cfg, cuda_graph):
+    """Where a library has many kernels to choose from: two layers of Qwen-Image's transformer, and its VAE."""
+    case = PictureCase(side, side, 3, cfg, 4, 128, Shape(layers=2))
+    pipe = random_pipeline(case.shape, device, torch.bfloat16)
+    arguments = call_arguments(pipe, case) | {"output_type": "pt"}
+    qwen_fast.enable(pipe, batch_invariant=True, strict=True, cuda_graph=cuda_graph)
+    for _ in range(3):
+        batch = pipe(**arguments).images
+    for n, length in enumerate(case.text_lengths):
+        own = {key: value[n : n + 1] for key, value in arguments.items() if isinstance(value, torch.Tensor)}
+        own["prompt_embeds"] = own["prompt_embeds"][:, :length]
+        del own["prompt_embeds_mask"]
+        assert torch.equal(pipe(**(arguments | own | {"prompt_embeds_mask": None})).images[0], batch[n])
