@@ -186,6 +186,22 @@ def test_an_edit(checkpoint, by_shape, batch_invariant):
 
 @pytest.mark.triton
 @pytest.mark.parametrize("batch_invariant", [True, False])
+def test_edits_of_several_prompts(checkpoint, by_shape, batch_invariant):
+    """Each with a picture of its own, as large as the others, since stock goes by the first; prompts of other lengths."""
+    member, images, own = MEMBERS["edit"], [], (WIDE, WIDE.rotate(180))
+    with small_references():
+        one, other = (qwen_fast.enable(member.pipe(checkpoint).to("cuda"), batch_invariant=batch_invariant) for _ in range(2))
+        for pipe, pictures in ((other, [1, 0]), (one, [0]), (one, [1])):
+            prompts, negatives, references = ([those[n] for n in pictures] for those in (PROMPTS, NEGATIVES, own))
+            generators = [torch.Generator().manual_seed(n) for n in pictures]
+            given = {"prompt": prompts, "negative_prompt": negatives, "image": references, "generator": generators}
+            images += member.draw(pipe, **given, output_type="pt")
+    assert [torch.equal(*pair) for pair in zip(images[:2], images[:1:-1], strict=True)] == [batch_invariant] * 2
+    assert not qwen_fast.report(other).variant
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("batch_invariant", [True, False])
 def test_prompts(checkpoint, by_shape, batch_invariant):
     """Encoded alone and with others, of other lengths and of the same, and those from a cache that has seen either."""
     case, prompts = Case({"batch_invariant": batch_invariant}), [*PROMPTS, "y"]

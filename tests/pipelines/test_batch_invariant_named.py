@@ -107,6 +107,13 @@ def test_a_controlnet(checkpoint):
     assert list(qwen_fast.report(pipe).variant) == ["the ControlNet computes the whole batch at once"]
 
 
+def test_a_loop_that_is_not_known(checkpoint, monkeypatch):
+    monkeypatch.setattr("qwen_fast.pipelines.call.with_own_steps", lambda stock: None)
+    pipe = enabled(checkpoint)
+    draw(pipe, **TWO, generator=generators())
+    assert any("loop is not known" in reason for reason in qwen_fast.report(pipe).variant)
+
+
 def test_a_whole_family_keeps_it(checkpoint):
     for name in ("image", "inpaint", "edit", "edit plus 2511", "edit inpaint", "layered"):
         member = MEMBERS[name]
