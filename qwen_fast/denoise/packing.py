@@ -50,21 +50,17 @@ def packed_predictions(
     call, predictions = denoiser.call, []
     condition = None if denoiser.source is not None else step.shared("additional_t_cond")
     for pack in denoiser.packs:
-        given = {
-            "hidden_states": own(hidden, pack.sample),
-            "timestep": timestep,
-            "controlnet_block_samples": step.shared("controlnet_block_samples"),
-            "additional_t_cond": own(condition, pack.sample),
-        }
+        states, others = own(hidden, pack.sample), {"controlnet_block_samples": step.shared("controlnet_block_samples")}
+        others["additional_t_cond"] = own(condition, pack.sample)
         if call.survey.placed:
             call.prompts = pack
             try:
                 with entered(call):
-                    output = denoiser.model(return_dict=False, **given)[0]
+                    output = denoiser.model(hidden_states=states, timestep=timestep, return_dict=False, **others)[0]
             finally:
                 call.prompts = None
         else:
-            output = denoiser.model.predict(call, prompts=pack, **given)
+            output = denoiser.model.predict(call, states, timestep, pack, **others)
         predictions += without_references(output, pack.copies, step.latents.shape[1])
     if not denoiser.apart:
         return tuple(predictions)
