@@ -4,7 +4,7 @@ import importlib.util
 
 from ..shared.shapes import COMPARED_STEPS, STEPS_MEASURED, PictureCase
 from .rung import Rung
-from .rungs import ENABLED, GRAPH, OURS
+from .rungs import ENABLED, GRAPH, INVARIANT, OURS
 from .stock import STOCK
 
 _PRODUCTS, _ATTENTION, _FP32 = 790e12, 500e12, 45e12  # FLOP/s in bf16, and of everything in fp32
@@ -40,7 +40,7 @@ def rung_seconds(case: PictureCase, rung: Rung, repeats: int, whole: bool) -> fl
         pairs += steps * reference + 2 * decode + step + _ENTER
     if "compile" in rung.name or rung.name == "torchao":
         seconds += _COMPILE
-    if rung in (GRAPH, ENABLED):
+    if rung in (GRAPH, ENABLED, INVARIANT):
         pairs += _CAPTURE
     return seconds + repeats * pairs
 
@@ -49,7 +49,7 @@ def case_seconds(case: PictureCase, rungs: list[Rung], repeats: int, whole: bool
     """All rows of a case, and the exact latents that they are compared with; `random`: of weights."""
     work = case.work()
     exact = COMPARED_STEPS * (work.product_flops + work.attention_flops) / _FP32
-    return exact + sum(rung_seconds(case, rung, repeats, whole) for rung in rungs if _runs(rung, random))
+    return exact + sum(rung_seconds(case, rung, repeats, whole) for rung in rungs if _runs(case, rung, random))
 
 
 def changing_seconds(cases: list[PictureCase], rungs: list[Rung]) -> float:
@@ -67,7 +67,9 @@ def start_seconds(ceiling_seconds: float) -> float:
     return _START + 4 * 1.5 * ceiling_seconds
 
 
-def _runs(rung: Rung, random: bool) -> bool:
-    """Not a peer that is not installed, nor a step cache, which random weights make idle."""
+def _runs(case: PictureCase, rung: Rung, random: bool) -> bool:
+    """Not a peer that is not installed, nor a step cache, which random weights make idle, nor what is of batches alone."""
+    if rung is INVARIANT and case.batch == 1:
+        return False
     package = _PEERS.get(rung.name)
     return package is None or (importlib.util.find_spec(package) is not None and (rung.steady or not random))

@@ -25,6 +25,7 @@ def ours(
     packed: bool = True,
     cuda_only: bool = False,
     guided_only: bool = False,
+    batches_only: bool = False,
     **options: Any,
 ):
     """`enable` with `options`.
@@ -41,6 +42,8 @@ def ours(
             raise NotMeasured("needs a CUDA device")
         if guided_only and not case.cfg:
             raise NotMeasured("there is one prediction a step")
+        if batches_only and case.batch == 1:
+            raise NotMeasured("one picture a call")
         with ExitStack() as stack:
             if not packed:
                 stack.enter_context(mock.patch("qwen_fast.denoise.packing.fits_in_memory", lambda *_: False))
@@ -77,6 +80,8 @@ PACKED = (
     Rung("packed, our attention", ours(attention="triton", **_PACKED)),
 )
 GRAPH = Rung("+ CUDA graph", ours(cuda_graph=True, cuda_only=True))
+# To be held against the row of `ENABLED`: what it costs that no picture depends on its batch. Strict: kept, or no row.
+INVARIANT = Rung("+ batch_invariant", ours(modulation="auto", batch_invariant=True, strict=True, batches_only=True))
 # Each adds one thing to the one before.
 STEPS = (
     Rung("qwen_fast: schedule, sampler", ours(fused=False, modulation="layers", cuda_graph=False, vae_mode="diffusers")),
@@ -85,13 +90,13 @@ STEPS = (
     Rung("+ packed CFG", ours(**_PACKED)),
     Rung("+ VAE of pictures", ours(cuda_graph=False)),
 )
-OURS = (*STEPS, GRAPH, *PACKED, ENABLED)
+OURS = (*STEPS, GRAPH, *PACKED, ENABLED, INVARIANT)
 LOSSY: tuple[Rung, ...] = ()  # no lossy mode exists yet
 
 
 def all_rungs() -> list[Rung]:
     """The whole ladder in the order of its worth: a run that is cut short has its most telling rows. What compiles is last."""
-    return [STOCK, ENABLED, *PACKED, GRAPH, *STEPS, *COMPARED[:-1], *LOSSY, *PEERS, COMPILED]
+    return [STOCK, ENABLED, INVARIANT, *PACKED, GRAPH, *STEPS, *COMPARED[:-1], *LOSSY, *PEERS, COMPILED]
 
 
 def chosen_rungs() -> list[Rung]:

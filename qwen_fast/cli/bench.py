@@ -20,6 +20,7 @@ examples:
   qwen-fast bench                                   the ladder at 1024x1024, stock and ours for other sizes
   qwen-fast bench --size 1328x1328 --steps 8 --no-cfg   the ladder for one case
   qwen-fast bench --case 512x512,20 --case 1024x1024,8,no-cfg   the ladder for two, on one model
+  qwen-fast bench --case 1024x1024,8,no-cfg,batch=4 --only enabled --only batch_invariant   what invariance costs
   qwen-fast bench --changing 512x512,20             another size and prompt each call
   qwen-fast bench --layers 30                       half the model, for a GPU with less memory
   qwen-fast bench --model path/to/Qwen-Image        a checkpoint, prompts through its text encoder
@@ -32,13 +33,16 @@ columns is left as it is, and a new one is begun beside it.
 Exit code: 0 done, 1 a result was wrong or a rung of stock or ours failed."""
 
 SHAPES = ("qwen-image", "middle", "tiny")
+_CASE = "WxH,STEPS[,no-cfg][,batch=N]"
 
 
-def _case(text: str) -> tuple[tuple[int, int], int, bool]:
+def _case(text: str) -> tuple[tuple[int, int], int, bool, int]:
+    """Size, steps, guidance, and pictures at once."""
     size, *more = text.lower().split(",")
+    batch = positive_int(more.pop().removeprefix("batch=")) if more and more[-1].startswith("batch=") else 1
     if not more or more[1:] not in ([], ["no-cfg"]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not WxH,STEPS or WxH,STEPS,no-cfg, such as 512x512,20")
-    return arguments.size(size), positive_int(more[0]), len(more) == 1
+        raise argparse.ArgumentTypeError(f"{text!r} is not {_CASE}, such as 512x512,20 or 1024x1024,8,no-cfg,batch=4")
+    return arguments.size(size), positive_int(more[0]), len(more) == 1, batch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,9 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--no-cfg", action="store_true", help="without guidance: one prediction a step")
     what.add_argument("--batch", type=positive_int, metavar="N", help="prompts at once, of different lengths")
     what.add_argument("--text", type=positive_int, metavar="N", help="tokens of the longest prompt")
-    what.add_argument(
-        "--case", action="append", default=[], type=_case, metavar="WxH,STEPS[,no-cfg]", help="such a case; repeat it"
-    )
+    what.add_argument("--case", action="append", default=[], type=_case, metavar=_CASE, help="such a case; repeat it")
     what.add_argument(
         "--changing",
         action="append",
@@ -101,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
         args.parser.error(
             "--case and --changing say size, steps and guidance; they cannot go with --size, --steps, --no-cfg, --batch"
         )
+    if any(batch > 1 for *_, batch in args.changing):
+        args.parser.error("--changing draws one picture a call; batch= is of --case")
     if args.model and (args.shape or args.layers):
         args.parser.error("--shape and --layers are of random weights; they cannot go with --model")
 
@@ -126,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     default = grid.default_cases(shape)[0] if on_gpu else grid.small_cases(shape)[0]
     if several:
         cases, changing = (
-            [grid.PictureCase(*size, steps, cfg, default.batch, args.text or default.text, shape) for size, steps, cfg in given]
+            [grid.PictureCase(*size, *others, args.text or default.text, shape) for size, *others in given]
             for given in (args.case, args.changing)
         )
     elif custom:

@@ -17,6 +17,7 @@ _VALUES = {
     "cuda_graph": ("auto", True, False),
     "vae_mode": ("image", "diffusers"),
     "text_encoder_mode": ("keep", "offload", "free"),
+    "batch_invariant": (True, False),
     "check_nan": (True, False),
     "strict": (True, False),
 }
@@ -39,6 +40,7 @@ class Options:
     vae_memory: int | str | None = "auto"
     prompt_cache: str | Path | None = "memory"
     text_encoder_mode: str = "keep"
+    batch_invariant: bool = False
     check_nan: bool = False
     strict: bool = False
 
@@ -48,6 +50,11 @@ class Options:
             if not any(value is one or (isinstance(value, str) and value == one) for one in known):
                 raise ValueError(f"`{name}` is {value!r}; use one of {', '.join(map(repr, known))}.")
         check_vae_memory("vae_memory", self.vae_memory)
+        if self.batch_invariant and self.vae_mode == "diffusers":
+            raise ValueError(
+                "`batch_invariant` is True and `vae_mode` is 'diffusers', which codes all pictures of a batch at once; "
+                "use vae_mode='image'."
+            )
         folder = self.prompt_cache
         if folder is None and self.text_encoder_mode == "free":
             raise ValueError(

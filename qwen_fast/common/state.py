@@ -27,6 +27,7 @@ class State:
         pictures: moments of pictures that its VAE has encoded, see vae/kept.py.
         calls: fast calls so far, by operator.
         fallbacks: calls left to stock diffusers, by reason.
+        variant: where `batch_invariant` could not be kept, by reason.
         stock_scheduler: the scheduler to give back, where ours took its place.
         device: where the call that is under way runs; None between calls.
         transformer, vae: the models that this pipeline attached to.
@@ -43,6 +44,7 @@ class State:
     pictures: Any = None
     calls: Counter = field(default_factory=Counter)
     fallbacks: Counter = field(default_factory=Counter)
+    variant: Counter = field(default_factory=Counter)
     stock_scheduler: Any = None
     device: torch.device | None = None
     transformer: Any = None
@@ -61,3 +63,15 @@ class State:
         if not self.fallbacks[reason]:
             logger.warning("stock diffusers runs instead of qwen_fast: %s.", reason)
         self.fallbacks[reason] += 1
+        self.not_invariant(reason)  # what runs as in stock gets the whole batch, as in stock
+
+    def not_invariant(self, reason: str) -> None:
+        """Count why pictures may depend on their batch all the same, where `batch_invariant` is on; log it the first time;
+        raise it in strict mode."""
+        if not self.options.batch_invariant:
+            return
+        if self.options.strict:
+            raise RuntimeError(f"strict=True and batch_invariant=True cannot be kept: {reason}.")
+        if not self.variant[reason]:
+            logger.warning("batch_invariant is not kept: %s.", reason)
+        self.variant[reason] += 1

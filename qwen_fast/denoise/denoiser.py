@@ -6,6 +6,7 @@ followed.
 """
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -17,11 +18,11 @@ from ..transformer.call import ATTACHED, Call, PromptBatch, entered, lora_scale
 from ..transformer.layout import check_image_shapes
 from ..transformer.modulation import FromScheduledTable, FromTable
 from ..transformer.modulation_weights import table_reason
-from . import graph
+from . import apart, graph
 from .control import Control
 from .inputs import Held, Inputs
-from .packing import forwarded, packed_prompts, takes_rows
-from .step import RESIDUALS, SHOWN, Found, Step, drew, guided, row_of, sampler_step, scheduling, without_references
+from .packing import packed_predictions, packed_prompts, takes_rows
+from .step import RESIDUALS, SHOWN, Found, Step, by_picture, drew, guided, row_of, sampler_step, scheduling
 from .watch import FiniteCheck, Pace
 
 CURRENT: ContextVar["Denoiser | None"] = ContextVar("qwen_fast_denoiser", default=None)
@@ -45,8 +46,9 @@ class Denoiser:
         places: `[2]` int32 on the device, which sigma and which row of the timesteps come next.
         timesteps: `[T]` of the schedule, in the model's dtype and over 1000.
         guidance: `[1]`, the scale on the device, so that a graph can read another one; None without.
+        apart: each picture is computed by itself (`batch_invariant`).
         shapes: of the pictures of each sample.
-        loads: how often a graph was loaded.
+        loaded: graphs that had inputs of this call.
     """
 
     def __init__(self, pipe: Any, names: Iterable[str] = (), *, known_loop: bool = True, proved: torch.dtype | None = None):
@@ -57,11 +59,12 @@ class Denoiser:
         self.scheduled: torch.Tensor | None = None
         self.source: FromTable | None = None
         self.packs: list[PromptBatch] | None = None
-        self.graph: graph.StepGraph | None = None
+        self.graph: graph.StepGraph | apart.InTurn | None = None
         self.guidance: torch.Tensor | None = None
         self.own_step: str | None = None
         self.index, self.row = 0, None
-        self.lora_scale, self.loads = 1.0, 0
+        self.lora_scale, self.apart = 1.0, False
+        self.loaded: weakref.WeakSet[graph.StepGraph] = weakref.WeakSet()
         self.dirty = True  # code of the user's has run
         self.step_before: Step | None = None
         self.inputs: Inputs | None = None
@@ -75,6 +78,7 @@ class Denoiser:
     def running(self) -> Iterator[None]:
         """Inside, steps can be taken, and forwards of the transformer are fused."""
         if not self.known_loop:
+            self.state.not_invariant("the pipeline's loop is not known, and calls the transformer with the whole batch")
             self.look()
             if self.wants_table:
                 self.call.source = FromScheduledTable(self.model, self.model.__dict__[ATTACHED].tables, self.pipe)
@@ -201,8 +205,9 @@ class Denoiser:
             dtype = torch.promote_types(self.dtype, torch.float32)
             self.guidance = torch.full((1,), float(step.true_cfg_scale), dtype=dtype, device=self.device)
         self._find_source(step)
-        self.packs = None
-        if takes_rows(self, step):
+        rows, self.packs = takes_rows(self, step), None
+        self.apart = apart.keeps_apart(self, step, rows)
+        if rows:
             self.shapes = check_image_shapes(step.shapes, self.batch)
             self.packs = packed_prompts(self, step)
             self._apply_lora_scale()  # before a graph bakes it in
@@ -212,7 +217,7 @@ class Denoiser:
         reason = reason or ("a callback or a block gets the predictions" if self.watched else graph.reason_against(self, step))
         self.state.graph = reason
         if reason is None:
-            self.graph = graph.take(self, step)
+            self.graph = apart.InTurn(self, step) if len(self.packs) > 1 else graph.take(self, step, self.packs[0])
 
     def _find_place(self, step: Step) -> None:
         """Which sigma and which timestep of the scheduler's come next."""
@@ -263,6 +268,7 @@ class Denoiser:
         if not self._follow(step) or (self.own_step is None and self.index + 1 >= len(self.pipe.scheduler.sigmas)):
             self._leave_graph()
             self._leave_scale()
+            self.state.not_invariant("stock's own statements take a step")
             return None  # a step beyond the last sigma fails there
         scheduler, index, row = self.pipe.scheduler, self.index, self.row
         if self.graph is not None:
@@ -276,7 +282,9 @@ class Denoiser:
         if step.control is not None:
             step = self.control.added(self, step)
         predictions = self.predict(step)
-        shown = guided(predictions, step) if self.watched or not step.normalize else {}
+        shown = {}
+        if self.watched or not step.normalize:
+            shown = by_picture(self.apart, lambda *own: guided(own, step), *predictions)
         if self.own_step is not None or (predictions[0].dtype != latents.dtype and not precise):
             if self.own_step is None:  # as by autocast
                 self.state.fall_back(f"predictions in {predictions[0].dtype} for latents in {latents.dtype}")
@@ -287,7 +295,10 @@ class Denoiser:
             if not step.normalize:
                 predictions = (shown["noise_pred"],)
             guidance = self.guidance if len(predictions) == 2 else None
-            latents = sampler_step(self.state, latents, predictions, scheduler.sigmas, self.places[:1], guidance)
+            place = scheduler.sigmas, self.places[:1], guidance
+            latents = by_picture(
+                self.apart, lambda latents, *own: sampler_step(self.state, latents, own, *place), latents, *predictions
+            )
             scheduler._step_index += 1
         self._pass_place()
         return Found(latents, shown.get("noise_pred"), tuple(shown.get(name) for name in SHOWN[1:]), step.shared(RESIDUALS))
@@ -323,15 +334,16 @@ class Denoiser:
                     return tuple(self._as_stock(step, hidden, timestep / 1000, n) for n in range(len(step.forwards)))
             timestep = self.timesteps.index_select(0, self.places[1:]) if self.row is not None else timestep[:1] / 1000
             try:
-                return self._packed(step, hidden, timestep)
+                return packed_predictions(self, step, hidden, timestep)
             except torch.OutOfMemoryError:
-                if len(self.packs) == len(step.forwards):
+                if self.packs[0].copies == 1:
                     raise
+                self.state.not_invariant("memory was too short for one forward of both predictions")
                 logger.warning("memory was too short for one forward of both predictions: they come one after the other.")
                 self.state.calls["packed transformer out of memory"] += 1
                 self.packs = packed_prompts(self, step, together=False)
             torch.cuda.empty_cache()
-            return self._packed(step, hidden, timestep)
+            return packed_predictions(self, step, hidden, timestep)
         finally:
             self.call.source = others
 
@@ -341,15 +353,6 @@ class Denoiser:
         if self.state.options.precise_sampler and hidden.dtype != self.dtype:
             return hidden.to(self.dtype), step.t.expand(len(hidden)).to(self.dtype)
         return hidden, timestep
-
-    def _packed(self, step: Step, hidden: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        predictions = []
-        others = {RESIDUALS: step.shared(RESIDUALS)}
-        others["additional_t_cond"] = None if self.source is not None else step.shared("additional_t_cond")
-        for pack in self.packs:
-            output = forwarded(self, pack, hidden, timestep, **others)
-            predictions += without_references(output, pack.copies, step.latents.shape[1])
-        return tuple(predictions)
 
     def _as_stock(self, step: Step, hidden: torch.Tensor, timestep: torch.Tensor, n: int) -> torch.Tensor:
         with self.model.cache_context(("cond", "uncond")[n]):

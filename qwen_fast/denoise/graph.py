@@ -66,7 +66,7 @@ def reason_against(denoiser: "Denoiser", step: Step) -> str | None:
         return "a ControlNet, which a graph has not in it"
     if denoiser.source is None and step.shared("additional_t_cond") is not None:
         return "modulations with a condition of each sample's own"
-    if len(denoiser.packs) > 1:
+    if len(denoiser.packs) > 1 and not denoiser.apart:
         return "memory is too short for one forward of both predictions"
     if found.touched:
         return "a hook on the transformer or a layer, such as offloading or casting"
@@ -86,20 +86,20 @@ def reason_against(denoiser: "Denoiser", step: Step) -> str | None:
     return None
 
 
-def take(denoiser: "Denoiser", step: Step) -> "StepGraph":
-    """The graph for this call, held by it until `release` and loaded with its inputs.
+def take(denoiser: "Denoiser", step: Step, pack: PromptBatch) -> "StepGraph":
+    """The graph for `pack` of this call, held by it until `release` and loaded with its inputs.
 
     Where another thread holds the one that is kept, this call gets one of its own, which is never captured: the same kernels
     on buffers of the same sizes.
     """
-    model, key = denoiser.model, _key(denoiser, step)
+    model, key = denoiser.model, _key(denoiser, step, pack)
     kept = model.__dict__[ATTACHED]
     with kept.lock:
         graph = kept.graphs.get(key)
         if graph is not None and graph.lock.acquire(blocking=False):
             kept.graphs.move_to_end(key)
         else:
-            fresh = StepGraph(denoiser, step)
+            fresh = StepGraph(denoiser, step, pack)
             fresh.lock.acquire()
             if graph is None:
                 kept.graphs[key] = fresh
@@ -109,7 +109,7 @@ def take(denoiser: "Denoiser", step: Step) -> "StepGraph":
                 fresh.captures = False
             graph = fresh
     try:
-        graph.load(denoiser, step)
+        graph.load(denoiser, step, pack)
     except BaseException:
         graph.release()
         raise
@@ -126,9 +126,10 @@ class StepGraph:
     Args:
         denoiser: of the call; its sizes and options are taken over.
         step: the first one, for shapes and dtypes.
+        pack: both predictions of it.
     """
 
-    def __init__(self, denoiser: "Denoiser", step: Step):
+    def __init__(self, denoiser: "Denoiser", step: Step, pack: PromptBatch):
         self.lock, self.captures = threading.Lock(), True
         self._model, self._device, self._dtype = denoiser.model, denoiser.device, denoiser.dtype
         self._calls, self._is_warm = 0, False
@@ -136,14 +137,14 @@ class StepGraph:
         self._replay: Callable[[], None] | None = None
         self._done: torch.cuda.Event | None = None
         with torch.inference_mode(False), torch.no_grad():  # buffers that calls in either mode may write
-            self._allocate(denoiser, step)
+            self._allocate(denoiser, step, pack)
         counting = copy.copy(denoiser.state)
         counting.calls = Counter()
         self._counting, self._counts = counting, Counter()
         self._call = Call(self._model, counting, self._source, denoiser.call.survey)
 
-    def _allocate(self, denoiser: "Denoiser", step: Step) -> None:
-        pack, model, device = denoiser.packs[0], denoiser.model, denoiser.device
+    def _allocate(self, denoiser: "Denoiser", step: Step, pack: PromptBatch) -> None:
+        model, device = denoiser.model, denoiser.device
         dtype = torch.float32 if denoiser.state.options.precise_sampler else step.latents.dtype
         self.latents = torch.empty_like(step.latents, dtype=dtype)
         # What the forward reads: the latents, behind them what does not change.
@@ -153,7 +154,7 @@ class StepGraph:
         self.step_index = torch.zeros(1, dtype=torch.int32, device=device)
         self.timestep = torch.empty(1, dtype=self._dtype, device=device)
         self.guidance = None if denoiser.guidance is None else torch.empty_like(denoiser.guidance)
-        layout = build_layout(model.pos_embed, pack.shapes, _capacities(denoiser), device)
+        layout = build_layout(model.pos_embed, pack.shapes, capacities(pack), device)
         text = torch.zeros(layout.txt_rows, model.inner_dim, dtype=self._dtype, device=device)
         self.prompts = PromptBatch(replace(layout, padded=True), pack.embeds.new_empty(0), pack.copies, pack.shapes, text)
         self._source: FromRow | None = None
@@ -162,18 +163,18 @@ class StepGraph:
             denoiser.source.begin(denoiser.timesteps[:1])
             self._source = FromRow(denoiser.source.table.row_buffer())
 
-    def load(self, denoiser: "Denoiser", step: Step) -> None:
+    def load(self, denoiser: "Denoiser", step: Step, pack: PromptBatch) -> None:
         """Put a call's references, guidance and prompts into the buffers."""
         if self._done is not None:  # another stream may still be at the call before
             torch.cuda.current_stream(self._device).wait_event(self._done)
-        self._calls += denoiser.loads == 0  # another prompt in the same call is none
-        denoiser.loads += 1
+        self._calls += self not in denoiser.loaded  # another prompt in the same call is none
+        denoiser.loaded.add(self)
         self._denoiser = denoiser
         self._call.survey = denoiser.call.survey
         self.hidden.copy_(step.shared("hidden_states"))
         if self.guidance is not None:
             self.guidance.copy_(denoiser.guidance)
-        pack, layout = denoiser.packs[0], self.prompts.layout
+        layout = self.prompts.layout
         if pack.text is None:
             pack.text = self._model.text_rows(pack)
         self.prompts.text.zero_()
@@ -191,6 +192,10 @@ class StepGraph:
             self._table = source.table
             if source.zero_row is not None:
                 self._source.table.values[1:].copy_(source.table.values[source.zero_row :])
+
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """The buffers that differ from picture to picture, but for the latents."""
+        return self.hidden, self.prompts.text, self.prompts.layout.spans, self.prompts.layout.rope
 
     def run(self, index: int, row: int | None, latents: torch.Tensor) -> torch.Tensor:
         """One step.
@@ -322,13 +327,13 @@ def _clear_workspaces() -> None:
         torch._C._cuda_clearCublasWorkspaces()
 
 
-def _capacities(denoiser: "Denoiser") -> tuple[int, ...]:
+def capacities(pack: PromptBatch) -> tuple[int, ...]:
     """Text rows of each sequence: the prompts', then the negative ones'."""
-    lengths = denoiser.packs[0].layout.txt_lengths
-    return tuple(capacity(length, negative=n >= denoiser.batch) for n, length in enumerate(lengths))
+    lengths = pack.layout.txt_lengths
+    return tuple(capacity(length, negative=n >= len(lengths) // pack.copies) for n, length in enumerate(lengths))
 
 
-def _key(denoiser: "Denoiser", step: Step) -> tuple[Any, ...]:
+def _key(denoiser: "Denoiser", step: Step, pack: PromptBatch) -> tuple[Any, ...]:
     """All that a graph bakes in."""
     found, state, device = denoiser.call.survey, denoiser.state, denoiser.device.type
     addresses = tuple(
@@ -347,7 +352,7 @@ def _key(denoiser: "Denoiser", step: Step) -> tuple[Any, ...]:
         (tuple(step.latents.shape), tuple(step.shared("hidden_states").shape)),
         (denoiser.dtype, state.options.precise_sampler),
         denoiser.device,
-        (_capacities(denoiser), denoiser.packs[0].shapes),
+        (capacities(pack), pack.shapes),
         (denoiser.guidance is None, step.normalize),
         (state.options.attention, denoiser.source is None),
         (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),

@@ -1,4 +1,4 @@
-"""The prompts of a step as rows without padding: both predictions share a forward where memory allows it."""
+"""The prompts of a step as rows without padding, and forwards of them: both predictions share one where memory allows it."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -7,7 +7,7 @@ import torch
 
 from ..transformer.call import PromptBatch, entered
 from ..transformer.layout import check_image_shapes
-from .step import Step, fits_in_memory
+from .step import RESIDUALS, Step, fits_in_memory, own, without_references
 
 if TYPE_CHECKING:
     from .denoiser import Denoiser
@@ -17,27 +17,59 @@ Rows = tuple[torch.Tensor, list[int | tuple[int, ...]]]
 
 
 def packed_prompts(denoiser: "Denoiser", step: Step, together: bool | None = None) -> list[PromptBatch]:
-    """The batches that are forwarded one after the other: one of all predictions, or one of each.
+    """The batches that are forwarded one after the other: one of all predictions, or one of each; of the whole batch, or, where
+    pictures are kept apart, of one picture after the other.
 
     Args:
-        together: None: where the activations fit into the device's memory.
+        together: None: where the activations fit into the device's memory, or pictures are kept apart: how much is free may
+            not decide over the bits of those.
     """
-    return packed_rows(denoiser, [rows_of(*prompt, denoiser.batch) for prompt in step.prompts], together)
+    packs = []
+    for sample in range(denoiser.batch) if denoiser.apart else (None,):
+        prompts = [rows_of(*prompt, denoiser.batch, sample) for prompt in step.prompts]
+        packs += packed_rows(denoiser, prompts, together, sample)
+    return packs
 
 
-def packed_rows(denoiser: "Denoiser", prompts: list[Rows], together: bool | None = None) -> list[PromptBatch]:
-    """`packed_prompts` of prompts as rows, one entry for each prediction; `denoiser.shapes` are of each sample's pictures."""
-    model = denoiser.model
+def packed_rows(
+    denoiser: "Denoiser", prompts: list[Rows], together: bool | None = None, sample: int | None = None
+) -> list[PromptBatch]:
+    """`packed_prompts` of prompts as rows, one entry for each prediction.
+
+    Args:
+        sample: whose rows they are; None: of all samples of `denoiser.shapes`.
+    """
+    model, shapes = denoiser.model, denoiser.shapes if sample is None else denoiser.shapes[sample : sample + 1]
 
     def packed(group: list[Rows]) -> PromptBatch:
-        embeds, shapes = torch.cat([embeds for embeds, _ in group]), denoiser.shapes * len(group)
+        embeds, several = torch.cat([embeds for embeds, _ in group]), shapes * len(group)
         positions = [position for _, own in group for position in own]
-        return PromptBatch(model.layout(shapes, positions, denoiser.device), embeds, len(group), shapes)
+        layout = model.layout(several, positions, denoiser.device)
+        return PromptBatch(layout, embeds, len(group), several, sample=sample)
 
     batch = packed(prompts)
     if together is None:
-        together = fits_in_memory(batch.layout.rows, model, denoiser.dtype, denoiser.device)
+        together = sample is not None or fits_in_memory(batch.layout.rows, model, denoiser.dtype, denoiser.device)
     return [batch] if together or len(prompts) == 1 else [packed([prompt]) for prompt in prompts]
+
+
+def packed_predictions(
+    denoiser: "Denoiser", step: Step, hidden: torch.Tensor, timestep: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Each prediction of a step `[B, S_img, C]`, of the denoiser's packs.
+
+    Args:
+        hidden: `[B, S_img + S_ref, C]`. timestep: `[1]`, over 1000.
+    """
+    predictions, condition = [], None if denoiser.source is not None else step.shared("additional_t_cond")
+    for pack in denoiser.packs:
+        others = {RESIDUALS: step.shared(RESIDUALS), "additional_t_cond": own(condition, pack.sample)}
+        output = forwarded(denoiser, pack, own(hidden, pack.sample), timestep, **others)
+        predictions += without_references(output, pack.copies, step.latents.shape[1])
+    if not denoiser.apart:
+        return tuple(predictions)
+    several = len(step.forwards)  # of each picture, picture after picture
+    return tuple(torch.cat(predictions[n::several]) for n in range(several))
 
 
 def forwarded(
@@ -93,8 +125,12 @@ def reason_against_rows(denoiser: "Denoiser", device: torch.device, attention_kw
     return f"autocast on {device.type}" if torch.is_autocast_enabled(device.type) else None
 
 
-def rows_of(embeds: torch.Tensor, mask: torch.Tensor | None, batch: int) -> Rows:
-    """Embeddings as rows without the masked ones, and per sample how many they are, or where they stood."""
+def rows_of(embeds: torch.Tensor, mask: torch.Tensor | None, batch: int, sample: int | None = None) -> Rows:
+    """Embeddings of the batch, or of one sample, as rows without the masked ones, and per sample how many they are, or where
+    they stood."""
+    if sample is not None:
+        batch, embeds = 1, embeds[sample % len(embeds)][None]
+        mask = None if mask is None else mask[sample % len(mask)][None]
     # One negative prompt for all: diffusers leaves it to broadcasting, which several pictures a prompt break.
     embeds = embeds.repeat(batch // embeds.shape[0], 1, 1) if embeds.shape[0] != batch else embeds
     if mask is None:

@@ -1,6 +1,7 @@
 """A denoising step as stock's loop has it, and the parts of one that need to know nothing of a call."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,12 +51,35 @@ class Step:
         """An argument that all forwards have alike."""
         return self.forwards[0].get(name)
 
+    def of(self, sample: int) -> "Step":
+        """That of one picture, as it would be alone. Prompts and shapes are still those of the batch."""
+        hidden = own(self.shared("hidden_states"), sample)
+        forwards = tuple(forward | {"hidden_states": hidden} for forward in self.forwards)
+        return replace(self, latents=own(self.latents, sample), forwards=forwards)
+
     @property
     def is_shared(self) -> bool:
         """Whether the forwards differ in their prompts alone (ControlNet's first one has no guidance, which is None then)."""
         first, *others = self.forwards
         names = {name for forward in self.forwards for name in forward}.difference(_PROMPT, ("attention_kwargs",))
         return all(forward.get(name) is first.get(name) for forward in others for name in names)
+
+
+def own(batch: torch.Tensor | None, sample: int | None) -> torch.Tensor | None:
+    """`[1, ...]`, one sample of a batch in memory of its own, since products may go by an address; None: the batch itself."""
+    if batch is None or sample is None:
+        return batch
+    return batch[sample : sample + 1].clone(memory_format=torch.contiguous_format)
+
+
+def by_picture(apart: bool, function: Callable[..., Any], *batches: torch.Tensor) -> Any:
+    """What `function` makes of these batches, a tensor or several by name; where pictures are kept `apart`, of each alone."""
+    if not apart:
+        return function(*batches)
+    found = [function(*(own(batch, n) for batch in batches)) for n in range(len(batches[0]))]
+    if isinstance(found[0], torch.Tensor):
+        return torch.cat(found)
+    return {name: torch.cat([one[name] for one in found]) for name in found[0]}
 
 
 @dataclass(frozen=True, eq=False)

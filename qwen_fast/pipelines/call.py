@@ -16,7 +16,7 @@ from ..denoise.denoiser import Denoiser
 from ..text.encoding import prompts_of_call
 from . import cache_dit, sizes
 from .foreign import note_foreign
-from .inputs import check_attention, check_call, check_callback_inputs, check_components, dtype_of, whole
+from .inputs import check_attention, check_call, check_callback_inputs, check_components, dtype_of, shared_noise, whole
 from .stock_call import with_own_steps
 
 _signature = functools.lru_cache(maxsize=32)(inspect.signature)
@@ -62,6 +62,9 @@ def _called(pipe: Any, stock: type, args: tuple[Any, ...], kwargs: dict[str, Any
             check_components(pipe, arguments)
             check_attention(state.options.attention, device)
             note_foreign(pipe, stock, state)
+            reason = shared_noise(arguments) if state.options.batch_invariant else None
+            if reason is not None:
+                state.not_invariant(reason)
     # Gradients: not by a call, but by the function under its torch.no_grad.
     reason = "gradients are asked for" if torch.is_grad_enabled() else reason_for_stock(pipe, device)
     if reason is not None:

@@ -43,6 +43,10 @@ def enable(pipe: Pipeline, **options: Any) -> Pipeline:
         text_encoder_mode: "keep": it stays where it is. "offload": after encoding it goes to host memory, and its weights are
             copied to the device while it encodes a new prompt. "free": after encoding it is dropped (`pipe.text_encoder`
             is None, also after `disable`), and a prompt that is not in the cache raises a RuntimeError.
+        batch_invariant: a picture is the same to the bit whether it is drawn alone or in any batch, at any place in it and
+            beside any others, on one card with the same software and options: everything that would compute with several
+            pictures or prompts takes them one by one, which costs what a batch gains. Its noise has to be its own: a list of
+            generators, or `latents`. `report` says what could not be kept so, and why; `strict` raises.
         check_nan: look after each step, on the device, whether latents are finite; a warning at the end and `report` name the
             first step after which they were not, for each picture.
         strict: raise where a call would run on stock diffusers, instead of running it there and saying so.

@@ -98,6 +98,25 @@ def check_call(pipe: Any, arguments: dict[str, Any]) -> None:
         )
 
 
+def shared_noise(arguments: dict[str, Any]) -> str | None:
+    """Why a picture of a checked call has not the noise that it has alone, for `batch_invariant`, or None.
+
+    Stock draws a batch from one generator as one tensor, and samples the latents of a picture that is given for several prompts
+    from the first of several generators.
+    """
+    prompt, embeds, image = arguments["prompt"], arguments["prompt_embeds"], arguments.get("image")
+    batch = len(embeds) if embeds is not None else len(prompt) if isinstance(prompt, list) else 1
+    pictures = batch * arguments["num_images_per_prompt"]
+    if pictures == 1 or arguments.get("latents") is not None:
+        return None
+    if not isinstance(arguments["generator"], list):
+        return f"{pictures} pictures draw their noise from one random stream; give a list of generators, or `latents`"
+    several = isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) > 3
+    if "strength" in arguments and (len(image) if several else 1) != pictures:
+        return f"the latents of `image` are sampled by fewer than {pictures} generators; give a list of {pictures} pictures"
+    return None
+
+
 def _check_latents(pipe: Any, latents: Any) -> None:
     """Packed latents of one frame are the only ones that a pipeline of pictures can go on from."""
     if latents is None:

@@ -72,6 +72,7 @@ class AcceleratedModularPipeline(AcceleratedModels):
             reason = install()
             if reason is not None:
                 state.fall_back(reason)
+        state.not_invariant("the blocks of a modular pipeline encode and guide all pictures of a call together")
         model = self.transformer
         if model is not None and self.scheduler is not None:
             self.require_kernels(dtype_of(model), device)

@@ -25,6 +25,7 @@ class Report:
         replaced (list[str]): what runs on qwen_fast.
         calls (dict[str, int]): fast calls so far, by operator.
         fallbacks (dict[str, int]): calls left to stock diffusers, by reason.
+        variant (dict[str, int]): where `batch_invariant` is on and was not kept, by reason.
         lossy (list[str]): lossy modes that are on.
         memory (dict[str, int]): bytes of each component's parameters and buffers, which of them stay in host memory, and
             what qwen_fast adds.
@@ -37,6 +38,7 @@ class Report:
     replaced: list[str]
     calls: dict[str, int]
     fallbacks: dict[str, int]
+    variant: dict[str, int]
     lossy: list[str]
     memory: dict[str, int]
     prompt_cache: dict[str, int]
@@ -52,6 +54,7 @@ class Report:
         lines += [f"  replaced:  {part}" for part in self.replaced]
         lines += [f"  calls:     {count:6d} x {name}" for name, count in sorted(self.calls.items())]
         lines += [f"  fallback:  {count:6d} x {reason}" for reason, count in self.fallbacks.items()]
+        lines += [f"  batch_invariant: not kept: {count} x {reason}" for reason, count in self.variant.items()]
         lines += [f"  by torch:  {kernel} is wrong here: {reason}" for kernel, reason in self.kernels.items()]
         lines += [f"  lossy:     {', '.join(self.lossy) or 'nothing'}"]
         lines += [f"  memory:    {size / 2**20:10.1f} MiB {name}" for name, size in self.memory.items()]
@@ -103,6 +106,8 @@ def report(pipe: Any) -> Report:
             memory["vision features"] = state.texts.features.nbytes
         if state.pictures is not None:
             memory["encoded pictures"] = state.pictures.nbytes
+        if state.options.batch_invariant:
+            replaced.append("batches (batch_invariant: each picture by itself)")
         if state.options.check_nan:
             replaced.append(f"check for NaN after each step (last call: {state.nan_note or 'none yet'})")
     verdicts = state.verdicts if state is not None else {}
@@ -117,6 +122,7 @@ def report(pipe: Any) -> Report:
         replaced=replaced,
         calls=dict(state.calls) if state else {},
         fallbacks=dict(state.fallbacks) if state else {},
+        variant=dict(state.variant) if state else {},
         lossy=[],
         memory=memory,
         prompt_cache=_counted(state),
@@ -133,10 +139,11 @@ def _of_transformer(model: torch.nn.Module) -> Report:
         whose = "every forward without gradients" if attachment.own is not None else f"the calls of {len(states)} pipelines"
         replaced = [f"transformer (fused blocks, in {whose})"]
         memory |= model.fast_memory()
-    calls, fallbacks = Counter(), Counter()
+    calls, fallbacks, variant = Counter(), Counter(), Counter()
     for state in states:
         calls += Counter({name: count for name, count in state.calls.items() if name.endswith("transformer")})
         fallbacks += state.fallbacks
+        variant += state.variant
     verdicts = {problem: verdict for state in states for problem, verdict in state.verdicts.items()}
     return Report(
         pipeline=type(model).__name__,
@@ -144,6 +151,7 @@ def _of_transformer(model: torch.nn.Module) -> Report:
         replaced=replaced,
         calls=dict(calls),
         fallbacks=dict(fallbacks),
+        variant=dict(variant),
         lossy=[],
         memory=memory,
         prompt_cache={},

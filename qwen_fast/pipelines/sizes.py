@@ -162,6 +162,8 @@ def _denoiser(pipe: Any, arguments: dict[str, Any], device: torch.device, reason
     reason = reason or pipe.install_scheduler() or pipe.install_transformer(device)
     if reason is None and pipe.transformer.config.guidance_embeds:
         reason = "guidance embeddings"
+    if pipe.fast_state.options.batch_invariant:
+        reason = "batch_invariant=True, for which each picture is drawn as if alone"
     if reason is None:
         pipe._attention_kwargs = arguments["attention_kwargs"] or {}
         denoiser = SizesDenoiser(pipe, proved=dtype_of(pipe.transformer))

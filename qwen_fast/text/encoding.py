@@ -54,6 +54,7 @@ class TextState:
         option: "memory" or "disk" cache, None for none.
         placement: "keep", "offload" or "free": what becomes of the text encoder after encoding.
         pictures: prompts hold pictures, see pictures.py.
+        alone: each prompt is padded to no other's width and encoded by itself (`batch_invariant`).
         watch: tells whether the text encoder is still the same.
         content: fingerprint of the text encoder as it was last seen; None where no prompt may be kept.
         uncached: why not, or None.
@@ -65,6 +66,7 @@ class TextState:
     def __init__(self, option: str | None, cache: PromptCache, placement: str, pictures: bool = False):
         self.option, self.cache, self.placement, self.pictures = option, cache, placement, pictures
         self.features = Recent()
+        self.alone = False
         self.watch = EncoderWatch(pictures)
         self.content: str | None = None
         self.uncached: str | None = None
@@ -91,7 +93,8 @@ class TextState:
         if self.content is None or rows is None:
             return None
         read = [rows[token] for token in row.ids]
-        return hashlib.sha256(repr((self.content, row, read, drop, *surroundings(device))).encode()).hexdigest()
+        alone = ("alone",) * self.alone  # one that was encoded among others may have other bits
+        return hashlib.sha256(repr((self.content, row, read, drop, *surroundings(device), *alone)).encode()).hexdigest()
 
     def check_template(self, pipe: Any) -> None:
         """The pipeline drops the template's first tokens by a number; does this tokenizer make so many of them?"""
@@ -127,7 +130,7 @@ def configure(pipe: Any, state: State) -> None:
             fresh.resting, fresh.freed, fresh.content, fresh.dtype = texts.resting, texts.freed, texts.content, texts.dtype
             fresh.watch = texts.watch
         state.texts = fresh
-    state.texts.placement = placement
+    state.texts.placement, state.texts.alone = placement, state.options.batch_invariant
     if placement != "offload":
         bring_back(pipe, state)
 
@@ -244,12 +247,12 @@ def _encode(pipe: Any, lists: list[list[str]], device: torch.device) -> list[lis
     if texts.content is not None:
         tokens = texts.watch.rows(pipe.text_encoder, (token for own in rows for row in own for token in row.ids))
     encoded: dict[TokenizedPrompt, torch.Tensor] = {}
-    missing: dict[int, dict[TokenizedPrompt, str | None]] = {}  # by width
+    missing: dict[Any, dict[TokenizedPrompt, str | None]] = {}  # by width, or each alone
     for row in dict.fromkeys(row for own in rows for row in own):
         digest = texts.digest(row, drop, device, tokens)
         found = None if digest is None else texts.cache.get((digest, device))
         if found is None:
-            missing.setdefault(len(row.ids), {})[row] = digest
+            missing.setdefault(row if texts.alone else len(row.ids), {})[row] = digest
         else:
             encoded[row] = found
     if missing and pipe.text_encoder is None:
@@ -271,6 +274,8 @@ def _encode(pipe: Any, lists: list[list[str]], device: torch.device) -> list[lis
 
 
 def _tokenized(pipe: Any, prompts: list[str]) -> list[TokenizedPrompt]:
+    if pipe.fast_state.texts.alone and len(prompts) > 1:
+        return [row for prompt in prompts for row in _tokenized(pipe, [prompt])]
     drop = pipe.prompt_template_encode_start_idx
     tokens = pipe.tokenizer(
         [pipe.prompt_template_encode.format(prompt) for prompt in prompts],

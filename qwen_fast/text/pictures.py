@@ -56,6 +56,8 @@ def _rewrite(function: ast.FunctionDef) -> None:
 def encoded(pipe: Any, **given: Any) -> Any:
     """What `pipe.text_encoder(**given)` gives of its last hidden states `[B, S, C_txt]`, computed once."""
     texts, encoder = pipe.fast_state.texts, pipe.text_encoder
+    if texts.alone and len(given["input_ids"]) > 1:
+        return _each_alone(pipe, given)
     texts.look(encoder)
     name, device = None, given["input_ids"].device
     if texts.content is not None:
@@ -70,6 +72,21 @@ def encoded(pipe: Any, **given: Any) -> Any:
     if name is not None:
         texts.cache.put((name, device), outputs.hidden_states[-1].clone())
     return outputs
+
+
+def _each_alone(pipe: Any, given: dict[str, Any]) -> Outputs:
+    """Each prompt with its pictures as it would be alone; the rows of padding, which stock leaves out, are zeros."""
+    ids, mask, grid = given["input_ids"], given["attention_mask"].bool(), given["image_grid_thw"]
+    pictures = grid.split(len(grid) // len(ids))  # as many of each prompt
+    patches = given["pixel_values"].split([int(own.prod(dim=1).sum()) for own in pictures])
+    found = []
+    for row, kept, own, pixels in zip(ids, mask, pictures, patches, strict=True):
+        alone = {"input_ids": row[kept][None], "attention_mask": torch.ones_like(row[kept])[None]}
+        alone |= {"image_grid_thw": own.clone(), "pixel_values": pixels.clone()}
+        hidden = encoded(pipe, **given | alone).hidden_states[-1][0]
+        found.append(hidden.new_zeros(len(row), hidden.shape[-1]))
+        found[-1][kept] = hidden
+    return Outputs((torch.stack(found),))
 
 
 def _digest(texts: Any, encoder: Any, given: dict[str, Any]) -> str | None:

@@ -62,6 +62,7 @@ class PromptBatch:
         layout: its sequences, `copies` times the batch.
         embeds: `[txt_rows, C_txt]`, the prompts' embeddings, sequence after sequence.
         copies: how often the image rows of the batch are repeated.
+        sample: the one picture of the batch that this is of; None: all of them.
         shapes: of the pictures of each sequence.
         text: `[txt_rows, C]`, the embeddings after txt_norm and txt_in; the first forward fills it in (before it, an
             offloaded model's weights are not on the device).
@@ -72,6 +73,7 @@ class PromptBatch:
     copies: int
     shapes: tuple[ImageShapes, ...]
     text: torch.Tensor | None = None
+    sample: int | None = None
 
 
 @dataclass

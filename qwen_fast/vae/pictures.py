@@ -96,14 +96,18 @@ class _Pictures(PickledAsStock):
                 return _class_of_stock(self)._encode(self, x)
             _check(x, "x", self.encoder.conv_in.in_channels)
             large = x.shape[-1] > self.tile_sample_min_width or x.shape[-2] > self.tile_sample_min_height
-            with _active(_Active(self, state, codes=True)):
+
+            def encode(x: torch.Tensor) -> torch.Tensor:
                 if x.shape[2] > 1 or (self.use_tiling and large) or self.config.get("patch_size") is not None:
                     return _class_of_stock(self)._encode(self, x)
 
-                def encode() -> torch.Tensor:
+                def encode_frame() -> torch.Tensor:
                     return _code(self, "encode", state, x, encoder_layers, lambda: self.quant_conv(self.encoder(x)))
 
-                return moments(self, state, x, encode)
+                return moments(self, state, x, encode_frame)
+
+            with _active(_Active(self, state, codes=True)):
+                return _by_picture(state, encode, x)
 
     def _decode(self, z: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
         state = _state(self)
@@ -114,11 +118,15 @@ class _Pictures(PickledAsStock):
         smallest = self.tile_sample_min_width // ratio, self.tile_sample_min_height // ratio
         large = z.shape[-1] > smallest[0] or z.shape[-2] > smallest[1]
         first = {} if isinstance(self, STOCK) else {"first_chunk": True}
-        with _active(_Active(self, state, codes=True)):
+
+        def decode(z: torch.Tensor) -> torch.Tensor:
             if z.shape[2] > 1 or (self.use_tiling and large) or self.config.get("patch_size") is not None:
-                return _class_of_stock(self)._decode(self, z, return_dict=return_dict)
+                return _class_of_stock(self)._decode(self, z, return_dict=False)[0]
             image = _code(self, "decode", state, z, decoder_layers, lambda: self.decoder(self.post_quant_conv(z), **first))
-        image = image.clamp_(-1.0, 1.0) if not image.requires_grad else image.clamp(-1.0, 1.0)
+            return image.clamp_(-1.0, 1.0) if not image.requires_grad else image.clamp(-1.0, 1.0)
+
+        with _active(_Active(self, state, codes=True)):
+            image = _by_picture(state, decode, z)
         return DecoderOutput(sample=image) if return_dict else (image,)
 
 
@@ -167,6 +175,13 @@ def _is_stocks_own(vae: nn.Module, state: State, parts: tuple[str, ...]) -> bool
     return not found
 
 
+def _by_picture(state: State, code: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
+    """`code(batch)`; with `batch_invariant` of each picture by itself, in memory of its own."""
+    if not state.options.batch_invariant:
+        return code(batch)
+    return torch.cat([code(one.clone(memory_format=torch.contiguous_format)) for one in batch.split(1)])
+
+
 def _code(
     vae: nn.Module, what: str, state: State, x: torch.Tensor, read: Callable[..., list[Layer]], along_modules: Callable
 ) -> torch.Tensor:
@@ -211,6 +226,9 @@ def _in_memory(what: str, layers: list[Layer], x: torch.Tensor, state: State) ->
         if plan.bands > 1 and len(x) > 1:
             return torch.cat([_in_memory(what, layers, one, state) for one in x.split(1)])
         state.vae_note = f"{what}: {x.shape[-2]}x{x.shape[-1]} {_told(layers, plan)}"
+        given = state.options.vae_memory
+        if state.options.batch_invariant and plan != _plan(layers, x, None if given == "auto" else given):
+            state.not_invariant(f"memory was too short to {what} a picture but {_told(layers, plan)}")
         with contextlib.suppress(torch.OutOfMemoryError):
             found = run(layers, x, plan)
             if plan.bands > 1:

@@ -115,12 +115,12 @@ def test_what_was_measured_before_is_not_again_but_stock_is_drawn_for_the_others
 
 def test_the_command_measures_cases_and_changing_sizes_on_one_model(tmp_path, capsys):
     command = ["bench", "--shape", "tiny", "--device", "cpu", "--repeats", "1", "--seconds", "0.001", "--out", str(tmp_path)]
-    cases = ["--case", "32x32,2", "--case", "48x32,2,no-cfg", "--changing", "128x128,2", "--only", "VAE of pictures"]
+    cases = ["--case", "32x32,2", "--case", "48x32,2,no-cfg,batch=2", "--changing", "128x128,2", "--only", "VAE of pictures"]
     assert main([*command, *cases]) == 0
     told = capsys.readouterr().out
     assert told.count("the model: ") == 1 and "a new size and prompt each call: 2 rows are in" in told
-    rungs = {(row["width"], row["cfg"], row["rung"]) for row in read(tmp_path / "ladder.csv")}
-    assert rungs == {(w, cfg, rung) for w, cfg in (("32", "True"), ("48", "False")) for rung in (STOCK.name, STEPS[-1].name)}
+    rungs = {(row["width"], row["cfg"] + row["batch"], row["rung"]) for row in read(tmp_path / "ladder.csv")}
+    assert rungs == {(w, cfg, rung) for w, cfg in (("32", "True1"), ("48", "False2")) for rung in (STOCK.name, STEPS[-1].name)}
     assert [row["rung"] for row in read(tmp_path / "changing.csv")] == [STOCK.name, STEPS[-1].name]
     assert main(["bench", "--estimate", "--changing", "512x512,20"]) == 0
     assert "a new size each call, 3 rungs" in capsys.readouterr().out
@@ -131,6 +131,9 @@ def test_the_command_measures_cases_and_changing_sizes_on_one_model(tmp_path, ca
     [
         ["--case", "512x512"],
         ["--changing", "512x512,8,cfg"],
+        ["--changing", "512x512,8,batch=2"],
+        ["--case", "64x64,2,batch=0"],
+        ["--case", "batch=2"],
         ["--case", "64x64,2", "--steps", "3"],
         ["--full", "--case", "64x64,2"],
     ],

@@ -18,7 +18,7 @@ from benchmarks.ladder import run as bench
 from benchmarks.ladder import rungs as ladder
 from benchmarks.ladder.peers import PEERS
 from benchmarks.ladder.rung import NotMeasured, Rung
-from benchmarks.ladder.rungs import ENABLED, GRAPH, OURS, PACKED, STEPS
+from benchmarks.ladder.rungs import ENABLED, GRAPH, INVARIANT, OURS, PACKED, STEPS
 from benchmarks.ladder.stock import COMPARED, COMPILED, STOCK
 from benchmarks.shared.rows import read
 from benchmarks.shared.shapes import SHAPES, PictureCase
@@ -77,9 +77,9 @@ def test_every_rung_is_reached_and_leaves_the_pipeline_as_it_was(session, monkey
     monkeypatch.setattr(qwen_fast, "disable", noted)
     rows, said, folder = session(ladder.all_rungs())
     by_name = {row["rung"]: row for row in rows}
-    assert list(by_name) == [rung.name for rung in ladder.all_rungs()] and len(by_name) == 18
+    assert list(by_name) == [rung.name for rung in ladder.all_rungs()] and len(by_name) == 19
     on_gpus = (GRAPH, PACKED[1], COMPARED[0])
-    stay_out = dict.fromkeys([rung.name for rung in on_gpus], "needs a CUDA device")
+    stay_out = dict.fromkeys([rung.name for rung in on_gpus], "needs a CUDA device") | {INVARIANT.name: "one picture a call"}
     for row in rows:
         if row["rung"] in {rung.name for rung in PEERS} and row["status"] == "ok":
             continue  # of others, with an error of their own
@@ -292,6 +292,12 @@ def test_memory_is_checked_before_anything_is_allocated(tmp_path, monkeypatch):
     assert (
         models.memory_needed(PictureCase(), torch.float32) > 1.9 * models.memory_needed(PictureCase(), torch.bfloat16) - 2**32
     )
+
+
+def test_a_batch_whose_pictures_are_kept_apart(session):
+    rows, _, _ = session([STOCK, ENABLED, INVARIANT], case=dataclasses.replace(CASE, batch=2))
+    assert [row["status"] for row in rows] == ["ok"] * 3 and float(rows[2]["speedup_step"]) > 0
+    assert {row["batch"] for row in rows} == {"2"}
 
 
 def test_skipped_rungs_and_unknown_ones():

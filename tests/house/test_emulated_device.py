@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from qwen_fast_kernels import gated_residual
 from support.emulated_cuda import IllegalInCapture, notes
 from support.emulated_cuda import emulated_cuda as another_device
 
@@ -80,6 +81,27 @@ def test_a_product_depends_a_little_on_its_rows(emulated_cuda):
     assert not torch.equal(whole[:4], part)
     torch.testing.assert_close(whole[:4], part, rtol=0, atol=1e-6 * whole.abs().max().item())
     assert torch.equal(part, a[:4] @ b), "and on nothing else"
+
+
+def test_every_result_may_depend_on_its_sizes():
+    if torch.cuda.is_available():
+        pytest.skip("there is a real device")
+    calls = {
+        "product": lambda x: x.flatten(1) @ x.flatten(1)[0],
+        "norm": lambda x: x.norm(dim=-1),
+        "layer norm": lambda x: F.layer_norm(x, (8,)),
+        "attention": lambda x: F.scaled_dot_product_attention(x, x, x),
+        "convolution": lambda x: F.conv2d(x, x[:1, :, :3, :3]),
+        "ours": lambda x: gated_residual(
+            *2 * [x.flatten(0, 2)], x.flatten(0, 1)[:1, :2], torch.zeros_like(x[0, 0, 0, :1]).int()
+        ),
+    }
+    with another_device(shapes_show=True), torch.no_grad():
+        whole, part = random(4, 2, 8, 8).to("cuda"), random(4, 2, 8, 8)[:3].to("cuda")
+        for name, call in calls.items():
+            found = call(part)
+            assert torch.equal(found, call(part)) and not torch.equal(call(whole)[: len(found)], found), name
+        assert torch.equal((whole * 2)[:3], part * 2)
 
 
 def test_the_device_has_its_own_random_numbers(emulated_cuda):

@@ -94,6 +94,8 @@ CASES = {
     "VAE in bands": eager({"output_type": "pt", "height": 128}, options={"vae_memory": 2**20}),
     "batch": graphed(TWO),
     "eager batch": eager(TWO),
+    "batch apart": graphed(TWO, options={"batch_invariant": True}),
+    "eager batch apart": eager(TWO | {"output_type": "pt"}, options={"batch_invariant": True}),
     "two of one": graphed({"num_images_per_prompt": 2}),
     "own sigmas": graphed({"sigmas": [1.0, 0.7, 0.3]}),
     "one step": graphed({"sigmas": [0.9], "num_inference_steps": 1}),

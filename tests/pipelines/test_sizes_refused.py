@@ -71,6 +71,12 @@ def test_what_does_not_fit_is_named_before_any_work(shared, monkeypatch, argumen
     assert snapshot(shared) == before and not shared.fast_state.fallbacks
 
 
+def test_pictures_that_may_not_depend_on_their_batch_are_drawn_alone(checkpoint):
+    pipe = qwen_fast.enable(stock(checkpoint), batch_invariant=True)
+    with pytest.raises(ValueError, match="cannot take: batch_invariant=True, for which each picture is drawn as if alone"):
+        pipe(**CALL)
+
+
 def hooked(pipe, monkeypatch):
     pipe.transformer.transformer_blocks[0].attn.to_q.register_forward_hook(lambda *_: None)
 

@@ -29,6 +29,7 @@ from support.emulated_cuda.arguments import (
 )
 from support.emulated_cuda.memory import Block, Memory, on_host, redispatch, view_of
 from support.emulated_cuda.operators import BEFORE_COMPOSITES, PRODUCTS, SPECIAL, WAITING, product, waits
+from support.emulated_cuda.shapes import by_shape, shaped
 from support.emulated_cuda.streams import Graph, Timeline
 
 INDEXING = "aten::index", "aten::index_put", "aten::index_put_"
@@ -40,13 +41,14 @@ class Backend:
     Args:
         memory, timeline: of the device.
         products_vary: let the last digits of a matrix product depend on its number of rows, as cuBLAS's do.
+        shapes_show: let them depend on every size of what goes in, not of products alone, see shapes.py.
     """
 
     current: "Backend | None" = None
 
-    def __init__(self, memory: Memory, timeline: Timeline, products_vary: bool = True):
+    def __init__(self, memory: Memory, timeline: Timeline, products_vary: bool = True, shapes_show: bool = False):
         self.memory, self.timeline, self.notes = memory, timeline, timeline.notes
-        self.products_vary = products_vary
+        self.products_vary, self.shapes_show = products_vary, shapes_show
         self.generator = torch.Generator()  # of the device; the CPU's own is not touched by work on CUDA
         self._pinned = weakref.WeakValueDictionary()  # by address, numpy arrays that hold the memory
         self.registered: dict[int, int] = {}  # by address, bytes of host memory that cudaHostRegister has pinned
@@ -89,6 +91,8 @@ class Backend:
         if name.split(".")[0] in PRODUCTS:
             compute = functools.partial(product, self, op)
         compute = compute or op
+        if self.shapes_show and shaped(name):
+            compute = by_shape(compute)
         kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
         args = numbers_as_tensors(schema, args)
         kwargs, device = self._device(kwargs, args)

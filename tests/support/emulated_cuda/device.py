@@ -47,11 +47,11 @@ class EmulatedCuda:
         timeline: its streams.
     """
 
-    def __init__(self, launches: str, capability: int, name: str, total: int, products_vary: bool):
+    def __init__(self, launches: str, capability: int, name: str, total: int, products_vary: bool, shapes_show: bool):
         self.notes = Notes()
         self.memory = Memory(total, lambda block: self.timeline.freed(block))
         self.timeline = Timeline(self.notes, self.memory)
-        self.backend = Backend(self.memory, self.timeline, products_vary)
+        self.backend = Backend(self.memory, self.timeline, products_vary, shapes_show)
         self.launches = Launches(self.backend, launches, capability)
         self.lockable = 2**62  # bytes of host memory that may be pinned
         self.properties = types.SimpleNamespace(
@@ -233,6 +233,7 @@ def emulated_cuda(
     name: str = "an emulated GPU",
     total: int = 80 * 2**30,
     products_vary: bool = True,
+    shapes_show: bool = False,
     attention: str = "flash",
 ) -> Iterator[EmulatedCuda]:
     """Inside, this process has a CUDA device `cuda:0` of ours.
@@ -243,6 +244,7 @@ def emulated_cuda(
         name: that torch.cuda.get_device_name gives.
         total: bytes of memory that the device has.
         products_vary: let the last digits of a matrix product depend on its number of rows, as cuBLAS's do.
+        shapes_show: let the last digits of all that is computed by more than elements depend on all sizes, see shapes.py.
         attention: that the project finds to be the fastest, see project.py.
     Raises:
         RuntimeError: the process has a real CUDA device, or already an emulated one.
@@ -251,6 +253,6 @@ def emulated_cuda(
         raise RuntimeError("there is an emulated CUDA device already.")
     if torch.cuda.is_available():
         raise RuntimeError("there is a real CUDA device: nothing to emulate.")
-    device = EmulatedCuda(launches, capability, name, total, products_vary)
+    device = EmulatedCuda(launches, capability, name, total, products_vary, shapes_show)
     with device._present(), answered(attention):
         yield device
