@@ -33,12 +33,17 @@ class Attached(NamedTuple):
     words: str
 
 
-def attached(module: nn.Module) -> Attached | None:
-    """What calling `module` does beside its class's forward, or None."""
+def attached(module: nn.Module, *, compiled: bool = True) -> Attached | None:
+    """What calling `module` does beside its class's forward, or None.
+
+    Args:
+        compiled: False: the caller knows that the module is compiled, and sees to it.
+    """
     own = module.__dict__
     if own["_forward_hooks"] or own["_forward_pre_hooks"]:
         return Attached(Kind.FOREIGN, "a forward hook")
-    if own.get("_compiled_call_impl") is not None:
+    # Where compilation is switched off, torch leaves the module's own call there.
+    if compiled and own.get("_compiled_call_impl") not in (None, module._call_impl):
         return Attached(Kind.FOREIGN, "torch.compile")
     forward = own.get("forward")
     if forward is None or is_own_forward(forward, module):  # diffusers leaves it behind when it removes its last hook

@@ -15,6 +15,7 @@ import torch
 from ..common.stages import steps
 from ..common.state import STATE, logger
 from ..transformer.call import ATTACHED, Call, PromptBatch, entered, lora_scale
+from ..transformer.compiled import compiler_of, without_compiler
 from ..transformer.layout import check_image_shapes
 from ..transformer.modulation import FromScheduledTable, FromTable
 from ..transformer.modulation_weights import table_reason
@@ -93,8 +94,9 @@ class Denoiser:
     """
 
     def __init__(self, pipe: Any, names: Iterable[str] = (), *, known_loop: bool = True, proved: torch.dtype | None = None):
-        self.pipe, self.state, self.model = pipe, pipe.fast_state, pipe.transformer
-        self.call = Call(self.model, self.state)
+        self.pipe, self.state = pipe, pipe.fast_state
+        self.call = Call(None, self.state)
+        self._find_model()
         self.watched, self.known_loop, self.proved = not set(SHOWN).isdisjoint(names), known_loop, proved
         self.scheduled: torch.Tensor | None = None
         self.source: FromTable | None = None
@@ -172,6 +174,12 @@ class Denoiser:
         self.state.no_table = found.modulation or (table_reason(self.model) if found.touched else None)
         self._schedule = None
 
+    def _find_model(self) -> None:
+        """The transformer, inside what torch.compile has put in its place where it is ours."""
+        self._given, inner = self.pipe.transformer, without_compiler(self.pipe.transformer)
+        self.model = inner if ATTACHED in inner.__dict__ else self._given
+        self.call.model, self.call.compiler = self.model, compiler_of(self._given)
+
     @property
     def attached(self) -> bool:
         """Whether the transformer is ours."""
@@ -188,7 +196,7 @@ class Denoiser:
             self.call.model = None  # whose forwards are stock's
             self.dirty = True
             return False
-        if self.pipe.transformer is not self.model or self.pipe.fast_state is not self.state:
+        if self.pipe.transformer is not self._given or self.pipe.fast_state is not self.state:
             self._begin_anew()  # a callback put another in, or enabled the pipeline anew
         self.call.model = self.model
         dtype = step.latents.dtype
@@ -225,7 +233,8 @@ class Denoiser:
             reason = install()
             if reason is not None:
                 self.state.fall_back(reason)
-        self.model, self.packs, self.call.survey, self.dirty = self.pipe.transformer, None, None, True
+        self._find_model()
+        self.packs, self.call.survey, self.dirty = None, None, True
         self.inputs = self._schedule = None
 
     def _take_over(self, step: Step) -> None:

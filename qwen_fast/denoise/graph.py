@@ -22,6 +22,7 @@ from ..common.stages import stage
 from ..common.state import logger
 from ..transformer.attention import chosen_backend
 from ..transformer.call import ATTACHED, Call, PromptBatch
+from ..transformer.compiled import graph_reason
 from ..transformer.layout import build_layout
 from ..transformer.modulation import FromRow, ModulationTable
 from ..transformer.modulation_weights import host_bytes
@@ -59,7 +60,7 @@ def reason_against(denoiser: "Denoiser", step: Step) -> str | None:
     if denoiser.device.type not in DEVICES:
         return f"the device is {denoiser.device}"
     if denoiser.packs is None:
-        return "hooks, caches, compiled blocks or custom attention processors"
+        return "hooks, caches or custom attention processors"
     if denoiser.row is None:
         return "a timestep that the scheduler does not have"
     if step.shared("controlnet_block_samples") is not None:
@@ -68,6 +69,8 @@ def reason_against(denoiser: "Denoiser", step: Step) -> str | None:
         return "modulations with a condition of each sample's own"
     if len(denoiser.packs) > 1:
         return "memory is too short for one forward of both predictions"
+    if (compiled := graph_reason(found.compilers_of(denoiser.call.compiler))) is not None:
+        return compiled
     if found.touched:
         return "a hook on the transformer or a layer, such as offloading or casting"
     if any(type(module).__name__ in _SYNCHRONISING for module in found.modules):
@@ -140,7 +143,7 @@ class StepGraph:
         counting = copy.copy(denoiser.state)
         counting.calls = Counter()
         self._counting, self._counts = counting, Counter()
-        self._call = Call(self._model, counting, self._source, denoiser.call.survey)
+        self._call = Call(self._model, counting, self._source, denoiser.call.survey, compiler=denoiser.call.compiler)
 
     def _allocate(self, denoiser: "Denoiser", step: Step) -> None:
         pack, model, device = denoiser.packs[0], denoiser.model, denoiser.device
@@ -356,6 +359,7 @@ def _key(denoiser: "Denoiser", step: Step) -> tuple[Any, ...]:
         _constants(found.modules),
         (found.adapters, denoiser.lora_scale),
         addresses,
+        (tuple(found.compilers.values()), denoiser.call.compiler),
     )
 
 

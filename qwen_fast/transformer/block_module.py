@@ -25,6 +25,12 @@ class QwenImageTransformerBlock(PickledAsStock, STOCK_BLOCK):
 
     STANDS_FOR = STOCK_BLOCK
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """In a call of ours not what torch.compile made of stock's forward: it has its part in ours, see compiled.py."""
+        if torch.compiler.is_compiling() or CALL.get() is None:
+            return STOCK_BLOCK.__call__(self, *args, **kwargs)
+        return self._call_impl(*args, **kwargs)
+
     @functools.wraps(STOCK_BLOCK.forward)
     def forward(
         self,
@@ -78,8 +84,9 @@ def _fused_block(
     head_dim = block.attn.inner_dim // block.attn.heads
     stream = TokenStream(residual, layout, rows, head_dim, call.state.options.attention, sizes[0])
     stream.arguments = arguments
-    stream.through(found.parts[id(block)], modulation, None, plan)
+    stream.through(found.parts[id(block)], modulation, None, plan, compiler=found.compilers.get(id(block), call.compiler))
     call.state.calls["transformer block"] += 1
+    call.count_compiled(stream)
     return as_batches(stream.residual, layout)
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from ..common.fingerprint import adapter_state
 from ..common.hooks import Kind, attached
 from ..common.own import foreign_methods, foreign_on, process_reason
+from .compiled import compiler_of
 from .kinds import ADAPTING, KNOWN, METHODS, ROTARY, ROTARY_METHODS, foreign_kind, modules_below, replaced_functions
 from .linear import Projection
 
@@ -99,6 +100,7 @@ class Survey:
         order: the blocks of `transformer_blocks`.
         owned: blocks of ours anywhere in the model, by id.
         norm_out: why the output norm is called as a module, or None.
+        compilers: what torch.compile compiles blocks with, by id of the block.
         modules: the transformer and all modules below it.
         touched: something is attached to one of them, of whatever kind.
         adapters: scales of adapters and which of them are on, in words.
@@ -122,6 +124,7 @@ class Survey:
     order: list[nn.Module]
     owned: frozenset[int]
     norm_out: str | None
+    compilers: dict[int, Any]
     modules: list[nn.Module]
     touched: bool
     adapters: tuple[str, ...]
@@ -131,6 +134,10 @@ class Survey:
     def plan(self, block: nn.Module) -> BlockPlan:
         """How a block of `transformer_blocks` is computed; one that was not there when this was looked at is called."""
         return self.blocks.get(id(block), FUSED if id(block) in self.index else _STRANGER)
+
+    def compilers_of(self, around: Any) -> list[Any]:
+        """All that compile blocks, each once, where `around` compiles the whole transformer, or None."""
+        return list(dict.fromkeys([*self.compilers.values(), *([] if around is None else [around])]))
 
 
 def survey(model: nn.Module, before: Survey | None = None) -> Survey:
@@ -154,7 +161,11 @@ class _Look:
             or own["_forward_pre_hooks"]
             or "_compiled_call_impl" in own
         ]
-        self.attached = {id(module): found for module in touched if (found := attached(module)) is not None}
+        ours = stock.QwenImageTransformer2DModel, stock.QwenImageTransformerBlock
+        compiled = {id(module): module.__dict__.get("_compiled_call_impl") for module in touched if isinstance(module, ours)}
+        self.compilers = {place: found for place, one in compiled.items() if (found := compiler_of(one)) is not None}
+        looks = ((module, attached(module, compiled=id(module) not in self.compilers)) for module in touched)
+        self.attached = {id(module): found for module, found in looks if found is not None}
         self.whole = process_reason()
         self.functions = [f"{name} was replaced" for name in replaced_functions()]
         self.stock = foreign_methods(stock.QwenImageTransformer2DModel, ("forward",))
@@ -190,7 +201,7 @@ class _Look:
             places = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in weights]
         norm, time = self.model.norm_out, self.model.time_text_embed  # read by the fused forward, or by a table
         odd += [getattr(getattr(norm, "norm", None), "eps", None), *map(str, vars(getattr(time, "time_proj", time)).values())]
-        return self.modules, self.attached, tuple(self.foreign), self.whole, odd, self.adapters, self.random, places
+        return self.modules, self.attached, self.compilers, tuple(self.foreign), self.whole, odd, self.adapters, self.random, places
 
     def reason(self, module: Any) -> str | None:
         """Why `module` has to be called with stock's arguments, or None. A hook that brings weights is no reason."""
@@ -239,12 +250,17 @@ class _Look:
             order=blocks,
             owned=frozenset(map(id, fused)),
             norm_out=norm_out,
+            compilers={id(block): one for block in fused if (one := self._compiler(block)) is not None},
             modules=self.modules,
             touched=bool(self.attached),
             adapters=self.adapters,
             foreign=tuple(dict.fromkeys(([self.whole] if self.whole else []) + self.foreign)),
             key=self.key,
         )
+
+    def _compiler(self, block: nn.Module) -> Any | None:
+        """Of the block, or of the transformer as a whole: then too its blocks are compiled one by one."""
+        return self.compilers.get(id(block)) or self.compilers.get(id(self.model))
 
     def _name_what_is_attached(self) -> None:
         strange = [module for module in self.modules if id(module) in self.attached]
