@@ -94,9 +94,8 @@ class Denoiser:
     """
 
     def __init__(self, pipe: Any, names: Iterable[str] = (), *, known_loop: bool = True, proved: torch.dtype | None = None):
-        self.pipe, self.state = pipe, pipe.fast_state
-        self.call = Call(None, self.state)
-        self._find_model()
+        self.pipe, self.state, self.model = pipe, pipe.fast_state, without_compiler(pipe.transformer)
+        self.call = Call(self.model, self.state)
         self.watched, self.known_loop, self.proved = not set(SHOWN).isdisjoint(names), known_loop, proved
         self.scheduled: torch.Tensor | None = None
         self.source: FromTable | None = None
@@ -164,6 +163,7 @@ class Denoiser:
         """Read what of the model is stock's own: before the first step, and after code of the user's has run."""
         if not self.attached:
             return
+        self.call.compiler = compiler_of(self.pipe.transformer)
         before, self.call.survey = self.call.survey, self.model.look()
         found = self.call.survey
         if found is before:
@@ -173,12 +173,6 @@ class Denoiser:
         # Only a hook can forbid one.
         self.state.no_table = found.modulation or (table_reason(self.model) if found.touched else None)
         self._schedule = None
-
-    def _find_model(self) -> None:
-        """The transformer, inside what torch.compile has put in its place where it is ours."""
-        self._given, inner = self.pipe.transformer, without_compiler(self.pipe.transformer)
-        self.model = inner if ATTACHED in inner.__dict__ else self._given
-        self.call.model, self.call.compiler = self.model, compiler_of(self._given)
 
     @property
     def attached(self) -> bool:
@@ -196,7 +190,7 @@ class Denoiser:
             self.call.model = None  # whose forwards are stock's
             self.dirty = True
             return False
-        if self.pipe.transformer is not self._given or self.pipe.fast_state is not self.state:
+        if without_compiler(self.pipe.transformer) is not self.model or self.pipe.fast_state is not self.state:
             self._begin_anew()  # a callback put another in, or enabled the pipeline anew
         self.call.model = self.model
         dtype = step.latents.dtype
@@ -233,8 +227,8 @@ class Denoiser:
             reason = install()
             if reason is not None:
                 self.state.fall_back(reason)
-        self._find_model()
-        self.packs, self.call.survey, self.dirty = None, None, True
+        self.model, self.dirty = without_compiler(self.pipe.transformer), True
+        self.packs, self.call.survey = None, None
         self.inputs = self._schedule = None
 
     def _take_over(self, step: Step) -> None:
@@ -311,8 +305,7 @@ class Denoiser:
             return Found(latents)
         self._put_place()
         precise = self.state.options.precise_sampler and self.own_step is None
-        if precise:
-            latents = latents.float()
+        latents = latents.float() if precise else latents
         predictions = self.predict(step)
         shown = guided(predictions, step) if self.watched or not step.normalize else {}
         if self.own_step is not None or (predictions[0].dtype != latents.dtype and not precise):
@@ -382,9 +375,10 @@ class Denoiser:
         return tuple(predictions)
 
     def _as_stock(self, step: Step, hidden: torch.Tensor, timestep: torch.Tensor, n: int) -> torch.Tensor:
-        with self.model.cache_context(("cond", "uncond")[n]):
+        model = self.model if self.attached else self.pipe.transformer
+        with model.cache_context(("cond", "uncond")[n]):
             arguments = step.forwards[n] | {"hidden_states": hidden, "timestep": timestep, "img_shapes": step.shapes}
-            return self.model(**arguments, return_dict=False)[0][:, : step.latents.shape[1]]
+            return model(**arguments, return_dict=False)[0][:, : step.latents.shape[1]]
 
     def _leave_graph(self, why: str | None = None) -> None:
         if self.graph is not None:

@@ -65,8 +65,10 @@ def report(pipe: Any) -> Report:
         Report: a snapshot; later calls do not change it.
     """
     from ..transformer import attention
+    from ..transformer.compiled import without_compiler
     from ..vae import pictures as vae  # which need the state from here
 
+    pipe = without_compiler(pipe)
     if isinstance(pipe, TRANSFORMER):
         return _of_transformer(pipe)
     state = getattr(pipe, "__dict__", {}).get(STATE)
@@ -86,6 +88,9 @@ def report(pipe: Any) -> Report:
             replaced.append(f"transformer (fused blocks, modulation {modulation}, attention {state.options.attention})")
             if state.options.attention == "auto":
                 replaced += attention.described()
+            if state.calls["compiled block"]:
+                left = f"; the last call's not: {state.uncompiled}" if state.uncompiled else ""
+                replaced.append(f"blocks behind their attention (torch.compile{left})")
             graphs = f"no CUDA graph: {state.graph}" if state.graph else f"CUDA graph {state.options.cuda_graph}"
             replaced.append(f"steps ({graphs})")
         if state.texts is not None:

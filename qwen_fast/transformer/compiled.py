@@ -61,6 +61,30 @@ def without_compiler(model: Any) -> Any:
     return model
 
 
+def compiled_parts(transformer: Any) -> list[Any]:
+    """What torch.compile made of a transformer: in its place, of itself, of its blocks."""
+    model = without_compiler(transformer)
+    made = [] if model is transformer else [transformer]
+    for part in (model, *getattr(model, "transformer_blocks", ())):
+        found = part.__dict__.get("_compiled_call_impl")
+        if found not in (None, part._call_impl):  # compilation that is switched off leaves the module's own call there
+            made.append(found)
+    return made
+
+
+def left_as_compiled(parts: list[Any], quantised: str | None) -> str | None:
+    """Why a transformer stays what torch.compile made of stock's, or None.
+
+    Args:
+        parts: see `compiled_parts`.
+        quantised: see `Survey.quantised`: such layers are slow unless what is in them is compiled.
+    """
+    if quantised is not None:
+        return f"torch.compile of a transformer with {quantised} in it"
+    unknown = any(compiler_of(part) is None for part in parts)
+    return "torch.compile, whose settings this torch keeps where they are not known" if unknown else None
+
+
 def graph_reason(compilers: Iterable[Any]) -> str | None:
     """Why a step whose blocks these compile is not captured in a CUDA graph of ours, or None: graphs do not nest."""
     for compiler in compilers:
@@ -84,6 +108,7 @@ class StepRow(FromRow):
     def __init__(self, table: ModulationTable):
         with torch.inference_mode(False):
             super().__init__(table.row_buffer())
+        torch._dynamo.mark_static(self.table.values)  # of which its views are, for Dynamo
         self.of = table
         self._blocks: dict[int, BlockModulation] = {}
 
@@ -194,14 +219,13 @@ def _behind_attention(
         token_rows = None if token_rows is None else token_rows[split:]
         split = 0
     gate1, shift2, scale2, gate2, *following = tables
-    residual, normed = gated_residual_ada_layer_norm(residual, branch, gate1, shift2, scale2, step_index, split, token_rows)
+    rows = step_index, split, token_rows, 1e-6  # eps by value: dynamic=True would take the operators' default for a variable
+    residual, normed = gated_residual_ada_layer_norm(residual, branch, gate1, shift2, scale2, *rows)
     branch = _feed_forward(normed[split:], *mlps[0])
     if not last:
         branch = torch.cat([_feed_forward(normed[:split], *mlps[1]), branch])  # each product writes there itself
     if following:
-        return gated_residual_ada_layer_norm(
-            residual, branch, gate2, *following, step_index, split, token_rows, clip=clip
-        )
+        return gated_residual_ada_layer_norm(residual, branch, gate2, *following, *rows, clip)
     return gated_residual(residual, branch, gate2, step_index, split, token_rows, clip), None
 
 

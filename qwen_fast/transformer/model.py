@@ -256,8 +256,8 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
                     following = _following(source, index + 1, plans[index + 1])
                 elif controlnet is None and drop and found.norm_out is None and stream.rows.token_rows is None:
                     following = source.out
-                compiler = found.compilers.get(id(block), call.compiler)
-                work = functools.partial(_through, stream, found.parts[id(block)], index, source, following, plan, drop, compiler)
+                parts, compiler = found.parts[id(block)], found.compilers.get(id(block), call.compiler)
+                work = functools.partial(_through, stream, parts, index, source, following, plan, drop, compiler)
                 if plan.placed:
                     stream.pending = work
                     block(stream, None, None, None)

@@ -100,6 +100,7 @@ class Survey:
         order: the blocks of `transformer_blocks`.
         owned: blocks of ours anywhere in the model, by id.
         norm_out: why the output norm is called as a module, or None.
+        quantised: a layer of a block whose weight is not plain, in words, or None.
         compilers: what torch.compile compiles blocks with, by id of the block.
         modules: the transformer and all modules below it.
         touched: something is attached to one of them, of whatever kind.
@@ -124,6 +125,7 @@ class Survey:
     order: list[nn.Module]
     owned: frozenset[int]
     norm_out: str | None
+    quantised: str | None
     compilers: dict[int, Any]
     modules: list[nn.Module]
     touched: bool
@@ -201,7 +203,8 @@ class _Look:
             places = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in weights]
         norm, time = self.model.norm_out, self.model.time_text_embed  # read by the fused forward, or by a table
         odd += [getattr(getattr(norm, "norm", None), "eps", None), *map(str, vars(getattr(time, "time_proj", time)).values())]
-        return self.modules, self.attached, self.compilers, tuple(self.foreign), self.whole, odd, self.adapters, self.random, places
+        seen = self.modules, self.attached, self.compilers, tuple(self.foreign)
+        return *seen, self.whole, odd, self.adapters, self.random, places
 
     def reason(self, module: Any) -> str | None:
         """Why `module` has to be called with stock's arguments, or None. A hook that brings weights is no reason."""
@@ -250,6 +253,7 @@ class _Look:
             order=blocks,
             owned=frozenset(map(id, fused)),
             norm_out=norm_out,
+            quantised=next(filter(None, map(_quantised, self._linears(blocks))), None),
             compilers={id(block): one for block in fused if (one := self._compiler(block)) is not None},
             modules=self.modules,
             touched=bool(self.attached),
@@ -380,3 +384,12 @@ class _Look:
     @staticmethod
     def _is_by_rows(plan: BlockPlan) -> bool:
         return plan.called is None and plan.stock is None and plan.attention is None and plan.mlps == (None, None)
+
+
+def _quantised(layer: nn.Module) -> str | None:
+    """What there is in a plain weight's place, adapters aside, or None."""
+    base = getattr(layer, "base_layer", layer)
+    weight = base._parameters.get("weight")
+    if type(base) is nn.Linear and type(weight) is nn.Parameter:
+        return None
+    return f"a {type(base).__name__}" if type(base) is not nn.Linear else f"a weight that is a {type(weight).__name__}"
