@@ -5,6 +5,7 @@ others, it works from those, as stock's does.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,9 +28,7 @@ class QwenImageTransformerBlock(PickledAsStock, STOCK_BLOCK):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """In a call of ours not what torch.compile made of stock's forward: it has its part in ours, see compiled.py."""
-        if torch.compiler.is_compiling() or CALL.get() is None:
-            return STOCK_BLOCK.__call__(self, *args, **kwargs)
-        return self._call_impl(*args, **kwargs)
+        return called_plainly(self, lambda: CALL.get() is not None, args, kwargs)
 
     @functools.wraps(STOCK_BLOCK.forward)
     def forward(
@@ -51,6 +50,9 @@ class QwenImageTransformerBlock(PickledAsStock, STOCK_BLOCK):
             "joint_attention_kwargs": joint_attention_kwargs,
             "modulate_index": modulate_index,
         }
+        if torch.compiler.is_compiling() and isinstance(self, QwenImageTransformerBlock):
+            # diffusers has told Dynamo not to look into its class, whose forward is found by `super` alone.
+            return super().forward(hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states, **arguments)
         call = None if torch.compiler.is_compiling() else CALL.get()
         streams = None if call is None else _fused_block(call, self, hidden_states, encoder_hidden_states, arguments)
         if streams is None:
@@ -58,6 +60,15 @@ class QwenImageTransformerBlock(PickledAsStock, STOCK_BLOCK):
                 self, hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states, **arguments
             )
         return streams
+
+
+def called_plainly(module: torch.nn.Module, is_fused: Callable[[], bool], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """`module(...)`; where its forward `is_fused`, with its hooks but without what torch.compile has put around them."""
+    if torch.compiler.is_compiling():
+        return module._wrapped_call_impl(*args, **kwargs)
+    if module.__dict__.get("_compiled_call_impl") is not None and is_fused():
+        return module._call_impl(*args, **kwargs)
+    return torch.nn.Module.__call__(module, *args, **kwargs)
 
 
 def _fused_block(

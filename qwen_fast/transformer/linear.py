@@ -138,8 +138,10 @@ def _adapters(module: nn.Module) -> list[LowRank] | None:
     if (type(module).__module__, type(module).__qualname__) != ("peft.tuners.lora.layer", "Linear"):
         return None
     base, names = module.base_layer, [] if module.disable_adapters else module.active_adapters
-    if type(base) is not nn.Linear or module.merged or module.fan_in_fan_out or attached(module) or attached(base):
+    if type(base) is not nn.Linear or module.fan_in_fan_out or attached(module) or attached(base):
         return None
+    if module.merged:  # the adapters are in the weight; switched off, the layer takes them out again when it is called
+        return None if module.disable_adapters else []
     found = []
     for name in names:
         if name not in module.lora_A:

@@ -24,7 +24,7 @@ from ..common.options import Options
 from ..common.pickled import EqualsStock, PickledAsStock
 from ..common.proofs import require_transformer
 from ..common.state import State
-from .block_module import STOCK_BLOCK, QwenImageTransformerBlock, context_reason
+from .block_module import STOCK_BLOCK, QwenImageTransformerBlock, called_plainly, context_reason
 from .blocks import TableRows, TokenStream, as_batches
 from .call import ATTACHED, CALL, Call, ModelState, PromptBatch, SharedForward, entered, lora_scale
 from .compiled import begin_step
@@ -89,9 +89,7 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
 
     def __call__(self, *args, **kwargs):
         """Where the forward is ours, not what torch.compile made of stock's: it has its part in the blocks, see compiled.py."""
-        if torch.compiler.is_compiling() or not _is_ours(self):
-            return STOCK.__call__(self, *args, **kwargs)
-        return self._call_impl(*args, **kwargs)
+        return called_plainly(self, lambda: _is_ours(self), args, kwargs)
 
     def look(self) -> Survey:
         """What of this model is stock's own, now."""
