@@ -249,7 +249,7 @@ class StepGraph:
     def _warm_up_or_capture(self) -> None:
         """The step, on the stream that captures; from the second time on as a graph."""
         if not self._is_warm:
-            with _beside(self._device):
+            with _beside(self._device), torch.inference_mode(False), torch.no_grad():  # as in the capture: compiled for it too
                 self._counted()
             self._is_warm = True
             return

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _DYNAMO = "torch._dynamo.eval_frame"
 _KEPT = "_qwen_fast_variants"  # attribute of a compiler: our functions as it has compiled them
+_GRAPHS = "_qwen_fast_graphs"  # and whether it takes CUDA graphs of them
 _NUMBERS = itertools.count()
 
 
@@ -87,19 +88,28 @@ def left_as_compiled(parts: list[Any], quantised: str | None) -> str | None:
 
 def graph_reason(compilers: Iterable[Any]) -> str | None:
     """Why a step whose blocks these compile is not captured in a CUDA graph of ours, or None: graphs do not nest."""
-    for compiler in compilers:
-        config = getattr(compiler, "compiler_config", None)  # Inductor's alone have one
-        if config is None:
-            return "torch.compile with another backend than Inductor, which may take graphs of its own"
-        if config.get("triton.cudagraphs"):
-            return "torch.compile in a mode that takes CUDA graphs of its own"
-    return None
+    found = [_takes_graphs(compiler) for compiler in compilers]
+    if None in found:
+        return "torch.compile with another backend than Inductor, which may take graphs of its own"
+    return "torch.compile in a mode that takes CUDA graphs of its own" if True in found else None
 
 
 def begin_step(compilers: Iterable[Any]) -> None:
     """Before the blocks of a forward: graphs of torch.compile's own may reuse what the forward before has left."""
-    if any((getattr(one, "compiler_config", None) or {}).get("triton.cudagraphs") for one in compilers):
+    if any(_takes_graphs(compiler) for compiler in compilers):
         torch.compiler.cudagraph_mark_step_begin()
+
+
+def _takes_graphs(compiler: Any) -> bool | None:
+    """Whether Inductor takes CUDA graphs of what it compiles; None: it is not Inductor that compiles."""
+    kept = vars(compiler)
+    if _GRAPHS not in kept:
+        backend = getattr(compiler, "callback", None)
+        while hasattr(backend, "_torchdynamo_orig_backend"):
+            backend = backend._torchdynamo_orig_backend
+        config = getattr(backend, "get_compiler_config", None)
+        kept[_GRAPHS] = None if config is None else bool(config().get("triton.cudagraphs"))
+    return kept[_GRAPHS]
 
 
 class StepRow(FromRow):

@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 
 import qwen_fast
 from benchmarks.shared.stock import assert_same_latents, draw, in_fp32, stock
+from qwen_fast.denoise import graph
 from qwen_fast.transformer import compiled
 from qwen_fast.transformer.modulation import ModulationTable
 from support.family import MEMBERS, small_references
@@ -457,5 +458,32 @@ def test_inductor(checkpoint, plain, backend):
     ids=str,
 )
 def test_graphs_do_not_nest(how, word):
-    reason = compiled.graph_reason([compiled.compiler_of(torch.compile(lambda x: x, **how))])
-    assert reason is None if word is None else word in reason
+    for fullgraph in (False, True):
+        reason = compiled.graph_reason([compiled.compiler_of(torch.compile(lambda x: x, fullgraph=fullgraph, **how))])
+        assert reason is None if word is None else word in reason
+
+
+def test_a_step_whose_blocks_inductor_compiled_is_captured(checkpoint, plain, backend, monkeypatch):
+    """Capture finds everything compiled, whatever the mode of the call; here the step itself stands for its replay."""
+    captured = []
+
+    def capture(step, device):
+        captured.append(counters["stats"]["unique_graphs"])
+
+        def replay():
+            with torch.inference_mode(False), torch.no_grad():
+                step()
+
+        return replay
+
+    monkeypatch.setattr(graph, "capture", capture)
+    monkeypatch.setattr(graph, "DEVICES", ("cpu",))
+    pipe = made(checkpoint, regional, "inductor", options={"cuda_graph": True}, order="before")
+    for mode in (torch.no_grad, torch.inference_mode, torch.no_grad):
+        with mode():
+            assert_same_latents(draw(pipe, **ARGUMENTS), plain())
+    assert captured == [2] == [counters["stats"]["unique_graphs"]] and pipe.fast_state.graph is None
+    assert qwen_fast.report(pipe).calls["compiled block"] == 18
+    regional(pipe, mode="reduce-overhead")
+    assert_same_latents(draw(pipe, **ARGUMENTS), plain())
+    assert "graphs of its own" in pipe.fast_state.graph and len(captured) == 1
