@@ -219,6 +219,7 @@ class StepGraph:
             finally:
                 _CAPTURING.release()
         self._denoiser.state.calls.update(self._counts)
+        self._denoiser.state.uncompiled = self._counting.uncompiled
         return self.latents.clone()
 
     def release(self) -> None:

@@ -18,7 +18,7 @@ from ..text import encoding as text
 from ..text import pictures
 from ..transformer.attach import attach, detach, settle_modulation
 from ..transformer.call import ATTACHED
-from ..transformer.compiled import compiled_parts, left_as_compiled, without_compiler
+from ..transformer.compiled import left_as_compiled, without_compiler
 from ..vae import pictures as fast_vae
 from .foreign import scheduler_reason
 from .scheduler import FlowMatchEulerDiscreteScheduler
@@ -147,10 +147,9 @@ class AcceleratedPipeline(PickledAsStock):
             self.remove_transformer(forced=False)  # the user put another in
         if model is None:
             return None
-        compiled = compiled_parts(self.transformer)
         reason = attach(model, state)
-        if reason is None and compiled:
-            reason = left_as_compiled(compiled, model.look().quantised)
+        if reason is None:
+            reason = left_as_compiled(self.transformer, model.look)
         state.transformer = model if ATTACHED in model.__dict__ else None
         if reason is not None:
             self.remove_transformer(forced=False)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers.models.transformers import transformer_qwenimage
 
+from ..common.hooks import compiled_call
 from ..common.pickled import PickledAsStock
 from .blocks import TableRows, TokenStream, as_batches
 from .call import CALL, Call
@@ -66,7 +67,7 @@ def called_plainly(module: torch.nn.Module, is_fused: Callable[[], bool], args: 
     """`module(...)`; where its forward `is_fused`, with its hooks but without what torch.compile has put around them."""
     if torch.compiler.is_compiling():
         return module._wrapped_call_impl(*args, **kwargs)
-    if module.__dict__.get("_compiled_call_impl") is not None and is_fused():
+    if compiled_call(module) is not None and is_fused():
         return module._call_impl(*args, **kwargs)
     return torch.nn.Module.__call__(module, *args, **kwargs)
 

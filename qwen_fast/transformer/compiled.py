@@ -23,12 +23,13 @@ import torch.nn.functional as F
 
 from qwen_fast_kernels import gated_residual, gated_residual_ada_layer_norm, linear_gelu
 
+from ..common.hooks import compiled_call
 from .linear import Operands
 from .modulation import BlockModulation, FromRow, ModulationTable
 
 if TYPE_CHECKING:
     from .blocks import TokenStream
-    from .survey import BlockParts
+    from .survey import BlockParts, Survey
 
 _DYNAMO = "torch._dynamo.eval_frame"
 _KEPT = "_qwen_fast_variants"  # attribute of a compiler: our functions as it has compiled them
@@ -62,28 +63,21 @@ def without_compiler(model: Any) -> Any:
     return model
 
 
-def compiled_parts(transformer: Any) -> list[Any]:
-    """What torch.compile made of a transformer: in its place, of itself, of its blocks."""
+def left_as_compiled(transformer: Any, look: "Callable[[], Survey]") -> str | None:
+    """Why a transformer that torch.compile has a part in stays what it made of stock's, or None."""
     model = without_compiler(transformer)
-    made = [] if model is transformer else [transformer]
-    for part in (model, *getattr(model, "transformer_blocks", ())):
-        found = part.__dict__.get("_compiled_call_impl")
-        if found not in (None, part._call_impl):  # compilation that is switched off leaves the module's own call there
-            made.append(found)
-    return made
-
-
-def left_as_compiled(parts: list[Any], quantised: str | None) -> str | None:
-    """Why a transformer stays what torch.compile made of stock's, or None.
-
-    Args:
-        parts: see `compiled_parts`.
-        quantised: see `Survey.quantised`: such layers are slow unless what is in them is compiled.
-    """
-    if quantised is not None:
-        return f"torch.compile of a transformer with {quantised} in it"
-    unknown = any(compiler_of(part) is None for part in parts)
-    return "torch.compile, whose settings this torch keeps where they are not known" if unknown else None
+    made = [*map(compiled_call, (model, *model.transformer_blocks)), None if model is transformer else transformer]
+    made = [one for one in made if one is not None]
+    if not made:
+        return None
+    if any(compiler_of(one) is None for one in made):
+        return "torch.compile, whose settings this torch keeps where they are not known"
+    if model is not transformer:
+        own = transformer.__dict__  # hooks here are around what was compiled, such as one that brings the weights
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or compiler_of(own.get("forward")) is None:
+            return "a hook on a torch.compile of the transformer"
+    quantised = look().quantised  # such layers are slow unless what is in them is compiled
+    return None if quantised is None else f"torch.compile of a transformer with {quantised} in it"
 
 
 def graph_reason(compilers: Iterable[Any]) -> str | None:

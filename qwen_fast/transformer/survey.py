@@ -17,7 +17,7 @@ from diffusers.models.transformers import transformer_qwenimage as stock
 from torch import nn
 
 from ..common.fingerprint import adapter_state
-from ..common.hooks import Kind, attached
+from ..common.hooks import Kind, attached, compiled_call
 from ..common.own import foreign_methods, foreign_on, process_reason
 from .compiled import compiler_of
 from .kinds import ADAPTING, KNOWN, METHODS, ROTARY, ROTARY_METHODS, foreign_kind, modules_below, replaced_functions
@@ -164,7 +164,7 @@ class _Look:
             or "_compiled_call_impl" in own
         ]
         ours = stock.QwenImageTransformer2DModel, stock.QwenImageTransformerBlock
-        compiled = {id(module): module.__dict__.get("_compiled_call_impl") for module in touched if isinstance(module, ours)}
+        compiled = {id(module): compiled_call(module) for module in touched if isinstance(module, ours)}
         self.compilers = {place: found for place, one in compiled.items() if (found := compiler_of(one)) is not None}
         looks = ((module, attached(module, compiled=id(module) not in self.compilers)) for module in touched)
         self.attached = {id(module): found for module, found in looks if found is not None}

@@ -14,6 +14,7 @@ import qwen_fast
 from benchmarks.shared.stock import assert_same_latents, draw, in_fp32, stock
 from qwen_fast.denoise import graph
 from qwen_fast.transformer import compiled
+from qwen_fast.transformer.compiled import without_compiler
 from qwen_fast.transformer.modulation import ModulationTable
 from support.family import MEMBERS, small_references
 from support.pipelines import GUIDED
@@ -314,6 +315,27 @@ def test_offloaded_blocks(checkpoint, plain, backend):
 
 
 @TRACED
+def test_a_hook_around_what_was_compiled_is_not_gone_around(checkpoint, backend):
+    """As when a pipeline is offloaded whose transformer was compiled: the hook is outside, and brings the weights."""
+    accelerate = pytest.importorskip("accelerate")
+
+    class Noted(accelerate.hooks.ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    pair, noted = (stock(checkpoint), made(checkpoint, around, backend, options={})), Noted()
+    for pipe in pair:
+        del without_compiler(pipe.transformer).transformer_blocks[1:]
+    accelerate.hooks.add_hook_to_module(pair[1].transformer, noted)
+    expected, actual = (draw(pipe, **ARGUMENTS | SHORT) for pipe in pair)
+    assert_same_latents(actual, expected)
+    assert noted.calls == 2 and "a hook on a torch.compile" in str(qwen_fast.report(pair[1]).fallbacks)
+
+
+@TRACED
 def test_a_layer_that_is_called_leaves_its_block_uncompiled(checkpoint, backend):
     pair = stock(checkpoint), made(checkpoint, regional, backend, options={})
     for pipe in pair:
@@ -336,7 +358,7 @@ def test_a_quantised_transformer_stays_what_was_compiled(checkpoint, backend):
     assert_same_latents(actual, expected)
     (reason,) = qwen_fast.report(pair[1]).fallbacks
     assert "Int8Tensor" in reason and backend.compiled
-    assert type(compiled.without_compiler(pair[1].transformer)) is diffusers.QwenImageTransformer2DModel
+    assert type(pair[1].transformer) is diffusers.QwenImageTransformer2DModel
 
 
 @TRACED
