@@ -4,7 +4,7 @@ import importlib.util
 
 from ..shared.shapes import COMPARED_STEPS, STEPS_MEASURED, PictureCase
 from .rung import Rung
-from .rungs import ENABLED, GRAPH, INVARIANT, OURS
+from .rungs import ENABLED, ENABLED_AND_COMPILED, GRAPH, INVARIANT, OURS
 from .stock import STOCK
 
 _PRODUCTS, _ATTENTION, _FP32 = 790e12, 500e12, 45e12  # FLOP/s in bf16, and of everything in fp32
@@ -40,7 +40,7 @@ def rung_seconds(case: PictureCase, rung: Rung, repeats: int, whole: bool) -> fl
         pairs += steps * reference + 2 * decode + step + _ENTER
     if "compile" in rung.name or rung.name == "torchao":
         seconds += _COMPILE
-    if rung in (GRAPH, ENABLED, INVARIANT):
+    if rung in (GRAPH, ENABLED, ENABLED_AND_COMPILED, INVARIANT):
         pairs += _CAPTURE
     return seconds + repeats * pairs
 

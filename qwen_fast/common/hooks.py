@@ -33,17 +33,27 @@ class Attached(NamedTuple):
     words: str
 
 
-def attached(module: nn.Module) -> Attached | None:
-    """What calling `module` does beside its class's forward, or None."""
+def attached(module: nn.Module, *, compiled: bool = True) -> Attached | None:
+    """What calling `module` does beside its class's forward, or None.
+
+    Args:
+        compiled: False: the caller knows that the module is compiled, and sees to it.
+    """
     own = module.__dict__
     if own["_forward_hooks"] or own["_forward_pre_hooks"]:
         return Attached(Kind.FOREIGN, "a forward hook")
-    if own.get("_compiled_call_impl") is not None:
+    if compiled and compiled_call(module) is not None:
         return Attached(Kind.FOREIGN, "torch.compile")
     forward = own.get("forward")
     if forward is None or is_own_forward(forward, module):  # diffusers leaves it behind when it removes its last hook
         return None
     return _of_forward(forward, module)
+
+
+def compiled_call(module: nn.Module) -> Any | None:
+    """What `module.compile()` has left on a module; its own call, where compilation is switched off, counts as none."""
+    found = module.__dict__.get("_compiled_call_impl")
+    return None if found is None or found == module._call_impl else found
 
 
 def _of_forward(forward: Any, module: nn.Module) -> Attached | None:

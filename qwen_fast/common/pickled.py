@@ -36,16 +36,21 @@ class PickledAsStock:
         stock = vars(type(self)).get("STANDS_FOR")
         if stock is None:
             return super().__reduce_ex__(protocol)
-        state = {name: value for name, value in vars(self).items() if name not in self.NOT_PICKLED}
+        state = {name: value for name, value in _held(self).items() if name not in self.NOT_PICKLED}
         return copyreg._reconstructor, (stock, object, None), state  # __newobj__ wants the class that the object has
 
     # Without these two, copies would be made of what pickle is told.
     def __copy__(self) -> Any:
-        return _with_state(self, dict(vars(self)))
+        return _with_state(self, _held(self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = memo[id(self)] = _with_state(self, {})
-        return _with_state(self, copy.deepcopy(vars(self), memo), twin)
+        return _with_state(self, copy.deepcopy(_held(self), memo), twin)
+
+
+def _held(original: Any) -> dict[str, Any]:
+    """What a copy takes over: as in torch not what `compile` has left on a module, which would call the original."""
+    return {name: value for name, value in vars(original).items() if name != "_compiled_call_impl"}
 
 
 def _with_state(original: Any, state: dict[str, Any], twin: Any = None) -> Any:

@@ -32,6 +32,7 @@ class State:
         device: where the call that is under way runs; None between calls.
         transformer, vae: the models that this pipeline attached to.
         graph: why the last call's steps were not captured in a CUDA graph; None: they were, or there was no call yet.
+        uncompiled: why blocks that the user has compiled were not in the last forward, or None.
         vae_note: how the last picture was coded, or None.
         nan_note: what `check_nan` found in the last call, or None.
         no_table: why the last call computed its modulations in each forward all the same, or None.
@@ -50,6 +51,7 @@ class State:
     transformer: Any = None
     vae: Any = None
     graph: str | None = None
+    uncompiled: str | None = None
     vae_note: str | None = None
     nan_note: str | None = None
     no_table: str | None = None

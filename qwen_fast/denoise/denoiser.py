@@ -15,6 +15,7 @@ import torch
 
 from ..common.state import STATE, logger
 from ..transformer.call import ATTACHED, Call, PromptBatch, entered, lora_scale
+from ..transformer.compiled import compiler_of, without_compiler
 from ..transformer.layout import check_image_shapes
 from ..transformer.modulation import FromScheduledTable, FromTable
 from ..transformer.modulation_weights import table_reason
@@ -52,7 +53,7 @@ class Denoiser:
     """
 
     def __init__(self, pipe: Any, names: Iterable[str] = (), *, known_loop: bool = True, proved: torch.dtype | None = None):
-        self.pipe, self.state, self.model = pipe, pipe.fast_state, pipe.transformer
+        self.pipe, self.state, self.model = pipe, pipe.fast_state, without_compiler(pipe.transformer)
         self.call = Call(self.model, self.state)
         self.control = Control(RESIDUALS in names)
         self.watched, self.known_loop, self.proved = not set(SHOWN).isdisjoint(names), known_loop, proved
@@ -128,6 +129,7 @@ class Denoiser:
         """Read what of the model is stock's own: before the first step, and after code of the user's has run."""
         if not self.attached:
             return
+        self.call.compiler = compiler_of(self.pipe.transformer)
         before, self.call.survey = self.call.survey, self.model.look()
         found = self.call.survey
         if found is before:
@@ -154,7 +156,7 @@ class Denoiser:
             self.call.model = None  # whose forwards are stock's
             self.dirty = True
             return False
-        if self.pipe.transformer is not self.model or self.pipe.fast_state is not self.state:
+        if without_compiler(self.pipe.transformer) is not self.model or self.pipe.fast_state is not self.state:
             self._begin_anew()  # a callback put another in, or enabled the pipeline anew
         self.call.model = self.model
         dtype = step.latents.dtype
@@ -194,7 +196,8 @@ class Denoiser:
             reason = install()
             if reason is not None:
                 self.state.fall_back(reason)
-        self.model, self.packs, self.call.survey, self.dirty = self.pipe.transformer, None, None, True
+        self.model, self.dirty = without_compiler(self.pipe.transformer), True
+        self.packs, self.call.survey = None, None
         self.inputs = self._schedule = None
 
     def _take_over(self, step: Step) -> None:
@@ -277,8 +280,7 @@ class Denoiser:
             return Found(latents)
         self._put_place()
         precise = self.state.options.precise_sampler and self.own_step is None
-        if precise:
-            latents = latents.float()
+        latents = latents.float() if precise else latents
         if step.control is not None:
             step = self.control.added(self, step)
         predictions = self.predict(step)
@@ -355,9 +357,10 @@ class Denoiser:
         return hidden, timestep
 
     def _as_stock(self, step: Step, hidden: torch.Tensor, timestep: torch.Tensor, n: int) -> torch.Tensor:
-        with self.model.cache_context(("cond", "uncond")[n]):
+        model = self.model if self.attached else self.pipe.transformer
+        with model.cache_context(("cond", "uncond")[n]):
             arguments = step.forwards[n] | {"hidden_states": hidden, "timestep": timestep, "img_shapes": step.shapes}
-            return self.model(**arguments, return_dict=False)[0][:, : step.latents.shape[1]]
+            return model(**arguments, return_dict=False)[0][:, : step.latents.shape[1]]
 
     def _leave_graph(self, why: str | None = None) -> None:
         if self.graph is not None:

@@ -22,6 +22,7 @@ from ..common.stages import stage
 from ..common.state import logger
 from ..transformer.attention import chosen_backend
 from ..transformer.call import ATTACHED, Call, PromptBatch
+from ..transformer.compiled import graph_reason
 from ..transformer.layout import build_layout
 from ..transformer.modulation import FromRow, ModulationTable
 from ..transformer.modulation_weights import host_bytes
@@ -59,7 +60,7 @@ def reason_against(denoiser: "Denoiser", step: Step) -> str | None:
     if denoiser.device.type not in DEVICES:
         return f"the device is {denoiser.device}"
     if denoiser.packs is None:
-        return "hooks, caches, compiled blocks or custom attention processors"
+        return "hooks, caches or custom attention processors"
     if denoiser.row is None:
         return "a timestep that the scheduler does not have"
     if step.control is not None or step.shared(RESIDUALS) is not None:
@@ -68,6 +69,8 @@ def reason_against(denoiser: "Denoiser", step: Step) -> str | None:
         return "modulations with a condition of each sample's own"
     if len(denoiser.packs) > 1 and not denoiser.apart:
         return "memory is too short for one forward of both predictions"
+    if (compiled := graph_reason(found.compilers_of(denoiser.call.compiler))) is not None:
+        return compiled
     if found.touched:
         return "a hook on the transformer or a layer, such as offloading or casting"
     if any(type(module).__name__ in _SYNCHRONISING for module in found.modules):
@@ -141,7 +144,7 @@ class StepGraph:
         counting = copy.copy(denoiser.state)
         counting.calls = Counter()
         self._counting, self._counts = counting, Counter()
-        self._call = Call(self._model, counting, self._source, denoiser.call.survey)
+        self._call = Call(self._model, counting, self._source, denoiser.call.survey, compiler=denoiser.call.compiler)
 
     def _allocate(self, denoiser: "Denoiser", step: Step, pack: PromptBatch) -> None:
         model, device = denoiser.model, denoiser.device
@@ -221,6 +224,7 @@ class StepGraph:
             finally:
                 _CAPTURING.release()
         self._denoiser.state.calls.update(self._counts)
+        self._denoiser.state.uncompiled = self._counting.uncompiled
         return self.latents.clone()
 
     def release(self) -> None:
@@ -251,7 +255,7 @@ class StepGraph:
     def _warm_up_or_capture(self) -> None:
         """The step, on the stream that captures; from the second time on as a graph."""
         if not self._is_warm:
-            with _beside(self._device):
+            with _beside(self._device), torch.inference_mode(False), torch.no_grad():  # as in the capture: compiled for it too
                 self._counted()
             self._is_warm = True
             return
@@ -361,6 +365,7 @@ def _key(denoiser: "Denoiser", step: Step, pack: PromptBatch) -> tuple[Any, ...]
         _constants(found.modules),
         (found.adapters, denoiser.lora_scale),
         addresses,
+        (tuple(found.compilers.values()), denoiser.call.compiler),
     )
 
 

@@ -47,7 +47,7 @@ class Inputs:
         plain = (rotary, kwargs.get("scale", 1.0), others, step.true_cfg_scale, step.normalize, denoiser.own_step is None)
         plain += (step.shared("img_shapes"), tuple(hidden.shape), tuple(step.latents.shape), hidden.dtype, step.is_shared)
         plain += (step.control is None, denoiser.row is None)
-        plain += (torch.is_autocast_enabled(hidden.device.type),)
+        plain += (torch.is_autocast_enabled(hidden.device.type), denoiser.call.compiler)
         return cls(tensors, [version_of(one, denoiser.dirty) for one in tensors], plain, denoiser.call.survey)
 
     def same(self, before: "Inputs") -> bool:

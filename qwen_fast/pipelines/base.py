@@ -18,6 +18,7 @@ from ..text import encoding as text
 from ..text import pictures
 from ..transformer.attach import attach, detach, settle_modulation
 from ..transformer.call import ATTACHED
+from ..transformer.compiled import left_as_compiled, without_compiler
 from ..transformer.controlnet import fused_net
 from ..vae import pictures as fast_vae
 from .foreign import scheduler_reason
@@ -98,18 +99,18 @@ class AcceleratedModels(PickledAsStock):
 
     def install_transformer(self, device: torch.device | None = None) -> str | None:
         """Attach to the transformer that the pipeline has now, which runs on `device`; returns why it cannot be, or None."""
-        state, model = self.fast_state, self.transformer
+        state, model = self.fast_state, without_compiler(self.transformer)
         if state.transformer is not None and state.transformer is not model:
             self.remove_transformer(forced=False)  # the user put another in
         if model is None:
             return None
-        parts = (model, *getattr(model, "transformer_blocks", ()))
-        if any(part.__dict__.get("_compiled_call_impl") is not None for part in parts):
-            self.remove_transformer(forced=False)  # what was compiled is stock's forward, which needs its weights on the device
-            return "torch.compile of the transformer or its blocks"
         reason = attach(model, state)
-        state.transformer = model if reason is None else None
         if reason is None:
+            reason = left_as_compiled(self.transformer, model.look)
+        state.transformer = model if ATTACHED in model.__dict__ else None
+        if reason is not None:
+            self.remove_transformer(forced=False)
+        else:
             self.about_to_move(self._execution_device if device is None else device)
         return reason
 

@@ -70,9 +70,11 @@ def report(pipe: Any) -> Report:
         Report: a snapshot; later calls do not change it.
     """
     from ..transformer import attention
+    from ..transformer.compiled import without_compiler
     from ..vae import pictures as vae  # which need the state from here
     from . import modular
 
+    pipe = without_compiler(pipe)
     if isinstance(pipe, TRANSFORMER):
         return _of_transformer(pipe)
     state = getattr(pipe, "__dict__", {}).get(STATE)
@@ -95,6 +97,9 @@ def report(pipe: Any) -> Report:
             net = fused_net(pipe)
             if net is not None and stock_reason(net, survey(net)) is None:
                 replaced.append("ControlNet (fused blocks)")
+            if state.calls["compiled block"]:
+                left = f"; the last call's not: {state.uncompiled}" if state.uncompiled else ""
+                replaced.append(f"blocks behind their attention (torch.compile{left})")
             graphs = f"no CUDA graph: {state.graph}" if state.graph else f"CUDA graph {state.options.cuda_graph}"
             replaced.append(f"steps ({graphs})")
         if isinstance(pipe, modular.AcceleratedModularPipeline):

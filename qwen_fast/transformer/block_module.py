@@ -5,11 +5,13 @@ others, it works from those, as stock's does.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers.models.transformers import transformer_qwenimage
 
+from ..common.hooks import compiled_call
 from ..common.pickled import PickledAsStock
 from .blocks import TableRows, TokenStream, as_batches
 from .call import CALL, Call
@@ -24,6 +26,10 @@ class QwenImageTransformerBlock(PickledAsStock, STOCK_BLOCK):
     """diffusers' block. Called as a module in a call of ours, it is fused within its own boundaries, whoever calls it."""
 
     STANDS_FOR = STOCK_BLOCK
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """In a call of ours not what torch.compile made of stock's forward: it has its part in ours, see compiled.py."""
+        return called_plainly(self, lambda: CALL.get() is not None, args, kwargs)
 
     @functools.wraps(STOCK_BLOCK.forward)
     def forward(
@@ -45,6 +51,9 @@ class QwenImageTransformerBlock(PickledAsStock, STOCK_BLOCK):
             "joint_attention_kwargs": joint_attention_kwargs,
             "modulate_index": modulate_index,
         }
+        if torch.compiler.is_compiling() and isinstance(self, QwenImageTransformerBlock):
+            # diffusers has told Dynamo not to look into its class, whose forward is found by `super` alone.
+            return super().forward(hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states, **arguments)
         call = None if torch.compiler.is_compiling() else CALL.get()
         streams = None if call is None else _fused_block(call, self, hidden_states, encoder_hidden_states, arguments)
         if streams is None:
@@ -52,6 +61,15 @@ class QwenImageTransformerBlock(PickledAsStock, STOCK_BLOCK):
                 self, hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states, **arguments
             )
         return streams
+
+
+def called_plainly(module: torch.nn.Module, is_fused: Callable[[], bool], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """`module(...)`; where its forward `is_fused`, with its hooks but without what torch.compile has put around them."""
+    if torch.compiler.is_compiling():
+        return module._wrapped_call_impl(*args, **kwargs)
+    if compiled_call(module) is not None and is_fused():
+        return module._call_impl(*args, **kwargs)
+    return torch.nn.Module.__call__(module, *args, **kwargs)
 
 
 def _fused_block(
@@ -78,8 +96,10 @@ def _fused_block(
     head_dim = block.attn.inner_dim // block.attn.heads
     stream = TokenStream(residual, layout, rows, head_dim, call.state.options.attention, sizes[0])
     stream.arguments = arguments
-    stream.through(found.parts[id(block)], modulation, plan=plan)
+    compiler = found.compilers.get(id(block), call.compiler)
+    stream.through(found.parts[id(block)], modulation, plan=plan, compiler=compiler)
     call.state.calls["transformer block"] += 1
+    call.count_compiled(stream)
     return as_batches(stream.residual, layout)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from qwen_fast_kernels import ada_layer_norm, gated_residual, gated_residual_ada_layer_norm, qk_norm_rope
 
 from .attention import attend
+from .compiled import behind_attention
 from .layout import Layout
 from .linear import called, feed_forward_into, gather_linear, linear_into, scatter_linear
 from .modulation import BlockModulation
@@ -42,6 +43,7 @@ class TokenStream:
         batch: samples, where layers that are not plain get them as stock's `[batch, S, C]`; None: rows in one piece.
     Attributes:
         arguments: stock's keyword arguments of a block, where a module is called as stock calls it.
+        compiled: how many blocks torch.compile had a part in; `uncompiled`: why it had none in another that it was asked for.
         pending: what a block is to do that is called with this stream, through a hook that brings its weights.
     """
 
@@ -61,6 +63,7 @@ class TokenStream:
         self.split = layout.txt_rows
         self.normed: torch.Tensor | None = None
         self.qkv = residual.new_empty(3, layout.rows, residual.shape[1])  # in the order of attention
+        self.compiled, self.uncompiled = 0, None
         self.text = residual.new_empty(3, layout.txt_rows, residual.shape[1])
         self.branch = torch.empty_like(residual)
         self.heads = self.qkv.unflatten(-1, (-1, head_dim)).unbind()
@@ -77,6 +80,7 @@ class TokenStream:
         plan: BlockPlan = FUSED,
         *,
         drop_text: bool = False,
+        compiler: Any = None,
     ) -> None:
         """The whole block.
 
@@ -84,10 +88,19 @@ class TokenStream:
             following: gives shift and scale of the norm behind the block, to be computed along with its end.
             added: `[A, C]`, what a ControlNet adds to the image rows behind the block, the same for each A of them.
             drop_text: keep the image rows only: nothing reads the text that the last block would give.
+            compiler: of what is behind attention, see `compiled.compiler_of`; None: it is not compiled.
         """
         if self.normed is None:
             self._begin(modulation)
         self._attend(parts, plan, drop_text)
+        if compiler is not None and self._compiled(
+            compiler, parts, modulation, following if added is None else None, drop_text
+        ):
+            self.add(added)
+            return
+        if drop_text:
+            self.residual, self.branch = self.residual[self.split :], self.branch[self.split :]
+            self._drop_text()
         self._gate_and_norm(modulation.gate1, modulation.shift2, modulation.scale2, clip=False)
         self._feed_forward(parts)
         if following is None:
@@ -118,9 +131,21 @@ class TokenStream:
             gather_linear(parts.to_out, list(layout.images_of(attended)), self.branch[split:], batch)
             if not drop_text:
                 linear_into(parts.to_add_out, layout.text_of(attended), self.branch[:split], batch)
+
+    def _compiled(self, compiler, parts, modulation, following, drop_text: bool) -> bool:
+        """The rest of the block by what torch.compile made of it; False: it could make nothing."""
+        tables = None if following is None else following()
+        reason = behind_attention(compiler, self, parts, modulation, tables, drop_text)
+        if reason is not None:
+            self.uncompiled = reason
+            return False
+        self.compiled += 1
         if drop_text:
-            self.residual, self.branch = self.residual[split:], self.branch[split:]
-            self.rows, self.split = self.rows.image(split), 0
+            self._drop_text()
+        return True
+
+    def _drop_text(self) -> None:
+        self.rows, self.split = self.rows.image(self.split), 0
 
     def _call_attention(self, attn: nn.Module) -> None:
         """The attention module called as stock calls it."""

@@ -15,9 +15,10 @@ from diffusers.utils import USE_PEFT_BACKEND
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 
 from ..common.state import State
-from .blocks import TableRows
+from .blocks import TableRows, TokenStream
+from .compiled import StepRow
 from .layout import ImageShapes, Layout
-from .modulation import ModulationSource, TableCache
+from .modulation import FromRow, ModulationSource, TableCache
 from .survey import Survey
 
 ATTACHED = "_qwen_fast_attachment"  # the one attribute that an attached model carries
@@ -85,6 +86,8 @@ class Call:
         survey: what of the model is stock's own; None: looked at in each forward.
         prompts: set while a forward is asked for several predictions.
         forward: set while the blocks of a forward run.
+        compiler: of a torch.compile(transformer) that the pipeline has in the transformer's place.
+        row: of its table, for compiled blocks.
         given: what the last block was called with by code that is not ours: rotary tables, mask, batch, and their layout.
     """
 
@@ -94,11 +97,26 @@ class Call:
     survey: Survey | None = None
     prompts: PromptBatch | None = None
     forward: "SharedForward | None" = None
+    compiler: Any = None
+    row: StepRow | None = None
     given: tuple[Any, Any, int, Layout] | None = None
 
     def look(self) -> Survey:
         """What of the model is stock's own, now."""
         return self.survey or self.model.look()
+
+    def source_of_step(self, table: FromRow) -> StepRow:
+        """A table at its present row, for compiled blocks."""
+        if self.row is None or self.row.of is not table.table:
+            self.row = StepRow(table.table)
+        self.row.take(table.step_index)
+        return self.row
+
+    def count_compiled(self, stream: TokenStream) -> None:
+        """What torch.compile did for the blocks that a stream went through."""
+        if stream.compiled:
+            self.state.calls["compiled block"] += stream.compiled
+        self.state.uncompiled = stream.uncompiled
 
 
 @dataclass

@@ -6,6 +6,7 @@ gets them in pairs, `text image | image text`: the images of a pair are adjacent
 their queries in place, and only the few text rows are moved.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -127,6 +128,26 @@ class Layout:
             for n, (own, capacity, length) in enumerate(zip(self.pieces, self.txt_lengths, txt_lengths, strict=True))
         ]
         return torch.tensor(spans, dtype=torch.int32)
+
+    def table_rows(self, shapes: Sequence[ImageShapes], samples: int, zero_row: int | None) -> torch.Tensor | None:
+        """`[R]` int32, the row of a modulation table that each token takes where it is not the step's, else -1; None: nowhere.
+
+        Args:
+            shapes: of the pictures of each sequence.
+            samples: 1, or B where each sample has a row of its own.
+            zero_row: first row of timestep 0, for reference pictures, or None.
+        """
+        if samples == 1 and zero_row is None:
+            return None
+        # A sample has the same row in each of several predictions.
+        per_sample = [n % samples if samples > 1 else -1 for n in range(self.sequences)]
+        text = [own for own, length in zip(per_sample, self.txt_lengths, strict=True) for _ in range(length)]
+        image = []
+        for own, entry in zip(per_sample, shapes, strict=True):
+            zero = samples + own if samples > 1 else zero_row
+            for i, shape in enumerate(entry):
+                image += [zero if i > 0 and zero_row is not None else own] * math.prod(shape)
+        return torch.tensor(text + image, dtype=torch.int32, device=self.rope.device)
 
     def with_key_mask(self, text_mask: torch.Tensor | None) -> "Layout":
         """This layout with the text rows of `text_mask` `[N, S_txt]` as its only text keys. No host synchronisation."""

@@ -1,5 +1,6 @@
 """How a projection computes: the one place that knows kinds of linear layers."""
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from qwen_fast_kernels import linear_gelu
 
 from ..common.hooks import attached
 
+# Weight, bias, and of each adapter down, up and scale: all that a plain layer computes with, for `compiled.py`.
+Operands = tuple[torch.Tensor, torch.Tensor | None, tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...]]
 Places = list[tuple[slice, torch.Tensor, slice]]  # rows of the layer's own, and a tensor with the rows where they lie there
 
 
@@ -24,6 +27,10 @@ class LowRank(NamedTuple):
     def add(self, rows: torch.Tensor, out: torch.Tensor) -> None:
         """To the products of the layer's own weight, in their place."""
         out.addmm_(F.linear(rows, self.down["weight"]), self.up["weight"].t(), alpha=self.scaling[self.name])
+
+    def operands(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Down, up, and the scale as it is now, on the device: as a number it would be a constant of what is compiled."""
+        return self.down["weight"], self.up["weight"], _scale(float(self.scaling[self.name]), device)
 
 
 class Projection:
@@ -57,6 +64,13 @@ class Projection:
             if not (adapter.down["weight"].dtype == adapter.up["weight"].dtype == rows.dtype):
                 return None
         return weight
+
+    def operands(self, rows: torch.Tensor) -> Operands | None:
+        """What the layer multiplies `rows` with; None where it has to be called."""
+        weight = self.weight_for(rows)
+        if weight is None:
+            return None
+        return weight, self.parameters["bias"], tuple(adapter.operands(rows.device) for adapter in self.adapters)
 
     def __call__(self, rows: torch.Tensor, batch: int | None) -> torch.Tensor:
         """The layer called, `[R, C_out]`: with rows in one piece or, as stock would, with `[batch, S, C_in]`."""
@@ -124,8 +138,10 @@ def _adapters(module: nn.Module) -> list[LowRank] | None:
     if (type(module).__module__, type(module).__qualname__) != ("peft.tuners.lora.layer", "Linear"):
         return None
     base, names = module.base_layer, [] if module.disable_adapters else module.active_adapters
-    if type(base) is not nn.Linear or module.merged or module.fan_in_fan_out or attached(module) or attached(base):
+    if type(base) is not nn.Linear or module.fan_in_fan_out or attached(module) or attached(base):
         return None
+    if module.merged:  # the adapters are in the weight; switched off, the layer takes them out again when it is called
+        return None if module.disable_adapters else []
     found = []
     for name in names:
         if name not in module.lora_A:
@@ -138,6 +154,12 @@ def _adapters(module: nn.Module) -> list[LowRank] | None:
             return None
         found.append(LowRank(down.__dict__["_parameters"], up.__dict__["_parameters"], module.scaling, name))
     return found
+
+
+@functools.cache  # never dropped: a CUDA graph reads it where it lies
+def _scale(value: float, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.full((1,), value, device=device)
 
 
 def called(module: nn.Module, rows: torch.Tensor, batch: int | None) -> torch.Tensor:

@@ -24,9 +24,10 @@ from ..common.options import Options
 from ..common.pickled import EqualsStock, PickledAsStock
 from ..common.proofs import require_transformer
 from ..common.state import State
-from .block_module import STOCK_BLOCK, QwenImageTransformerBlock, context_reason
+from .block_module import STOCK_BLOCK, QwenImageTransformerBlock, called_plainly, context_reason
 from .blocks import TableRows, TokenStream, as_batches
 from .call import ATTACHED, CALL, Call, ModelState, PromptBatch, SharedForward, entered, lora_scale
+from .compiled import begin_step
 from .layout import ImageShapes, Layout, RotaryKey, build_layout, check_image_shapes, lay_out
 from .linear import linear_into
 from .modulation import FromLayers, ModulationSource
@@ -85,6 +86,10 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
             output = self._batch_forward(call, found, **arguments)
         call.state.calls["transformer"] += 1
         return Transformer2DModelOutput(sample=output) if arguments["return_dict"] else (output,)
+
+    def __call__(self, *args, **kwargs):
+        """Where the forward is ours, not what torch.compile made of stock's: it has its part in the blocks, see compiled.py."""
+        return called_plainly(self, lambda: _is_ours(self), args, kwargs)
 
     def look(self) -> Survey:
         """What of this model is stock's own, now."""
@@ -229,7 +234,7 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
         timestep = timestep.to(hidden_states.dtype)
         table = call.source if additional_t_cond is None and found.modulation is None else None
         if table is not None and table.begin(timestep):
-            return table
+            return call.source_of_step(table) if found.compilers_of(call.compiler) else table
         return FromLayers(self, found.order, timestep, hidden_states, additional_t_cond)
 
     def _run(self, call: Call, found: Survey, stream: TokenStream, source: ModulationSource, controlnet=None) -> torch.Tensor:
@@ -238,6 +243,7 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
         plans = [found.plan(block) for block in blocks]
         every = None if controlnet is None else math.ceil(len(blocks) / len(controlnet))
         last = len(blocks) - 1
+        begin_step(found.compilers_of(call.compiler))
         for index, (block, plan) in enumerate(zip(blocks, plans, strict=True)):
             added = None
             if controlnet is not None:
@@ -252,12 +258,14 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
                     following = _following(source, index + 1, plans[index + 1])
                 elif drop and found.norm_out is None and stream.rows.token_rows is None:
                     following = source.out
-                work = functools.partial(_through, stream, found.parts[id(block)], index, source, following, added, plan, drop)
+                parts, compiler = found.parts[id(block)], found.compilers.get(id(block), call.compiler)
+                work = functools.partial(_through, stream, parts, index, source, following, added, plan, drop, compiler)
                 if plan.placed:
                     stream.pending = work
                     block(stream, None, None, None)
                 else:
                     work()
+        call.count_compiled(stream)
         return self._out(found, stream, source)
 
     def _out(self, found: Survey, stream: TokenStream, source: ModulationSource) -> torch.Tensor:
@@ -325,25 +333,9 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
 
     def table_rows(self, source: ModulationSource, layout: Layout, shapes: Sequence[ImageShapes]) -> TableRows:
         """Which rows of the conditions' tables the tokens of `layout` take."""
-
-        def token_rows() -> torch.Tensor | None:
-            """Own rows for samples with timesteps of their own, and for reference pictures at timestep 0."""
-            if source.samples == 1 and source.zero_row is None:
-                return None
-            # A sample has the same row in each of several predictions.
-            several = source.samples > 1
-            per_sample = [n % source.samples if several else -1 for n in range(layout.sequences)]
-            text = [own for own, length in zip(per_sample, layout.txt_lengths, strict=True) for _ in range(length)]
-            image = []
-            for own, entry in zip(per_sample, shapes, strict=True):
-                zero = source.samples + own if several else source.zero_row
-                for i, shape in enumerate(entry):
-                    reference = i > 0 and source.zero_row is not None
-                    image += [zero if reference else own] * math.prod(shape)
-            return torch.tensor(text + image, dtype=torch.int32, device=layout.rope.device)
-
         key = ("token rows", tuple(shapes), layout.txt_lengths, source.samples, source.zero_row, layout.rope.device)
-        return TableRows(source.step_index, self._kept(key, token_rows))
+        rows = self._kept(key, lambda: layout.table_rows(shapes, source.samples, source.zero_row))
+        return TableRows(source.step_index, rows)
 
     def _kept(self, key: tuple, build) -> Any:
         kept = self.__dict__[ATTACHED].layouts
@@ -353,6 +345,12 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
                 kept.popitem(last=False)
         kept.move_to_end(key)
         return kept[key]
+
+
+def _is_ours(model: torch.nn.Module) -> bool:
+    """Whether a forward of `model` is fused now."""
+    call, kept = CALL.get(), model.__dict__.get(ATTACHED)
+    return call.model is model if call is not None else kept is not None and kept.own is not None
 
 
 def _call_of(model: torch.nn.Module) -> Call | None:
@@ -366,9 +364,9 @@ def _call_of(model: torch.nn.Module) -> Call | None:
     return Call(model, kept.own, survey=model.look())
 
 
-def _through(stream, parts, index, source, following, added, plan, is_last) -> None:
+def _through(stream, parts, index, source, following, added, plan, is_last, compiler) -> None:
     # The modulation is asked for here, and not before: its layers are where a hook brings the block's weights.
-    stream.through(parts, source.block(index), following, added, plan, drop_text=is_last)
+    stream.through(parts, source.block(index), following, added, plan, drop_text=is_last, compiler=compiler)
 
 
 def _following(source: ModulationSource, index: int, plan: BlockPlan):

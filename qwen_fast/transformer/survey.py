@@ -17,8 +17,9 @@ from diffusers.models.transformers import transformer_qwenimage as stock
 from torch import nn
 
 from ..common.fingerprint import adapter_state
-from ..common.hooks import Kind, attached
+from ..common.hooks import Kind, attached, compiled_call
 from ..common.own import foreign_methods, foreign_on, process_reason
+from .compiled import compiler_of
 from .kinds import ADAPTING, KNOWN, METHODS, ROTARY, ROTARY_METHODS, foreign_kind, modules_below, replaced_functions
 from .linear import Projection
 
@@ -100,6 +101,8 @@ class Survey:
         order: the blocks of `transformer_blocks`.
         owned: blocks of ours anywhere in the model, by id.
         norm_out: why the output norm is called as a module, or None.
+        quantised: a layer of a block whose weight is not plain, in words, or None.
+        compilers: what torch.compile compiles blocks with, by id of the block.
         modules: the transformer and all modules below it.
         touched: something is attached to one of them, of whatever kind.
         adapters: scales of adapters and which of them are on, in words.
@@ -124,6 +127,8 @@ class Survey:
     order: list[nn.Module]
     owned: frozenset[int]
     norm_out: str | None
+    quantised: str | None
+    compilers: dict[int, Any]
     modules: list[nn.Module]
     touched: bool
     adapters: tuple[str, ...]
@@ -140,6 +145,10 @@ class Survey:
         plans = ((plan.called, plan.stock, plan.attention, *plan.mlps) for plan in self.blocks.values())
         found = (*self.foreign, self.model, self.rotary, self.norm_out, *(reason for plan in plans for reason in plan))
         return next(filter(None, found), None) or self.modulation or "layers that may not get several predictions at once"
+
+    def compilers_of(self, around: Any) -> list[Any]:
+        """All that compile blocks, each once, where `around` compiles the whole transformer, or None."""
+        return list(dict.fromkeys([*self.compilers.values(), *([] if around is None else [around])]))
 
 
 def survey(model: nn.Module, before: Survey | None = None) -> Survey:
@@ -165,7 +174,11 @@ class _Look:
             or own["_forward_pre_hooks"]
             or "_compiled_call_impl" in own
         ]
-        self.attached = {id(module): found for module in touched if (found := attached(module)) is not None}
+        ours = stock.QwenImageTransformer2DModel, stock.QwenImageTransformerBlock
+        compiled = {id(module): compiled_call(module) for module in touched if isinstance(module, ours)}
+        self.compilers = {place: found for place, one in compiled.items() if (found := compiler_of(one)) is not None}
+        looks = ((module, attached(module, compiled=id(module) not in self.compilers)) for module in touched)
+        self.attached = {id(module): found for module, found in looks if found is not None}
         self.whole = process_reason()
         self.functions = [f"{name} was replaced" for name in replaced_functions()]
         self.stock = foreign_methods(cls, ("forward",))
@@ -201,7 +214,8 @@ class _Look:
             places = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in weights]
         norm, time = self.norm_out, self.model.time_text_embed  # read by the fused forward, or by a table
         odd += [getattr(getattr(norm, "norm", None), "eps", None), *map(str, vars(getattr(time, "time_proj", time)).values())]
-        return self.modules, self.attached, tuple(self.foreign), self.whole, odd, self.adapters, self.random, places
+        seen = self.modules, self.attached, self.compilers, tuple(self.foreign)
+        return *seen, self.whole, odd, self.adapters, self.random, places
 
     def reason(self, module: Any) -> str | None:
         """Why `module` has to be called with stock's arguments, or None. A hook that brings weights is no reason."""
@@ -246,12 +260,18 @@ class _Look:
             order=blocks,
             owned=frozenset(map(id, fused)),
             norm_out=norm_out,
+            quantised=next(filter(None, map(_quantised, self._linears(blocks))), None),
+            compilers={id(block): one for block in fused if (one := self._compiler(block)) is not None},
             modules=self.modules,
             touched=bool(self.attached),
             adapters=self.adapters,
             foreign=tuple(dict.fromkeys(([self.whole] if self.whole else []) + self.foreign)),
             key=self.key,
         )
+
+    def _compiler(self, block: nn.Module) -> Any | None:
+        """Of the block, or of the transformer as a whole: then too its blocks are compiled one by one."""
+        return self.compilers.get(id(block)) or self.compilers.get(id(self.model))
 
     def _name_what_is_attached(self) -> None:
         strange = [module for module in self.modules if id(module) in self.attached]
@@ -385,3 +405,12 @@ class _Look:
     @staticmethod
     def _is_by_rows(plan: BlockPlan) -> bool:
         return plan.called is None and plan.stock is None and plan.attention is None and plan.mlps == (None, None)
+
+
+def _quantised(layer: nn.Module) -> str | None:
+    """What there is in a plain weight's place, adapters aside, or None."""
+    base = getattr(layer, "base_layer", layer)
+    weight = base._parameters.get("weight")
+    if type(base) is nn.Linear and type(weight) is nn.Parameter:
+        return None
+    return f"a {type(base).__name__}" if type(base) is not nn.Linear else f"a weight that is a {type(weight).__name__}"

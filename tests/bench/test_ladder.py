@@ -18,7 +18,7 @@ from benchmarks.ladder import run as bench
 from benchmarks.ladder import rungs as ladder
 from benchmarks.ladder.peers import PEERS
 from benchmarks.ladder.rung import NotMeasured, Rung
-from benchmarks.ladder.rungs import ENABLED, GRAPH, INVARIANT, OURS, PACKED, STEPS
+from benchmarks.ladder.rungs import ENABLED, ENABLED_AND_COMPILED, GRAPH, INVARIANT, OURS, PACKED, STEPS
 from benchmarks.ladder.stock import COMPARED, COMPILED, STOCK
 from benchmarks.shared.rows import read
 from benchmarks.shared.shapes import SHAPES, PictureCase
@@ -98,11 +98,11 @@ def test_every_rung_is_reached_and_leaves_the_pipeline_as_it_was(session, monkey
     assert all(row["torch"] == torch.__version__ and row["commit"] for row in rows)
 
     # A rung is entered twice, for the first image and for the pairs; the first one once more, for the stage table.
-    measured = [ENABLED, PACKED[0], *PACKED[2:], *STEPS]
+    measured = [ENABLED, PACKED[0], *PACKED[2:], *STEPS, ENABLED_AND_COMPILED]
     assert len(reports) == 2 * len(measured) + 1
     told = reports.pop()
     assert told.calls["packed transformer"] and not told.fallbacks
-    enabled, diffusers_attention, flash, our_attention, sampler, fused, table, packed, pictures = reports[::2]
+    enabled, diffusers_attention, flash, our_attention, sampler, fused, table, packed, pictures, _ = reports[::2]
     assert "cfg_euler_step" in sampler.calls and "transformer" not in sampler.calls and "vae decode" not in sampler.calls
     for report in (fused, table):
         assert report.calls["transformer"] and "packed transformer" not in report.calls and not report.fallbacks
@@ -303,11 +303,11 @@ def test_a_batch_whose_pictures_are_kept_apart(session):
 def test_skipped_rungs_and_unknown_ones():
     options = bench.Options(CPU, torch.float32, shape=TINY, cases=[CASE], skip=("compile", "cache"))
     ((_, rungs),) = bench.plan(options)
-    assert COMPILED not in rungs and STOCK in rungs and len(rungs) == len(ladder.all_rungs()) - 2
+    assert COMPILED not in rungs and STOCK in rungs and len(rungs) == len(ladder.all_rungs()) - 3
     with pytest.raises(ValueError, match="--skip nothing: no rung has that"):
         bench.plan(dataclasses.replace(options, skip=("nothing",)))
     ((_, rungs),) = bench.plan(dataclasses.replace(options, skip=(), only=("compile", "as enabled")))
-    assert rungs == [STOCK, ENABLED, COMPILED], "in the ladder's order"
+    assert rungs == [STOCK, ENABLED, COMPILED, ENABLED_AND_COMPILED], "in the ladder's order"
 
 
 def test_the_default_takes_less_than_eight_minutes_by_arithmetic(capsys, monkeypatch):

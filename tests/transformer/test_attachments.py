@@ -152,17 +152,6 @@ def test_a_custom_processor_is_used(checkpoint, modulation):
     assert report.fallbacks == {"attention processor OwnProcessor": 1}
 
 
-def test_compiled_blocks_run_as_they_were_compiled(pair):
-    for pipe in pair:
-        for block in pipe.transformer.transformer_blocks:
-            block.compile(backend="eager")
-    try:
-        assert_same_latents(draw(pair[1], **ARGUMENTS), draw(pair[0], **ARGUMENTS))
-    finally:
-        torch.compiler.reset()
-    assert any("torch.compile" in reason for reason in qwen_fast.report(pair[1]).fallbacks)
-
-
 def test_two_pipelines_share_a_transformer_and_one_is_enabled(checkpoint):
     pipe = stock(checkpoint)
     twin = diffusers.QwenImagePipeline(**pipe.components)

@@ -76,6 +76,20 @@ def merge(model):
     model.up.merge()
 
 
+@pytest.mark.parametrize("off", [False, True])
+@torch.no_grad()
+def test_merged_adapters_are_in_the_weight(off):
+    """Switched off, the layer takes them out when it is called: that has to happen."""
+    model = adapted()
+    merge(model)
+    if off:
+        model.up._disable_adapters = True  # without the unmerging of `enable_adapters`
+    found, rows, out = Projection(model.up), torch.randn(5, 16), torch.empty(5, 32)
+    assert not found.adapters and (found.parameters is None) == off
+    linear_into(found, rows, out)
+    assert (out - model.up(rows)).abs().max() <= 1e-6
+
+
 def hook(model):
     model.up.lora_A["a"].register_forward_hook(lambda *_: None)
 
@@ -96,7 +110,7 @@ OTHERS = {
     "DoRA": lambda: adapted(use_dora=True),
     "dropout": lambda: adapted(lora_dropout=0.5),
     **{change.__name__: (lambda change=change: (lambda model: (change(model), model)[1])(adapted())) for change in
-       (merge, hook, replace, bias, subclass)},
+       (hook, replace, bias, subclass)},
 }  # fmt: skip
 
 
