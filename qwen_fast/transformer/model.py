@@ -234,7 +234,8 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
         timestep = timestep.to(hidden_states.dtype)
         table = call.source if additional_t_cond is None and found.modulation is None else None
         if table is not None and table.begin(timestep):
-            return call.source_of_step(table) if found.compilers_of(call.compiler) else table
+            compiled = table.samples == 1 and found.compilers_of(call.compiler)
+            return call.source_of_step(table) if compiled else table
         return FromLayers(self, found.order, timestep, hidden_states, additional_t_cond)
 
     def _run(self, call: Call, found: Survey, stream: TokenStream, source: ModulationSource, controlnet=None) -> torch.Tensor:

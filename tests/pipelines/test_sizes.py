@@ -65,6 +65,15 @@ def assert_as_alone(pipe, fast, make=generators, **arguments) -> list:
     return actual
 
 
+@pytest.mark.parametrize("options", [{}, {"modulation": "layers"}], ids=str)
+def test_compiled_blocks_get_each_picture_s_own_row(checkpoint, pipe, options):
+    """A step of one schedule reads one row of a table, at one address; pictures of several have a row each."""
+    compiled = stock(checkpoint)
+    compiled.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    assert_as_alone(pipe, qwen_fast.enable(compiled, **options))
+    assert qwen_fast.report(compiled).calls["compiled block"]
+
+
 def add_lora(*pipes) -> None:
     from peft import LoraConfig
 

@@ -85,10 +85,6 @@ def cached(pipe, monkeypatch):
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
 
 
-def compiled(pipe, monkeypatch):
-    pipe.transformer.compile()
-
-
 def another_scheduler(pipe, monkeypatch):
     pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
 
@@ -132,7 +128,6 @@ def no_gpu_for_it(pipe, monkeypatch):
     [
         (hooked, "a forward hook"),
         (cached, "a step cache"),
-        (compiled, "torch.compile"),
         (another_scheduler, "scheduler is a FlowMatchHeunDiscreteScheduler"),
         (wrapped_step, "step: not diffusers' own"),
         (sampled, "stochastic_sampling"),
