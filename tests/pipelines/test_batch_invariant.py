@@ -159,6 +159,21 @@ def test_a_callback_that_changes_a_prompt(checkpoint, by_shape):
 
 
 @pytest.mark.triton
+def test_blocks_that_travel(checkpoint, by_shape):
+    """Group offloading calls the transformer through its hooks, once for each picture."""
+    case = Case(EAGER)
+    pipe = stock(checkpoint)
+    places = {"onload_device": torch.device("cuda"), "offload_device": torch.device("cpu")}
+    pipe.transformer.enable_group_offload(**places, offload_type="block_level", num_blocks_per_group=1)
+    for part in (pipe.vae, pipe.text_encoder):
+        part.to("cuda")
+    qwen_fast.enable(pipe, batch_invariant=True, strict=True)
+    batch = drawn(pipe, case, [1, 0])
+    assert all(torch.equal(drawn(pipe, case, [n])[0], batch[place]) for place, n in enumerate((1, 0)))
+    assert torch.equal(drawn(enabled(checkpoint, case, batch_invariant=True), case, [0])[0], batch[1])
+
+
+@pytest.mark.triton
 @pytest.mark.parametrize("batch_invariant", [True, False])
 def test_what_a_callback_sees(checkpoint, by_shape, batch_invariant):
     names, seen = ["latents", "noise_pred", "noise_norm"], []
