@@ -205,7 +205,7 @@ def test_a_subclass_is_refused_by_its_name(field):
 
 
 REFUSED = [
-    *("QwenImage21Pipeline", "QwenImageModularPipeline", "QwenImageEditModularPipeline", "QwenImageLayeredModularPipeline"),
+    *("QwenImage21Pipeline", "QwenImage21ModularPipeline", "QwenImage21TurboModularPipeline"),
 ]
 
 

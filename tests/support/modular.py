@@ -1,6 +1,8 @@
 """Every modular pipeline of diffusers, small, with arguments of a call; references are shrunk, stock's have a megapixel."""
 
 import contextlib
+import copy
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +19,11 @@ from .family import CALL, HIGH, MASK, SIZE, WIDE
 
 GUIDANCE = 3.0
 _TEXT = {name: value for name, value in CALL.items() if name != "true_cfg_scale"} | SIZE
+
+
+@functools.lru_cache
+def _parts(name: str, checkpoint: Any, dtype: torch.dtype, transformer: tuple) -> dict[str, Any]:
+    return build_pipeline(getattr(diffusers, name), checkpoint, dtype=dtype, **dict(transformer)).components
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Workflow:
     def pipe(self, checkpoint, dtype: torch.dtype = torch.float32, guider: Any = None):
         """A pipeline with small parts, and plain guidance where no guider is given."""
         built = getattr(diffusers, self.blocks)().init_pipeline()
-        parts = build_pipeline(getattr(diffusers, self.parts), checkpoint, dtype=dtype, **self.transformer).components
+        parts = copy.deepcopy(_parts(self.parts, checkpoint, dtype, tuple(self.transformer.items())))
         parts["guider"] = diffusers.ClassifierFreeGuidance(guidance_scale=GUIDANCE) if guider is None else guider
         built.update_components(**{name: part for name, part in parts.items() if name in built.component_names})
         silence(built)
