@@ -63,21 +63,19 @@ _SMALL_LADDER = (*_CLI, "bench", "--shape", "tiny", "--size", "64x64", "--steps"
 _SMALL_LADDER += ("--device", "cpu", "--resume", *_CEILINGS)
 # Launch-bound and few-step pictures, and pictures each of another size and prompt, on one model: building it takes 15 s.
 _CHOSEN = ("as enabled", "CUDA graph", "VAE of pictures")  # with and without a graph beside "auto"
-_SIZES = (*_CLI, "bench", "--repeats", "1", "--seconds", "0.5", "--limit", "60", "--resume", *_CEILINGS)
-_SIZES += _each("--only", _CHOSEN)
+_CASES = (*_CLI, "bench", "--repeats", "1", "--seconds", "0.5", "--limit", "60", "--resume", *_CEILINGS)
+_SIZES = (*_CASES, *_each("--only", _CHOSEN))
 _FIRST_SIZES = ("--case", "512x512,20", *_each("--changing", ("512x512,50", "1024x1024,8,no-cfg")))
 _MORE_SIZES = (
     *_each("--case", ("1024x1024,8,no-cfg", "256x256,20", "512x512,8,no-cfg")),
     *_each("--changing", ("1024x1024,50", "512x512,8,no-cfg")),
 )
-_SMALL_SIZES = (*_CLI, "bench", "--shape", "tiny", "--device", "cpu", "--repeats", "1", "--seconds", "0.02", "--resume")
-_SMALL_SIZES += (
-    *_CEILINGS,
-    *_each("--case", ("48x48,2", "64x64,2,no-cfg")),
-    "--changing",
-    "128x128,2",
-    *_each("--only", _CHOSEN),
-)
+_SMALL_CASES = (*_CLI, "bench", "--shape", "tiny", "--device", "cpu", "--repeats", "1", "--seconds", "0.02", "--resume")
+_SMALL_CASES += _CEILINGS
+_SMALL_SIZES = (*_SMALL_CASES, *_each("--case", ("48x48,2", "64x64,2,no-cfg")), "--changing", "128x128,2")
+_SMALL_SIZES += _each("--only", _CHOSEN)
+# What it costs that no picture depends on its batch.
+_INVARIANT = _each("--only", ("as enabled", "batch_invariant"))
 _PICTURE = {"width": "1024", "height": "1024", "steps": "50", "cfg": "True"}  # of which the ladder has every rung
 _PROFILE = (*_CLI, "profile", "--shape", "qwen-image", "--size", "1024x1024", "--steps", "3", *_CEILINGS)
 _SMALL_PROFILE = (*_CLI, "profile", "--shape", "tiny", "--size", "64x64", "--steps", "1", "--device", "cpu", *_CEILINGS)
@@ -86,7 +84,14 @@ _LATE = ("compile", "torchao", "cache-dit", "SageAttention")
 _GPU_TESTS = (  # where tests are marked gpu
     *("bench/test_profile", "bench/test_runbook", "bench/test_tune", "demo/test_demo_checkpoint", "denoise/test_graph"),
     *("loading/test_loading", "ops", "pipelines/test_generate", "schedule/test_schedule", "text/test_text_cache"),
-    *("pipelines/test_family_on_a_gpu", "transformer/test_host_weights", "transformer/test_modulation", "vae/test_vae_bands"),
+    *(
+        "pipelines/test_family_on_a_gpu",
+        "pipelines/test_batches_on_a_gpu",
+        "pipelines/test_batch_invariant",
+        "transformer/test_host_weights",
+        "transformer/test_modulation",
+        "vae/test_vae_bands",
+    ),
 )
 
 
@@ -196,11 +201,34 @@ STAGES = (
 LATER = (
     Stage(
         "ladder-compile",
-        110,
-        (*_LADDER, *_each("--only", ("compile",)), "--limit", "90", "--out", "{out}/ladder"),
-        shown=5,
-        estimate=85,
-        rows=(("ladder.csv", _PICTURE | {"rung": "stock + regional compile"}),),
+        150,
+        (*_LADDER, *_each("--only", ("compile",)), "--limit", "110", "--out", "{out}/ladder"),
+        shown=8,
+        estimate=110,  # 52 s with stock's alone
+        rows=(
+            ("ladder.csv", _PICTURE | {"rung": "stock + regional compile"}),
+            ("ladder.csv", _PICTURE | {"rung": "qwen_fast + regional compile"}),
+        ),
+    ),
+    Stage(
+        "batches",
+        90,
+        (*_CASES, *_each("--case", ("1024x1024,8,no-cfg,batch=4", "512x512,8,no-cfg,batch=4")), *_INVARIANT)
+        + ("--out", "{out}/ladder"),
+        (*_SMALL_CASES, "--case", "64x64,2,no-cfg,batch=4", *_INVARIANT, "--out", "{out}/ladder"),
+        shown=16,
+        estimate=65,
+        tries=3,
+        rows=(("ladder.csv", {"batch": "4", "rung": "+ batch_invariant"}),),
+    ),
+    Stage(
+        "mixed-sizes",
+        90,
+        ("-m", "benchmarks.ladder.sizes", "--device", "cuda", "--repeats", "2", "--append", "{out}/sizes.csv"),
+        ("-m", "benchmarks.ladder.sizes", "--append", "{out}/sizes.csv"),
+        shown=6,
+        estimate=60,
+        rows=(("sizes.csv", {}),),
     ),
     Stage(
         "tests-ops",

@@ -8,15 +8,15 @@ from ..common.own import foreign_methods, foreign_on
 
 # What the packed path goes around of a guider. Names that a version of diffusers lacks are passed over.
 _MODELS = ("prepare_models", "cleanup_models")
-_GUIDER = ("set_state", "prepare_inputs", "_prepare_batch", *_MODELS, "__call__", "forward")
-_GUIDER += ("num_conditions", "_is_cfg_enabled")
+GUIDER = ("set_state", "prepare_inputs", "_prepare_batch", *_MODELS, "__call__", "forward")
+GUIDER += ("num_conditions", "_is_cfg_enabled")
 
 
 def alone_reason(guider: Any) -> str | None:
     """Why a guider has to ask for each prediction alone, or None."""
     if not isinstance(guider, BaseGuidance):
         return f"guider is a {type(guider).__name__}"
-    found = foreign_methods(type(guider), _GUIDER) + foreign_on(guider, _GUIDER)
+    found = foreign_methods(type(guider), GUIDER) + foreign_on(guider, GUIDER)
     if found:
         return f"{', '.join(dict.fromkeys(found))}: not diffusers' own"
     if any(getattr(type(guider), name) is not getattr(BaseGuidance, name) for name in _MODELS):  # it puts hooks in

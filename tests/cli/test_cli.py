@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from qwen_fast.cli import build_parser, doctor, main
-from qwen_fast.common.family import FAMILY
+from qwen_fast.common.family import FAMILY, MODULAR
 from support.cli import refused
 
 # The mission's golden values: 20 steps, 1024 image tokens.
@@ -278,7 +278,7 @@ def test_doctor_json(capsys):
     findings = json.loads(capsys.readouterr().out)
     assert findings["healthy"] and findings["versions"]["torch"] == torch.__version__
     accelerated = {name for name, why_not in findings["accelerated"].items() if why_not is None}
-    assert accelerated == set(FAMILY)
+    assert accelerated == {*FAMILY, *MODULAR}
     assert [check["ok"] for check in findings["checks"]] == [True] * len(findings["checks"])
 
 
