@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..transformer.layout import RotaryKey
-from .step import Step
+from .step import RESIDUALS, Step
 
 if TYPE_CHECKING:
     from .denoiser import Denoiser
@@ -46,7 +46,7 @@ class Inputs:
         hidden, others = step.shared("hidden_states"), frozenset(kwargs) - {"scale"}
         plain = (rotary, kwargs.get("scale", 1.0), others, step.true_cfg_scale, step.normalize, denoiser.own_step is None)
         plain += (step.shared("img_shapes"), tuple(hidden.shape), tuple(step.latents.shape), hidden.dtype, step.is_shared)
-        plain += (step.control is None, denoiser.row is None)
+        plain += (step.control is None, step.shared(RESIDUALS) is None, denoiser.row is None)
         plain += (torch.is_autocast_enabled(hidden.device.type), denoiser.call.compiler)
         return cls(tensors, [version_of(one, denoiser.dirty) for one in tensors], plain, denoiser.call.survey)
 

@@ -166,13 +166,16 @@ def _words(call: ast.Call, function: str) -> dict[str, str]:
 
 
 def _control(node: ast.stmt, cond: dict[str, str]) -> dict[str, str] | None:
-    """Sources of the arguments of the ControlNet's forward, for latents and prompt of the next one; None: no such."""
+    """Sources of the arguments of the ControlNet's forward, for latents and prompt of the next one; None: stock's
+    loop makes that forward, which is none or another one."""
     if not isinstance(node, ast.Assign) or text(node.targets[0]) != RESIDUALS or not isinstance(node.value, ast.Call):
         return None
-    words = _words(node.value, "self.controlnet")
-    if words.keys() != {"controlnet_cond", "conditioning_scale", *_SHARED} or any(words[n] != cond.get(n) for n in _SHARED):
-        raise Unknown
-    return words
+    try:
+        words = _words(node.value, "self.controlnet")
+    except Unknown:
+        return None
+    known = words.keys() == {"controlnet_cond", "conditioning_scale", *_SHARED}
+    return words if known and all(words[name] == cond.get(name) for name in _SHARED) else None
 
 
 def _dict(words: dict[str, str]) -> str:
