@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import graph
-from .step import Step
+from .step import RESIDUALS, Step
 
 if TYPE_CHECKING:
     from .denoiser import Denoiser
@@ -27,7 +27,7 @@ def keeps_apart(denoiser: "Denoiser", step: Step, rows: bool) -> bool:
     if not state.options.batch_invariant:
         return False
     reason = None
-    if step.control is not None:
+    if step.control is not None or step.shared(RESIDUALS) is not None:
         reason = "the ControlNet computes the whole batch at once"
     elif not rows:
         reason = "the transformer is called as in stock, with the whole batch: for hooks, caches, autocast or attention_kwargs"
