@@ -321,10 +321,10 @@ def test_modules_of_another_kind_are_left(transformer):
 
 def test_signature_and_table_are_the_same_from_the_host(transformer):
     cache, steps = TableCache(), torch.tensor([0.9, 0.3])
-    table, signature = cache.get(transformer, steps, "cpu"), weights_signature(transformer)
+    table, signature = cache.table(transformer, steps, "cpu"), weights_signature(transformer)
     keep_on_host(transformer)
     assert weights_signature(transformer).content == signature.content
-    assert cache.get(transformer, steps, "cpu") is table
+    assert cache.table(transformer, steps, "cpu") is table
 
 
 @pytest.mark.gpu
