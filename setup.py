@@ -51,6 +51,7 @@ setup(
         "pillow",
     ],
     extras_require={
+        "lora": ["peft"],
         "plot": ["matplotlib"],
         "test": [
             "build",
