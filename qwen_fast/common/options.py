@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
-_VALUES = {
+VALUES = {
     "precise_sampler": (True, False),
     "modulation": ("auto", "device", "host", "layers"),
     "attention": ("auto", "triton", "cudnn", "flash", "efficient", "diffusers"),
@@ -43,7 +43,7 @@ class Options:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in _VALUES.items():
+        for name, known in VALUES.items():
             value = getattr(self, name)
             if not any(value is one or (isinstance(value, str) and value == one) for one in known):
                 raise ValueError(f"`{name}` is {value!r}; use one of {', '.join(map(repr, known))}.")

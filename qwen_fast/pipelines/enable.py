@@ -86,8 +86,12 @@ def disable(pipe: Pipeline) -> Pipeline:
 
     Returns:
         The same object.
+    Raises:
+        TypeError: what is no pipeline.
     """
     state = getattr(pipe, "__dict__", {}).get(STATE)
+    if state is None and not isinstance(pipe, _pipelines()):
+        raise TypeError(f"`pipe` is a {type(pipe).__name__}, not a pipeline{_hint(pipe, 'disable_vae')}.")
     if state is not None:
         pipe.remove_scheduler()
         pipe.remove_transformer()
@@ -104,7 +108,19 @@ def _refusal(pipe: Any) -> str:
     name, known = type(pipe).__name__, ", ".join(stock.__name__ for stock in ACCELERATED)
     if isinstance(pipe, tuple(ACCELERATED)):
         return f"`pipe` is a {name}, a subclass with code of its own, which enable would replace. It takes exactly: {known}."
-    modular = getattr(diffusers, "ModularPipeline", ())  # newer than the oldest diffusers we take
-    if name.startswith("QwenImage") and isinstance(pipe, (diffusers.DiffusionPipeline, *((modular,) if modular else ()))):
+    if name.startswith("QwenImage") and isinstance(pipe, _pipelines()):
         return f"`pipe` is a {name}, which is not accelerated yet and was left unchanged. Accelerated: {known}."
-    return f"`pipe` is a {name}, not a pipeline of the Qwen-Image family. Accelerated: {known}."
+    return f"`pipe` is a {name}, not a pipeline of the Qwen-Image family{_hint(pipe, 'enable_vae')}. Accelerated: {known}."
+
+
+def _pipelines() -> tuple[type, ...]:
+    modular = getattr(diffusers, "ModularPipeline", None)  # newer than the oldest diffusers we take
+    return (diffusers.DiffusionPipeline,) if modular is None else (diffusers.DiffusionPipeline, modular)
+
+
+def _hint(part: Any, for_vae: str) -> str:
+    """What to do with a part of a pipeline."""
+    name = type(part).__name__
+    if name.startswith("QwenImageTransformer"):
+        return "; a transformer alone is fused as a qwen_fast.QwenImageTransformer2DModel"
+    return f"; for a VAE alone there is qwen_fast.{for_vae}" if name.startswith("Autoencoder") else ""

@@ -211,7 +211,7 @@ def test_generate_with_loras_and_another_schedule(draw, checkpoint, tmp_path, ca
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "one of the arguments --prompt --prompt-file is required"),
+        ([], "one of the arguments --prompt --prompt-file --jobs is required"),
         (["--prompt", "x", "--prompt-file", "y"], "not allowed with argument"),
         (["--prompt-file", "missing.txt"], "--prompt-file missing.txt: No such file or directory"),
         (["--prompt-file", "empty.txt"], "--prompt-file empty.txt holds no prompt"),

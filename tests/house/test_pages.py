@@ -13,7 +13,7 @@ from benchmarks.ladder.session import FIELDS
 from benchmarks.pages import committed, memory, tables
 from benchmarks.shared.rows import RowFile
 from qwen_fast import Schedule
-from qwen_fast.common.options import _VALUES, NAMES
+from qwen_fast.common.options import NAMES, VALUES
 from qwen_fast.schedule.comparison import historical_errors
 from qwen_fast.schedule.configs import QWEN_IMAGE_SCHEDULER_CONFIG
 
@@ -115,7 +115,7 @@ def test_the_options_are_listed_with_their_values():
     for name, values in re.findall(r"^\| `(\w+)` \| (.+?) \|", page("coverage").split("## Options")[1], re.MULTILINE):
         rows[name] = re.findall(r"`([^`]+)`", values)
     assert rows.keys() == set(NAMES)
-    for name, known in _VALUES.items():
+    for name, known in VALUES.items():
         assert {value.strip('"') for value in rows[name]} == {str(value) for value in known}
 
 
