@@ -1,6 +1,6 @@
 """`enable` and `disable`: put the acceleration into a pipeline that exists, in place, and take it out again."""
 
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import diffusers
 
@@ -10,11 +10,16 @@ from ..common.state import STATE, State, logger
 from . import cache_dit
 from .family import ACCELERATED
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..common.options import OptionsGiven
+
 Pipeline = TypeVar("Pipeline")
 
 
 @takes_options
-def enable(pipe: Pipeline, **options: Any) -> Pipeline:
+def enable(pipe: Pipeline, **options: "Unpack[OptionsGiven]") -> Pipeline:
     """Accelerate `pipe` in place. Calling it again changes the options.
 
     Only this pipeline's calls change: no class of diffusers, no global setting, no other pipeline, even one that shares
@@ -58,10 +63,10 @@ def enable(pipe: Pipeline, **options: Any) -> Pipeline:
         stock, ours = next((s, o) for s, o in ACCELERATED.items() if o is stock)
     if ours is None:
         raise ValueError(_refusal(pipe))
-    options = Options.of(options)
+    chosen = Options.of(dict(options))
     reason = unsupported_reason(pipe.device)
     if reason is not None:
-        if options.strict:
+        if chosen.strict:
             raise RuntimeError(f"strict=True, and this pipeline cannot be accelerated: {reason}.")
         logger.warning("the pipeline stays on stock diffusers: %s.", reason)
         return pipe
@@ -71,7 +76,7 @@ def enable(pipe: Pipeline, **options: Any) -> Pipeline:
             pipe.__dict__[STATE] = State()
             pipe.__class__ = ours
         cache_dit.enabled(pipe, ours)
-        pipe.put_in(options)
+        pipe.put_in(chosen)
     except BaseException:
         if before is None:
             disable(pipe)
