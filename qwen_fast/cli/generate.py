@@ -146,6 +146,8 @@ def run(args: argparse.Namespace) -> int:
         side = pipe.default_sample_size * pipe.vae_scale_factor
         size, steps = (DEMO_SIZE, DEMO_STEPS) if args.model is None else ((side, side), MODEL_STEPS)
         jobs = [dataclasses.replace(job, size=job.size or size, steps=job.steps or steps) for job in jobs]
+        if args.model is None:
+            _say_what_is_strange(jobs)
         common = _settings(args, options, device, dtype)
         kinds = {(job.size, job.steps, job.cfg) for job in jobs}
         for (width, height), number, cfg in sorted(kinds):
@@ -198,6 +200,15 @@ def _jobs(args: argparse.Namespace) -> tuple[list[Job], list[str]]:
     each = [prompt for prompt in prompts for _ in range(args.num_images)]
     jobs = [dataclasses.replace(defaults, prompt=prompt, seed=args.seed + index) for index, prompt in enumerate(each)]
     return [dataclasses.replace(job, name=f"{slug(job.prompt)}-seed{job.seed}") for job in jobs], []
+
+
+def _say_what_is_strange(jobs: Sequence[Job]) -> None:
+    """Once each: what the demo checkpoint was never shown."""
+    from ..demo.scenes import strange
+
+    found = (strange(job.prompt, job.negative_prompt if job.cfg > 1 else None, *job.size) for job in jobs)
+    for sentence in dict.fromkeys(sentence for sentences in found for sentence in sentences):
+        print(f"note: {sentence}", file=sys.stderr, flush=True)
 
 
 def _missing(jobs: Sequence[Job], folder: Path, common: dict[str, str]) -> list[Job]:

@@ -147,6 +147,18 @@ def test_generate_draws_the_demo_without_a_model(tmp_path, monkeypatch, capsys):
     assert judge(np.asarray(picture), demo.PROMPTS[0]).everything
 
 
+def test_generate_says_what_the_demo_does_not_know(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    known = ["--prompt", demo.PROMPTS[0], "--prompt", "a red circle", "--prompt", "a cat", "--steps", "1", "--device", "cpu"]
+    assert main(["generate", *known, "--size", "80x64", "--negative-prompt", "red"]) == 0
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == 4 and all(note.startswith("note: the demo checkpoint ") for note in notes)
+    assert "'a red circle' is no sentence" in "".join(notes) and "knows 64x64 and 96x64; at 80x64" in "".join(notes)
+    assert "'red' makes its pictures worse" in "".join(notes)
+    assert main(["generate", *known[:2], *known[6:], "--size", "96x64", "--cfg", "1", "--negative-prompt", "red"]) == 0
+    assert capsys.readouterr().err == "", "without guidance nothing reads the negative prompt"
+
+
 def test_generate_names_a_damaged_demo_checkpoint(tmp_path, monkeypatch, capsys):
     damaged = tmp_path / "checkpoint"
     shutil.copytree(demo.CHECKPOINT, damaged)
