@@ -21,7 +21,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(demo.CHECKPOINT), help="a folder or hub id (default: the demo's)")
     parser.add_argument("--lora", default=str(demo.CHECKPOINT / demo.LIGHTNING), help="folder or hub id (default: the demo's)")
-    parser.add_argument("--weight-name", help="file in it, where there are several")
+    parser.add_argument("--weight-name", default="pytorch_lora_weights.safetensors", help="file in it (default: %(default)s)")
     parser.add_argument("--prompt", default="two green squares on a white background")
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--fuse", action="store_true", help="add it to the weights: nothing is computed beside them then")
@@ -32,8 +32,7 @@ def main(argv=None):
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     pipe = qwen_fast.QwenImagePipeline.from_pretrained(options.model, dtype=dtype, device=device)
     pipe.scheduler = type(pipe.scheduler).from_config(LIGHTNING_SCHEDULER_CONFIG)
-    named = {} if options.weight_name is None else {"weight_name": options.weight_name}
-    pipe.load_lora_weights(options.lora, adapter_name="few-steps", **named)
+    pipe.load_lora_weights(options.lora, adapter_name="few-steps", weight_name=options.weight_name)
     pipe.set_adapters("few-steps", options.scale)
     if options.fuse:
         pipe.fuse_lora(adapter_names=["few-steps"])

@@ -106,7 +106,8 @@ def _lora_source(name: str, checkpoint: Path) -> tuple[str, dict[str, str]]:
     if path.is_file():
         return str(path.parent), {"weight_name": path.name}
     if path.is_dir():
-        return str(path), {}
+        files = list(path.glob("*.safetensors"))  # without a network older versions of diffusers do not look for it
+        return str(path), {"weight_name": files[0].name} if len(files) == 1 else {}
     is_file = repository and not repository[2] and Path(name).suffix in (".safetensors", ".bin", ".pt")
     if repository and not name.startswith(".") and not is_file:
         return repository[1], {"weight_name": repository[2]} if repository[2] else {}

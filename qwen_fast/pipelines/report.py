@@ -52,7 +52,8 @@ class Report:
         lines += [f"  fallback:  {count:6d} x {reason}" for reason, count in self.fallbacks.items()]
         lines += [f"  by torch:  {kernel} is wrong here: {reason}" for kernel, reason in self.kernels.items()]
         lines += [f"  lossy:     {', '.join(self.lossy) or 'nothing'}"]
-        lines += [f"  memory:    {size / 2**20:10.1f} MiB {name}" for name, size in self.memory.items() if size]
+        sizes = {name: f"{size / 2**20:.1f}" for name, size in self.memory.items()}
+        lines += [f"  memory:    {size:>10s} MiB {name}" for name, size in sizes.items() if size != "0.0"]
         return "\n".join(lines)
 
 

@@ -128,7 +128,7 @@ def lightning(dtype: torch.dtype = torch.float32):
     """Stock with the LoRA and on the schedule that it was made for."""
     pytest.importorskip("peft", reason="a LoRA needs peft")
     pipe = stock(demo.CHECKPOINT, dtype)
-    pipe.load_lora_weights(demo.CHECKPOINT / demo.LIGHTNING)
+    pipe.load_lora_weights(demo.CHECKPOINT / demo.LIGHTNING, weight_name="pytorch_lora_weights.safetensors")
     pipe.scheduler = type(pipe.scheduler).from_config(LIGHTNING_SCHEDULER_CONFIG)
     return pipe
 

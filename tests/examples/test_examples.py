@@ -7,6 +7,7 @@ import diffusers
 import numpy as np
 import PIL.Image
 import pytest
+from packaging.version import Version
 
 import qwen_fast
 from qwen_fast.cli import main as command
@@ -76,7 +77,8 @@ def test_edit(checkpoint, circle, here, capsys):
         first, second, again = example("edit").edit(pipe, pictures, ["x", "a red circle", "x"], here / "out", **small)
     assert np.array_equal(first, again) and not np.array_equal(first, second)
     assert len(list((here / "out").glob("*.png"))) == 3
-    assert qwen_fast.report(pipe).prompt_cache["hits"] >= 2
+    if Version(diffusers.__version__) >= Version("0.42"):  # of older ones prompts with pictures are not kept
+        assert qwen_fast.report(pipe).prompt_cache["hits"] >= 2
 
 
 @pytest.mark.parametrize("fuse", [[], ["--fuse"]], ids=["beside", "fused"])
@@ -88,6 +90,8 @@ def test_lora(fuse, capsys):
 
 @pytest.mark.parametrize("recipe", ["whole", "text-on-host", "eight-bits", "by-blocks"])
 def test_low_memory(recipe, circle, capsys):
+    if recipe == "by-blocks" and Version(diffusers.__version__) < Version("0.42"):
+        pytest.skip("group offload of an older diffusers needs an accelerator")
     low_memory = example("low_memory")
     image = low_memory.main(["--recipe", recipe])
     assert drawn(image, "a green circle on a white background")
