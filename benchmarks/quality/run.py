@@ -9,8 +9,10 @@ scikit-image and scipy, which the `test` extra brings, are needed.
 """
 
 import argparse
+import math
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,6 +182,13 @@ def with_references(names: Sequence[str]) -> dict[str, Mode]:
     return chosen
 
 
+def distance_note(every: Mapping[str, Any], reference: str) -> str:
+    """How far a mode's pictures are from its reference's, for people."""
+    equal = math.isinf(every["psnr_p50"])
+    figures = "equal" if equal else f"PSNR {every['psnr_p50']:.1f} dB, SSIM {every['ssim_mean']:.3f}"
+    return f"{figures}\n{textwrap.fill(f'to {reference}', 32)}"
+
+
 def sheet(results: Sequence[Result], todo: Sequence[SeededRequest], columns: int) -> Any:
     """The contact sheet of one setting's results."""
     setting = results[0].setting
@@ -188,8 +197,7 @@ def sheet(results: Sequence[Result], todo: Sequence[SeededRequest], columns: int
         every = result.scope(todo, SCOPES["all"])
         note = f"follows the prompt: {100 * every['everything']:.1f} %\n(of {len(todo)} pictures)"
         if result.name != result.mode.reference:
-            note += f"\nPSNR {every['psnr_p50']:.1f} dB, SSIM {every['ssim_mean']:.3f}"
-            note += f"\nto {result.mode.reference}"
+            note += f"\n{distance_note(every, MODES[result.mode.reference].about)}"
         lines.append(Line(result.mode.about, note, result.drawn.pictures[:columns], result.verdicts[:columns]))
     captions = [f"seed {case.seed}: {case.request.prompt}" for case in todo[:columns]]
     return contact_sheet(f"{setting.width}x{setting.height}, {setting.steps} steps", captions, lines)

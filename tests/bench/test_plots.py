@@ -107,7 +107,13 @@ def test_the_case_with_most_rungs_is_drawn():
 
 
 @pytest.mark.parametrize(
-    ("rung", "color"), [("stock diffusers", "#7a7a7a"), ("+ packed CFG", "#2f6fb3"), ("cache-dit", "#3f9c6b")]
+    ("rung", "color"),
+    [
+        ("stock diffusers", "#7a7a7a"),
+        ("+ packed CFG", "#2f6fb3"),
+        ("cache-dit", "#3f9c6b"),
+        ("packed, our attention", "#2f6fb3"),
+    ],
 )
 def test_color(rung, color):
     assert color_of(rung) == color
@@ -158,18 +164,50 @@ SCALING = [
 ]
 
 
+def curves(axes) -> dict[str, tuple[list, list]]:
+    return {box.get_label(): (list(box.lines[0].get_xdata()), list(box.lines[0].get_ydata())) for box in axes.containers}
+
+
 def test_scaling_draws_rows_that_differ_in_one_thing():
-    tokens, steps, batch = scaling_figure(LADDER + SCALING).axes
-    curves = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in tokens.lines}
-    assert curves["stock diffusers"] == ([1024, 2304, 4096], [2.0, 5.0, 10.0])
-    assert curves["qwen_fast as enabled"] == ([1024, 2304, 4096], [1.0, 2.5, 5.0])
-    assert curves["torchao"] == ([4096], [3.0])
-    curves = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in steps.lines}
-    assert curves["stock diffusers"] == ([8, 20, 50], [1.6, 4.0, 10.0])
-    assert curves["qwen_fast as enabled"] == ([8, 20, 50], [1.6, 4.0, 5.0])  # not the wrong result
-    assert "+ packed CFG" not in curves
-    assert not batch.lines and "no rows that differ\nin batch alone" in [text.get_text() for text in batch.texts]
-    assert tokens.get_title() == "50 steps, CFG, batch 1" and tokens.get_xlabel() == "image tokens"
+    tokens, steps = scaling_figure(LADDER + SCALING).axes
+    drawn = curves(tokens)  # ms a step, whatever the number of steps
+    assert drawn["stock diffusers"] == ([1024, 2304, 4096], [40.0, 100.0, 80.0])
+    assert drawn["qwen_fast as enabled"] == ([1024, 2304, 4096], [20.0, 50.0, 80.0])
+    assert drawn["torchao"] == ([4096], [60.0])
+    drawn = curves(steps)
+    assert drawn["stock diffusers"] == ([8, 20, 50], [1.6, 4.0, 10.0])
+    assert drawn["qwen_fast as enabled"] == ([8, 20, 50], [1.6, 4.0, 5.0])  # not the wrong result
+    assert "+ packed CFG" not in drawn
+    assert tokens.get_title() == "CFG, batch 1" and tokens.get_xlabel() == "image tokens"
+    assert [label.get_text() for label in tokens.get_xticklabels()][0] == "1024\n512x512"
+    (bars,) = (box.lines[2][0].get_segments() for box in steps.containers if box.get_label() == "stock diffusers")
+    assert [segment[:, 1].tolist() for segment in bars] == [pytest.approx([0.9 * s, 1.2 * s]) for s in (1.6, 4.0, 10.0)]
+
+
+def test_scaling_has_a_panel_with_guidance_and_one_without():
+    plain = [
+        row(rung, seconds, width=side, height=side, cfg=False)
+        for rung in (STOCK, OURS)
+        for side, seconds in ((512, 1), (768, 2))
+    ]
+    with_cfg, without = scaling_figure(SCALING[:4] + plain).axes
+    assert (with_cfg.get_title(), without.get_title()) == ("CFG, batch 1", "no CFG, batch 1")
+
+
+def test_legends_say_what_colours_mean():
+    legend = ladder_figure(LADDER).legends[0]
+    said = [text.get_text() for text in legend.get_texts()]
+    assert said == ["stock diffusers", "what else stock can do", "qwen_fast", "other projects"]
+    (axes,) = roofline_figure(OPERATORS, CEILINGS).axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["qwen_fast", "torch.compile", "stock diffusers"]
+    labels = {label.get_text() for label in axes.get_xticklabels()}
+    assert "100" in labels and not any("10^" in label for label in labels)
+
+
+def test_a_roof_of_another_dtype_is_left_out():
+    other = PLACE | {"what": "matrix product", "detail": "float8_e4m3fn", "rate": "1.2e15"}
+    (axes,) = roofline_figure(OPERATORS, [*CEILINGS, other]).axes
+    assert "products in bfloat16" in lines(axes) and "products in float8_e4m3fn" not in lines(axes)
 
 
 def test_the_last_row_of_each_counts():
