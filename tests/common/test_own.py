@@ -221,7 +221,8 @@ def test_a_decorator_of_diffusers_that_does_not_say_what_it_wraps_is_looked_thro
     assert foreign_methods(vae, ("decode",)) == []
     monkeypatch.setattr(vae, "decode", scope["apply_forward_hook"](lambda self, z, return_dict=True: own(self, z)))
     assert foreign_methods(vae, ("decode",)) == ["AutoencoderKLQwenImage.decode"]
-    exec(compile(OLDER_WRAPPER, __file__, "exec"), scope)  # somebody's of the same name
+    # Somebody's of the same name, whose variables have names of their own.
+    exec(compile(OLDER_WRAPPER.replace("method", "other"), __file__, "exec"), scope)
     monkeypatch.setattr(vae, "decode", scope["apply_forward_hook"](own))
     assert foreign_methods(vae, ("decode",)) == ["AutoencoderKLQwenImage.decode"]
 
