@@ -44,6 +44,7 @@ demo checkpoint has one: --lora lightning --config lightning --steps 4 --cfg 1."
 
 DEMO_STEPS, MODEL_STEPS = 20, 50
 SHEET = "contact-sheet.png"
+_SURROUNDINGS = ("versions", "Software", "device")  # what a run may differ in that goes on with another's pictures
 _GRAPH = {"auto": "auto", "on": True, "off": False}
 DEMO_SIZE = (64, 64)
 
@@ -220,9 +221,10 @@ def _missing(jobs: Sequence[Job], folder: Path, common: dict[str, str]) -> list[
     found = []
     for job in jobs:
         path = folder / f"{job.name}.png"
+        text = {name: value for name, value in _text(job, common).items() if name not in _SURROUNDINGS}
         if not path.exists():
             found.append(job)
-        elif not is_drawn(path, _text(job, common)):
+        elif not is_drawn(path, text):
             raise FileExistsError(f"{path} exists and was drawn with other settings; --overwrite draws all of --jobs again.")
     return found
 
