@@ -7,28 +7,33 @@ from . import versions
 
 if TYPE_CHECKING:
     from .pipelines.enable import disable, enable
-    from .pipelines.generate import generate
-    from .pipelines.report import report
+    from .pipelines.generate import Picture, generate
+    from .pipelines.report import Report, report
     from .pipelines.text_to_image import QwenImagePipeline
+    from .pipelines.warmup import Warmup, warmup
     from .schedule import Schedule
     from .transformer.model import QwenImageTransformer2DModel
     from .vae.pictures import disable_vae, enable_vae
 
 __version__ = "0.1.0"
 __all__ = ["QwenImagePipeline", "QwenImageTransformer2DModel", "Schedule", "disable", "disable_vae", "enable", "enable_vae"]
-__all__ += ["generate", "report"]
+__all__ += ["Picture", "Report", "Warmup", "generate", "report", "warmup"]
 
 # Imported at first use: the command line answers `--help` and typing errors without waiting for torch and diffusers.
 _HOMES = {
+    "Picture": "pipelines.generate",
     "QwenImagePipeline": "pipelines.text_to_image",
     "QwenImageTransformer2DModel": "transformer.model",
+    "Report": "pipelines.report",
     "Schedule": "schedule",
+    "Warmup": "pipelines.warmup",
     "disable": "pipelines.enable",
     "disable_vae": "vae.pictures",
     "enable": "pipelines.enable",
     "enable_vae": "vae.pictures",
     "generate": "pipelines.generate",
     "report": "pipelines.report",
+    "warmup": "pipelines.warmup",
 }
 
 

@@ -255,19 +255,15 @@ def measure(
     return changing.Changing(pipe, name, list(options.changing), rungs, changing_rows, before, options.limit, say).run()
 
 
-COLUMNS = {  # heading: (field, how it is written)
+COLUMNS = {  # heading: (field, how it is written); the rows hold more than fits into a terminal
     "s/image": ("image_s_p50", "{:.4g}"),
     "p20-p80": (None, ""),
-    "img/min": ("images_per_minute", "{:.4g}"),
     "ms/step": ("step_ms_p50", "{:.4g}"),
     "speed-up": ("speedup_image", "{:.3f}x"),
-    "of step": ("speedup_step", "{:.3f}x"),
     "of ceiling": ("share_of_floor", "{:.0%}"),
     "peak GiB": ("peak_gib", "{:.1f}"),
-    "resident": ("resident_gib", "{:.1f}"),
     "1st image": ("first_image_s", "{:.3g} s"),
     "max diff": ("max_difference", "{:.1e}"),
-    "mean diff": ("mean_difference", "{:.1e}"),
     "PSNR": ("psnr_db", "{:.0f} dB"),
 }
 
@@ -276,17 +272,19 @@ def table(results: list[dict[str, str]]) -> str:
     """All rows as text, one block a case; a figure that was not measured is a dash."""
     blocks, case = [], None
     width = max((len(row["rung"]) for row in results), default=0)
+    timed = [row for row in results if row.get("step_ms_p50")]
+    widths = {heading: max([len(heading), *(len(cell(row, heading)) for row in timed)]) for heading in COLUMNS}
     for row in results:
         key = tuple(row[name] for name in ("width", "height", "steps", "cfg", "batch", "text_tokens"))
         if key != case:
             case = key
             guidance = "CFG" if row["cfg"] == "True" else "no CFG"
             title = f"{key[0]}x{key[1]}, {key[2]} steps, {guidance}, batch {key[4]}, text {key[5]} tokens"
-            blocks += ["", title, f"  {'':{width}}  " + "  ".join(f"{heading:>11}" for heading in COLUMNS)]
+            blocks += ["", title, f"  {'':{width}}  " + "  ".join(f"{heading:>{widths[heading]}}" for heading in COLUMNS)]
         if not row.get("step_ms_p50"):
             blocks.append(f"  {row['rung']:{width}}  {row['status']}: {row['reason']}")
             continue
-        cells = "  ".join(f"{cell(row, heading):>11}" for heading in COLUMNS)
+        cells = "  ".join(f"{cell(row, heading):>{widths[heading]}}" for heading in COLUMNS)
         computed = row["measured_steps"] != row["steps"]
         remarks = [row["detail"]] * bool(row["detail"]) + [f"from {row['measured_steps']} steps"] * computed
         remarks += ["lossy"] * (row["lossy"] == "True") + [f"{row['status']}: {row['reason']}"] * (row["status"] != "ok")

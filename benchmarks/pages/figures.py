@@ -3,7 +3,6 @@
 Rows are of ladder.csv, ceilings.csv and operators.csv, as text, by column.
 """
 
-import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -15,17 +14,18 @@ from ..shared.shapes import PictureCase, Shape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 Row = dict[str, str]
 CASE = ("width", "height", "steps", "cfg", "batch", "text_tokens")
 _STOCK, _OURS, _BEST = "stock diffusers", "qwen_fast", "qwen_fast as enabled"
 _GREY, _PALE, _BLUE, _GREEN, _RED = "#7a7a7a", "#b4b4b4", "#2f6fb3", "#3f9c6b", "#c0392b"
-_COLORS = (  # dark ones, then their light companions
-    *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf", "#000000"),
-    *("#aec7e8", "#ffbb78", "#98df8a", "#ff9896", "#c5b0d5", "#c49c94", "#f7b6d2", "#dbdb8d", "#9edae5", "#c7c7c7"),
-)
-_VARIANTS = {"ours": ("o", "qwen_fast"), "compiled": ("^", "torch.compile"), "stock": ("x", "stock diffusers")}
+_VARIANTS = {  # marker, colour, name
+    "ours": ("o", _BLUE, "qwen_fast"),
+    "compiled": ("^", _GREEN, "torch.compile"),
+    "stock": ("X", _GREY, "stock diffusers"),
+}
 _NO_RATE = {"flow_match_schedule", "schedule"}  # 160 FLOPs: a latency
 
 
@@ -44,6 +44,11 @@ def place(row: Row) -> str:
     model = row.get("model", "").replace("random, ", "random weights, ")
     parts = [row["machine"], model, _dtype(row["dtype"]), f"torch {row['torch']}", f"commit {row['commit'].split(' ')[0]}"]
     return " · ".join(part for part in parts if part)
+
+
+def _dtype(name: str) -> str:
+    """A dtype as people write it."""
+    return {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32", "float8_e4m3fn": "FP8"}.get(name, name)
 
 
 # Ladder ---------------------------------------------------------------------------------------------------------------
@@ -83,6 +88,12 @@ def ladder_figure(rows: Sequence[Row]) -> "Figure":
     if stock is not None:
         axes.axvline(float(stock["image_s_p50"]), color=_GREY, linestyle="--", linewidth=1, zorder=0)
     _columns(axes, rungs)
+    from matplotlib.patches import Patch
+
+    used = {color_of(row["rung"]) for row in timed}
+    kinds = [Patch(color=color, label=name) for color, name in _KINDS.items() if color in used]
+    at = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.2 / height), "handlelength": 1.2, "columnspacing": 1.2}
+    figure.legend(handles=kinds, **at, ncols=len(kinds), frameon=False, fontsize=8.5)
     figure.suptitle(case_name(rungs[0]), x=0.01, ha="left", fontsize=12, fontweight="bold", y=1 - 0.12 / height, va="top")
     figure.text(0.01, 1 - 0.40 / height, place(rungs[0]), fontsize=8.5, color=_GREY, va="top")
     computed = sorted({row["measured_steps"] for row in timed if row["measured_steps"] != row["steps"]})
@@ -109,6 +120,9 @@ def color_of(rung: str) -> str:
     if rung.startswith("stock"):
         return _PALE
     return _BLUE if rung.startswith(("+", "packed", _OURS)) else _GREEN
+
+
+_KINDS = {_GREY: "stock diffusers", _PALE: "what else stock can do", _BLUE: "qwen_fast", _GREEN: "other projects"}
 
 
 def _inside(axes: "Axes") -> dict:
@@ -158,9 +172,7 @@ class Point(NamedTuple):
     name: str
     variant: str
     intensity: float  # FLOPs per byte
-    rate: float  # FLOP/s, of the median
-    least: float  # of the 80th percentile of the time, where that is known
-    most: float  # of the 20th, or of the shortest time
+    rate: float  # FLOP/s
 
 
 def point_of(row: Row) -> Point | None:
@@ -171,8 +183,7 @@ def point_of(row: Row) -> Point | None:
         if name in _NO_RATE or variant not in _VARIANTS:
             return None
         flops, moved = float(row["flops"]), float(row["bytes"])
-        seconds = (float(row[f"seconds_{part}"]) for part in ("p50", "p50", "min"))
-        return Point(name, variant, flops / moved, *(flops / one for one in seconds))
+        return Point(name, variant, flops / moved, flops / float(row["seconds_p50"]))
     model = re.fullmatch(r"random, (\d+) layers, (\d+) x (\d+)", row["model"])
     variant = {_STOCK: "stock", _BEST: "ours", "stock + regional compile": "compiled"}.get(row["rung"])
     if model is None or variant is None or not is_measured(row):
@@ -184,8 +195,7 @@ def point_of(row: Row) -> Point | None:
     moved += sum(2 * (queries + keys) * heads * dim * count for queries, keys, heads, dim, count in work.attentions)
     flops = work.product_flops + work.attention_flops
     name = f"step, {width}x{height}, batch {batch}, {'CFG' if row['cfg'] == 'True' else 'no CFG'}"
-    seconds = (float(row[f"step_ms_{part}"]) / 1e3 for part in ("p50", "p80", "p20"))
-    return Point(name, variant, flops / (moved * size), *(flops / one for one in seconds))
+    return Point(name, variant, flops / (moved * size), flops / float(row["step_ms_p50"]) * 1e3)
 
 
 def roofline_figure(rows: Sequence[Row], ceilings: Sequence[Row]) -> "Figure":
@@ -201,11 +211,13 @@ def roofline_figure(rows: Sequence[Row], ceilings: Sequence[Row]) -> "Figure":
     if copy is None or not products:
         raise ValueError("there are no ceilings (a copy and a matrix product) to draw a roofline from")
 
-    figure = new_figure((10, 5), "a plot")
+    figure = new_figure((10, 5.2), "a plot")
     axes = figure.subplots()
     unit, scale = ("TFLOP/s", 1e12) if max(products.values()) >= 1e12 else ("GFLOP/s", 1e9)
+    if any(row["dtype"] in products for row in rows):  # a roof of another dtype says nothing of these points
+        products = {detail: rate for detail, rate in products.items() if detail in {row["dtype"] for row in rows}}
     ridge = max(products.values()) / copy
-    low = min(ridge / 8, *(point.intensity / 2 for point in points))
+    low = min(ridge / 4, *(point.intensity / 2 for point in points))
     high = 2 * max(2 * ridge, *(point.intensity for point in points))
     roofs = [(f"products in {_dtype(detail)}", rate, "-", "bottom") for detail, rate in products.items()]
     attention = [(rate, detail) for (what, detail), rate in rates.items() if what == "attention"]
@@ -220,130 +232,138 @@ def roofline_figure(rows: Sequence[Row], ceilings: Sequence[Row]) -> "Figure":
     middle = math.sqrt(low * ridge)
     label = f"copy: {copy / 1e9:.4g} GB/s"
     axes.annotate(label, (middle, middle * copy / scale), (-6, 4), textcoords="offset points", ha="right", fontsize=8.5)
-    names = list(dict.fromkeys(point.name for point in points))
-    for name, color in zip(names, itertools.cycle(_COLORS), strict=False):
-        for variant, (marker, _) in _VARIANTS.items():
-            mine = [point for point in points if (point.name, point.variant) == (name, variant)]
+    names = dict.fromkeys(point.name for point in sorted(points, key=lambda point: point.intensity))
+    for number, name in enumerate(names):
+        same = [point for point in points if point.name == name]
+        ends = sorted(same, key=lambda point: point.rate)
+        xs, ys = [end.intensity for end in ends], [end.rate / scale for end in ends]
+        axes.plot(xs, ys, color=_PALE, linewidth=1, zorder=1)
+        under = {"textcoords": "offset points", "ha": "center", "va": "top", "fontsize": 8}
+        axes.annotate(
+            name.removeprefix("step, ").replace(", batch 1", ""), (xs[0], ys[0]), (0, -8 - 11 * (number % 2)), **under
+        )
+        for variant, (marker, color, _) in _VARIANTS.items():
+            mine = [point for point in same if point.variant == variant]
             if mine:
                 xs, ys = [point.intensity for point in mine], [point.rate / scale for point in mine]
-                spread = [[(point.rate - point.least) / scale for point in mine], [(p.most - p.rate) / scale for p in mine]]
-                axes.errorbar(xs, ys, yerr=spread, fmt="none", ecolor=color, capsize=3, linewidth=1)
-                axes.plot(xs, ys, marker, color=color, fillstyle=_fill(marker), markersize=7, gid=f"{name}, {variant}")
-        axes.plot([], [], "s", color=color, markersize=7, label=name)
-    for variant in dict.fromkeys(point.variant for point in points):
-        marker, label = _VARIANTS[variant]
-        axes.plot([], [], marker, color=_GREY, fillstyle=_fill(marker), markersize=7, label=label)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8.5)
-    _plain_ticks(axes.xaxis, low, high)
-    _plain_ticks(axes.yaxis, *axes.get_ylim())
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+                axes.plot(xs, ys, marker, color=color, markersize=8, gid=f"{name}, {variant}")
+    for variant, (marker, color, label) in _VARIANTS.items():
+        if any(point.variant == variant for point in points):
+            axes.plot([], [], marker, color=color, markersize=8, label=label)
+    axes.legend(loc="lower right", fontsize=9)
+    for axis in (axes.xaxis, axes.yaxis):
+        _plain_ticks(axis)
+    axes.set_ylim(bottom=axes.get_ylim()[0] / 1.5)  # room for the names
+    axes.grid(alpha=0.25, which="both")
     axes.set_title(place(rows[-1]), fontsize=8.5, color=_GREY, loc="left")
     figure.suptitle("Roofline, from rates sustained for seconds", x=0.01, ha="left", fontsize=12, fontweight="bold")
     return figure
 
 
-def _dtype(name: str) -> str:
-    """A dtype as people write it."""
-    return {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32", "float8_e4m3fn": "FP8"}.get(name, name)
+def _plain_ticks(axis: "Axis") -> None:
+    """1, 2, 5, 10, 20 ... on a logarithmic axis."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-
-def _fill(marker: str) -> str:
-    return "none" if marker == "^" else "full"
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 # Scaling --------------------------------------------------------------------------------------------------------------
 
 
 class Panel(NamedTuple):
-    """Steps that differ in one thing: its name, a title, what the x axis says, and the rows."""
+    """One plot: what differs between its points, what may differ too, and what is measured."""
 
-    title: str
-    xlabel: str
-    rows: list[Row]
+    axis: str
+    varied: tuple[str, ...]
+    value: str  # column, without its percentile
+    label: str
+
+
+_PANELS = (  # a step's time does not depend on how many there are
+    Panel("image tokens", ("width", "height", "steps"), "step_ms", "ms a step"),
+    Panel("steps", ("steps",), "image_s", "seconds per image"),
+    Panel("batch", ("batch",), "image_s", "seconds per image"),
+)
 
 
 def scaling_figure(rows: Sequence[Row]) -> "Figure":
     rungs = [_STOCK, "stock + regional compile", _BEST]
     measured = [row for row in rows if is_measured(row) and (row["rung"] in rungs or row["lossy"] == "True")]
-    panels = [panel for panel in map(_panel, ("size, CFG", "size, no CFG", "batch"), [measured] * 3) if panel.rows]
-    if not panels:
+    found = [(panel, series) for panel in _PANELS for series in _series(measured, panel)]
+    if not found:
         raise ValueError(
-            "no two measured rows differ in size or batch alone: measure more cases, such as `qwen-fast bench --full` or "
-            "several runs with --size or --batch"
+            "no two measured rows differ in size, steps or batch alone: measure more cases, such as "
+            "`qwen-fast bench --full` or several runs with --size, --steps or --batch"
         )
-    figure = new_figure((max(8.2, 4.6 * len(panels)), 4.6), "a plot")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
-        _curves(axes, panel)
-    low, high = figure.axes[0].get_ylim()
-    figure.axes[0].set_ylim(low / 1.25, high)  # room for the words below the lowest curve
-    _plain_ticks(figure.axes[0].yaxis, *figure.axes[0].get_ylim())
-    figure.axes[0].set_ylabel("milliseconds a step")
+    figure = new_figure((5 * len(found), 4.2), "a plot")
+    for axes, (panel, series) in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
+        axes.set(xlabel=panel.axis, ylabel=panel.label)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        for rung in dict.fromkeys(row["rung"] for row in series):
+            mine = {_value(row, panel.axis): row for row in series if row["rung"] == rung}
+            mine = {value: mine[value] for value in sorted(mine)}
+            ticks, points = list(mine), [_measure(row, panel.value) for row in mine.values()]
+            low, middle, high = zip(*points, strict=True)
+            errors = [[m - a for m, a in zip(middle, low, strict=True)], [b - m for m, b in zip(middle, high, strict=True)]]
+            style = "--" if next(iter(mine.values()))["lossy"] == "True" else "-"
+            look = {"color": color_of(rung), "markersize": 6, "linewidth": 1.8, "capsize": 3}
+            axes.errorbar(ticks, middle, yerr=errors, fmt="o" + style, label=rung, **look)
+            axes.annotate(
+                f"{middle[-1]:.4g}", (ticks[-1], middle[-1]), (0, 6), textcoords="offset points", ha="right", fontsize=8
+            )
+        axes.set_xticks(*_ticks(series, panel))
+        axes.margins(x=0.08)
+        axes.set_ylim(bottom=0, top=1.12 * axes.get_ylim()[1])
+        axes.set_title(_fixed(series[0], panel.varied), fontsize=9.5)
     handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    figure.suptitle("A step, and how many times as fast as stock", x=0.01, ha="left", fontsize=12, fontweight="bold")
-    where = figure.axes[0].annotate(place(measured[-1]), (0, 1), (0, 24), "axes fraction", "offset points", fontsize=8.5)
-    where.set(color=_GREY, in_layout=False)  # longer than the first panel is wide
-    figure.axes[0].set_title(f"\n\n{figure.axes[0].get_title(loc='left')}", fontsize=10, loc="left")
+    figure.suptitle(f"{place(measured[-1])}; medians, bars from p20 to p80", fontsize=8.5, color=_GREY)
     return figure
 
 
-def _panel(kind: str, rows: list[Row]) -> Panel:
-    """The largest set of rows that agree in all but the number of steps and what is varied; no rows if all are of one case."""
-    varied = ("batch",) if kind == "batch" else ("width", "height")
-    if kind != "batch":
-        rows = [row for row in rows if row["cfg"] == str(kind == "size, CFG")]
+def _measure(row: Row, value: str) -> tuple[float, float, float]:
+    """p20, p50, p80; the median alone where the others were not measured."""
+    middle = float(row[f"{value}_p50"])
+    return float(row.get(f"{value}_p20") or middle), middle, float(row.get(f"{value}_p80") or middle)
+
+
+def _ticks(series: list[Row], panel: Panel) -> tuple[list[int], list[str]]:
+    """Places and names: of image tokens with the size that they are of."""
+    named = {_value(row, panel.axis): f"{row['width']}x{row['height']}" for row in series}
+    values = sorted(named)
+    size = panel.axis == "image tokens"
+    return values, [f"{value}\n{named[value]}" if size else str(value) for value in values]
+
+
+def _value(row: Row, axis: str) -> int:
+    return (int(row["width"]) // 16) * (int(row["height"]) // 16) if axis == "image tokens" else int(row[axis])
+
+
+def _series(rows: list[Row], panel: Panel) -> list[list[Row]]:
+    """Rows that agree in everything but what a panel varies: with guidance and without, each the group of most values."""
+    best: dict[str, list[Row]] = {}
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[name] for name in CASE if name not in (*varied, "steps")), []).append(row)
+        groups.setdefault(tuple(row[name] for name in CASE if name not in panel.varied), []).append(row)
 
     def values(group: list[Row]) -> int:
-        return len({tuple(row[name] for name in varied) for row in group})
+        return len({_value(row, panel.axis) for row in group})
 
-    largest = max(groups.values(), key=lambda group: (values(group), len(group)), default=[])
-    if not largest or values(largest) < 2:
-        return Panel("", "", [])
-    guidance = "with guidance" if largest[0]["cfg"] == "True" else "without guidance"
-    if kind == "batch":
-        return Panel(f"{largest[0]['width']}x{largest[0]['height']}, {guidance}", "pictures at once", largest)
-    return Panel(guidance + (f", batch {largest[0]['batch']}" if largest[0]["batch"] != "1" else ""), "picture", largest)
+    for group in groups.values():
+        cfg = group[0]["cfg"]
+        if values(group) > 1 and (values(group), len(group)) > (values(best.get(cfg, [])), len(best.get(cfg, []))):
+            best[cfg] = group
+    return [best[cfg] for cfg in ("True", "False") if cfg in best]
 
 
-def _curves(axes: "Axes", panel: Panel) -> None:
-    """A curve for each rung, with whiskers from p20 to p80, and how many times as fast as stock each of ours is."""
-    names = {_place_on(row, panel): f"{row['width']}x{row['height']}" for row in panel.rows}
-    names = dict(sorted(names.items()))
-    if panel.xlabel != "picture":
-        names = {value: str(value) for value in names}
-    last = {(row["rung"], _place_on(row, panel)): row for row in panel.rows}  # of several step counts the last one
-    for rung in dict.fromkeys(row["rung"] for row in panel.rows):
-        mine = [row for (name, _), row in sorted(last.items(), key=lambda one: one[0][1]) if name == rung]
-        low, middle, high = ([float(row[f"step_ms_{part}"]) for row in mine] for part in ("p20", "p50", "p80"))
-        whiskers = [[b - a for a, b in zip(low, middle, strict=True)], [b - a for a, b in zip(middle, high, strict=True)]]
-        places = [_place_on(row, panel) for row in mine]
-        style = "--" if mine[0]["lossy"] == "True" else "-"
-        how = {"color": color_of(rung), "label": rung, "markersize": 5, "capsize": 3, "fmt": "o" + style}
-        axes.errorbar(places, middle, yerr=whiskers, gid=rung, **how)
-        for x, y, row in zip(places, middle, mine, strict=True):
-            if rung == _BEST and row["speedup_step"]:
-                text = f"{float(row['speedup_step']):.2g}x"
-                axes.annotate(text, (x, y), (0, -13), textcoords="offset points", ha="center", color=_BLUE, fontsize=9)
-    axes.set(xscale="log", yscale="log", xlabel=panel.xlabel)
-    axes.set_xticks(list(names), list(names.values()))
-    axes.set_xlim(min(names) / 1.35, 1.35 * max(names))
-    axes.xaxis.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(panel.title, fontsize=10, loc="left")
-
-
-def _place_on(row: Row, panel: Panel) -> int:
-    return (int(row["width"]) // 16) * (int(row["height"]) // 16) if panel.xlabel == "picture" else int(row["batch"])
-
-
-def _plain_ticks(axis, low: float, high: float) -> None:
-    """Ticks at 1, 2 and 5 times the powers of ten, written out: 20, 50, 100 and not powers."""
-    values = [step * 10.0**power for power in range(-6, 7) for step in (1, 2, 5)]
-    axis.set_ticks([value for value in values if low <= value <= high])
-    axis.set_ticklabels([f"{value:g}" for value in values if low <= value <= high])
-    axis.set_ticks([], minor=True)
+def _fixed(row: Row, varied: Sequence[str]) -> str:
+    parts = {
+        "width": f"{row['width']}x{row['height']}",
+        "steps": f"{row['steps']} steps",
+        "cfg": "CFG" if row["cfg"] == "True" else "no CFG",
+        "batch": f"batch {row['batch']}",
+    }
+    return ", ".join(text for name, text in parts.items() if name not in varied)

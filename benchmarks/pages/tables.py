@@ -1,47 +1,35 @@
-"""The tables of the README, from the committed rows: each stands between `<!-- table: NAME -->` and `<!-- /table -->`.
+"""The tables of README and docs, from the committed rows: each stands between `<!-- table: NAME -->` and `<!-- /table -->`.
 
     python -m benchmarks.pages.tables [--check]
 
-`--check` changes nothing and fails where a table is not what the rows say. A file of results more is a function more in
-`MEASURED`, which gives lines of the first table.
+`--check` changes nothing and fails where a table is not what the rows say. A table more is a function more in `TABLES`.
 """
 
 import argparse
-import csv
-import math
 import re
 import sys
 from collections.abc import Callable, Iterable
 
-from ..shared.source import RESULTS, ROOT
+from ..shared.source import ROOT
+from .committed import (
+    CASE,
+    COMPILED,
+    ENABLED,
+    STOCK,
+    Row,
+    case_name,
+    cells,
+    guidance,
+    heading,
+    measured_on_gpu,
+    newest,
+    on_gpu,
+    rows_of,
+)
+from .memory import measured_memory, resident_memory
 
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
-
-Row = dict[str, str]
-
-
-def rows_of(name: str) -> list[Row]:
-    """All rows of results/NAME.csv and, in their order, of name-1.csv and so on; none where there is no such file."""
-    numbered = {path: re.fullmatch(rf"{name}(?:-(\d+))?", path.stem) for path in RESULTS.glob(f"{name}*.csv")}
-    files = sorted((path for path, match in numbered.items() if match), key=lambda path: int(numbered[path][1] or 0))
-    rows = []
-    for path in files:
-        with path.open(newline="") as file:
-            rows += csv.DictReader(file)
-    return rows
-
-
-def newest(rows: Iterable[Row], *key: str) -> list[Row]:
-    """The last row of each case, in the order in which the cases first came."""
-    last: dict[tuple[str, ...], Row] = {}
-    for row in rows:
-        last[tuple(row[name] for name in key)] = row
-    return list(last.values())
-
-
-def cells(*values: str) -> str:
-    return f"| {' | '.join(values)} |"
 
 
 def _pair(row: Row) -> tuple[str, str]:
@@ -49,16 +37,16 @@ def _pair(row: Row) -> tuple[str, str]:
     return f"{float(row['stock_p50']):.3f} s", f"{float(row['fast_p50']):.3f} s, {float(row['ratio_p50']):.3f}x"
 
 
-def _guidance(row: Row) -> str:
-    return "CFG" if row.get("cfg") == "True" or float(row.get("true_cfg_scale") or 0) > 1 else "no CFG"
+def _difference(value: str) -> str:
+    return "equal to the bit" if float(value) == 0 else f"at most {float(value):.1e} apart"
 
 
-def pipeline_lines() -> list[str]:
+def pipeline_lines(rows: Iterable[Row] | None = None) -> list[str]:
     """Whole pictures of small models on the CPU."""
     lines = []
-    for row in newest(rows_of("pipeline"), "model", "pixels", "steps", "true_cfg_scale"):
-        what = f"{row['model']} model, {row['pixels']}x{row['pixels']}, {row['steps']} steps, {_guidance(row)}"
-        lines.append(cells(what, *_pair(row), "1 CPU thread, fp32; latents within 2e-6"))
+    for row in newest(rows_of("pipeline"), "model", "pixels", "steps", "true_cfg_scale") if rows is None else rows:
+        what = f"{row['model']} model, {row['pixels']}x{row['pixels']}, {row['steps']} steps, {guidance(row)}"
+        lines.append(cells(what, *_pair(row), f"fp32; latents {_difference(row['max_latent_difference'])}"))
     return lines
 
 
@@ -66,10 +54,8 @@ def vae_lines() -> list[str]:
     """The VAE at its full width on the CPU."""
     lines = []
     for row in newest(rows_of("vae"), "what", "pixels", "dtype"):
-        what = f"VAE {row['what']}, full width, {row['pixels']}x{row['pixels']}, {row['dtype']}"
-        difference = float(row["max_difference"])
-        near = "equal to the bit" if difference == 0 else f"within {10 ** math.ceil(math.log10(difference)):.0e}"
-        lines.append(cells(what, *_pair(row), f"1 CPU thread; {near.replace('e-0', 'e-')}"))
+        what = f"VAE {row['what']}, full width, {row['pixels']}x{row['pixels']}"
+        lines.append(cells(what, *_pair(row), f"{row['dtype']}; {_difference(row['max_difference'])}"))
     return lines
 
 
@@ -78,51 +64,71 @@ def text_lines() -> list[str]:
     lines = []
     for row in newest(rows_of("text"), "dtype", "layers", "width", "tokens", "negative_tokens", "what"):
         if row["tokens"] != row["negative_tokens"]:
-            continue  # a first screen is short
+            continue  # a table is short
         if row["what"] == "encode":
-            near = "equal to the bit" if float(row["max_difference"]) == 0 else f"within {row['max_difference']}"
-            what = (
-                f"text encoder, {row['layers']} layers {row['width']} wide, {row['tokens']} + {row['negative_tokens']} tokens"
-            )
-            lines.append(cells(f"{what}, {row['dtype']}", *_pair(row), f"1 CPU thread; {near}"))
+            size = f"{row['layers']} layers {row['width']} wide"
+            what = f"text encoder, {size}, {row['tokens']} + {row['negative_tokens']} tokens"
+            lines.append(cells(what, *_pair(row), f"{row['dtype']}; {_difference(row['max_difference'])}"))
         elif row["what"] == "hit":
-            what = f"a prompt of {row['tokens']} tokens in the cache, {row['dtype']}"
-            lines.append(cells(what, "", f"{float(row['fast_p50']) * 1e3:.2f} ms", "1 CPU thread"))
+            what = f"a prompt of {row['tokens']} tokens in the cache"
+            lines.append(cells(what, "", f"{float(row['fast_p50']) * 1e3:.2f} ms", row["dtype"]))
     return lines
 
 
-CASE = ("width", "height", "steps", "cfg", "batch", "text_tokens")
-ENABLED = "qwen_fast as enabled"
+def cpu() -> list[str]:
+    """Everything that was measured on one thread of a CPU."""
+    lines = [line for found in (pipeline_lines, vae_lines, text_lines) for line in found()]
+    return heading("one CPU thread", "stock diffusers", "qwen_fast", "") + lines
 
 
-def on_gpu(row: Row) -> bool:
-    return " CPU, " not in row["machine"]
+def cpu_short() -> list[str]:
+    """A whole picture, a decoded one and a prompt: one line each."""
+    pictures = [line for line in pipeline_lines() if line.startswith("| middle model") and ", CFG" in line]
+    found = pictures[:1] + [line for line in vae_lines() if "decode" in line][-1:] + text_lines()[:1]
+    return heading("one CPU thread", "stock diffusers", "qwen_fast", "") + found
 
 
-def case_name(row: Row) -> str:
-    name = f"{row['width']}x{row['height']}, {row['steps']} steps, {_guidance(row)}"
-    return name if row["batch"] == "1" else f"{name}, batch {row['batch']}"
-
-
-def gpu_lines() -> list[str]:
+def gpu() -> list[str]:
     """The full-size model on GPUs, or that there is no such row."""
-    right = [row for row in rows_of("ladder") if on_gpu(row) and row["status"] == "ok" and row["rung"] == ENABLED]
     lines = []
-    for row in newest(right, "machine", "model", "dtype", *CASE):
-        computed = "" if row["measured_steps"] == row["steps"] else f", from {row['measured_steps']} steps"
-        ours = f"{float(row['image_s_p50']):.3f} s, {float(row['speedup_image']):.3f}x"
-        where = f"{row['machine']}, {row['dtype']}, {row['model']}{computed}"
-        lines.append(cells(case_name(row), f"{float(row['stock_image_s']):.3f} s", ours, where))
-    return lines or [cells("on a GPU", "not measured yet", "not measured yet", "no GPU result is committed; none is claimed")]
+    for row in measured_on_gpu(ENABLED):
+        computed = "" if row["measured_steps"] == row["steps"] else f", computed from {row['measured_steps']} steps"
+        stock, ours = f"{float(row['stock_image_s']):.2f} s", f"{float(row['image_s_p50']):.2f} s"
+        where = f"{row['machine']}, {row['dtype']}{computed}"
+        lines.append(cells(case_name(row), stock, ours, f"{float(row['speedup_image']):.2f}x", where))
+    if not lines:
+        return ["No GPU result is committed yet, and none is claimed."]
+    return heading("one picture", "stock diffusers", "qwen_fast", "speed-up", "measured on") + lines
 
 
-MEASURED: tuple[Callable[[], list[str]], ...] = (pipeline_lines, vae_lines, text_lines, gpu_lines)
+def changing() -> list[str]:
+    """A new size and another prompt length with each call."""
+    right = [row for row in rows_of("changing") if on_gpu(row) and row["status"] == "ok" and row["rung"] == ENABLED]
+    lines = []
+    for row in newest(right, "machine", "model", "dtype", "width", "height", "steps", "cfg"):
+        seconds = (f"{float(row[name]):.2f} s" for name in ("stock_new_s", "new_s_p50", "repeated_s"))
+        lines.append(cells(f"about {case_name(row)}", *seconds, f"{float(row['speedup_new']):.2f}x", row["machine"]))
+    if not lines:
+        return ["No such row is committed yet; `qwen-fast bench --changing 1024x1024,50` makes them."]
+    return heading("pictures of", "stock, a new size", "qwen_fast, a new size", "the same again", "speed-up", "card") + lines
 
 
-def measured() -> list[str]:
-    """Stock and ours, each with where it was measured."""
-    heading = [cells("measured", "stock diffusers", "qwen_fast", "where"), "|---|---|---|---|"]
-    return heading + [line for lines in MEASURED for line in lines()]
+def first_call() -> list[str]:
+    """The first picture of a size in a process, beside the later ones."""
+    found: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in measured_on_gpu(STOCK, COMPILED, ENABLED):
+        if row["first_image_s"]:
+            found.setdefault((row["machine"], case_name(row)), {})[row["rung"]] = row
+    lines = []
+    for (machine, case), rungs in found.items():
+        pairs = (rungs.get(rung) for rung in (STOCK, COMPILED, ENABLED))
+        figures = (
+            "" if row is None else f"{float(row['first_image_s']):.1f} s, {float(row['image_s_p50']):.1f} s" for row in pairs
+        )
+        lines.append(cells(case, *figures, machine))
+    if not lines:
+        return ["No row of a GPU is committed yet."]
+    return heading("the first picture, a later one", "stock", "stock with regional compile", "qwen_fast", "card") + lines
 
 
 def ladder() -> list[str]:
@@ -140,8 +146,7 @@ def ladder() -> list[str]:
     first = rungs[0]
     title = f"{case_name(first)}, text {first['text_tokens']} tokens; {first['model']}; {first['dtype']}, {first['machine']}"
     lines = [f"{title}, commit {first['commit']}.", ""]
-    lines += [cells("rung", "s an image", "ms a step", "speed-up", "of the ceiling", "largest latent difference")]
-    lines += ["|---|---|---|---|---|---|"]
+    lines += heading("rung", "s an image", "ms a step", "speed-up", "of the ceiling", "largest latent difference")
     for row in rungs:
         if row["status"] != "ok":
             lines.append(cells(row["rung"], f"{row['status']}: {row['reason']}".replace("|", "/"), "", "", "", ""))
@@ -176,8 +181,8 @@ def quality() -> list[str]:
     rows = [row for row in quality_rows() if not row["mode"].startswith(("error-", "stock-alone"))]
     if not rows:
         return ["No row is committed yet; `python -m benchmarks.quality` makes them."]
-    lines = [cells("mode", "setting", "pictures", "as the prompt says", "same verdict", "PSNR", "largest latent difference")]
-    lines += ["|---|---|---|---|---|---|---|"]
+    names = ("mode", "setting", "pictures", "as the prompt says", "same verdict", "PSNR", "largest latent difference")
+    lines = heading(*names)
     for row in rows:
         compared = row["mode"] != row["reference"]
         names = {"stock": "stock diffusers", "stock-alone": "stock, one picture a call", "stock-bf16": "stock in bf16"}
@@ -195,7 +200,7 @@ def schedule_errors() -> list[str]:
     settings = list(dict.fromkeys(_setting(row) for row in sorted(rows, key=lambda row: [int(row[name]) for name in QUALITY])))
     if not rows:
         return ["No row is committed yet; `python -m benchmarks.quality` makes them."]
-    lines = [cells("PSNR to the right schedule's picture, same verdict", *settings), "|---" * (len(settings) + 1) + "|"]
+    lines = heading("PSNR to the right schedule's picture, same verdict", *settings)
     for mode in dict.fromkeys(row["about"] for row in rows):
         found = {_setting(row): row for row in rows if row["about"] == mode}
         shown = (f"{float(row['psnr_p50']):.1f} dB, {float(row['same_verdict']):.1%}" for row in map(found.get, settings))
@@ -204,8 +209,14 @@ def schedule_errors() -> list[str]:
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
-    "measured": measured,
+    "gpu": gpu,
+    "cpu-short": cpu_short,
+    "cpu": cpu,
     "ladder": ladder,
+    "changing": changing,
+    "first-call": first_call,
+    "resident-memory": resident_memory,
+    "measured-memory": measured_memory,
     "quality": quality,
     "schedule-errors": schedule_errors,
 }
@@ -237,18 +248,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="fail where a table is not what the rows say; change nothing")
     options = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
-    names = outdated(text)
-    if not options.check:
-        README.write_text(filled(text), encoding="utf-8")
-        print(f"{README}: {', '.join(names) or 'nothing'} changed")
-        return 0
-    if names:
-        print(
-            f"{README}: {', '.join(names)}: not what benchmarks/results says; run python -m benchmarks.pages.tables",
-            file=sys.stderr,
-        )
-    return 1 if names else 0
+    wrong = 0
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        names = outdated(text)
+        if names and options.check:
+            wrong += 1
+            said = "not what benchmarks/results says; run python -m benchmarks.pages.tables"
+            print(f"{page}: {', '.join(names)}: {said}", file=sys.stderr)
+        elif names:
+            page.write_text(filled(text), encoding="utf-8")
+            print(f"{page}: {', '.join(names)} changed")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

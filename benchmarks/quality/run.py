@@ -12,7 +12,7 @@ import argparse
 import math
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,6 +183,13 @@ def with_references(names: Sequence[str]) -> dict[str, Mode]:
     return chosen
 
 
+def distance_note(every: Mapping[str, Any], reference: str) -> str:
+    """How far a mode's pictures are from its reference's, for people."""
+    equal = math.isinf(every["psnr_p50"])
+    figures = "equal" if equal else f"PSNR {every['psnr_p50']:.1f} dB, SSIM {every['ssim_mean']:.3f}"
+    return f"{figures}\n{textwrap.fill(f'to {reference}', 32)}"
+
+
 def sheets(results: Sequence[Result], todo: Sequence[SeededRequest], columns: int) -> list[Any]:
     """The contact sheets of one setting's results, `PAGE` modes on each; stock's pictures head every page."""
     setting = results[0].setting
@@ -191,11 +198,7 @@ def sheets(results: Sequence[Result], todo: Sequence[SeededRequest], columns: in
         every = result.scope(todo, SCOPES["all"])
         note = f"follows the prompt: {100 * every['everything']:.1f} %\n(of {len(todo)} pictures)"
         if result.name != result.mode.reference:
-            equal = math.isinf(float(every["psnr_p50"]))
-            apart = (
-                "the median picture is equal" if equal else f"PSNR {every['psnr_p50']:.1f} dB, SSIM {every['ssim_mean']:.3f}"
-            )
-            note += "\n" + textwrap.fill(f"{apart} to {MODES[result.mode.reference].about}", 36)
+            note += f"\n{distance_note(every, MODES[result.mode.reference].about)}"
         lines.append(Line(result.mode.about, note, result.drawn.pictures[:columns], result.verdicts[:columns]))
     captions = [f"seed {case.seed}: {case.request.prompt}" for case in todo[:columns]]
     pages = [

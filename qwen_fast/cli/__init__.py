@@ -1,6 +1,7 @@
 """The `qwen-fast` command. Nothing here imports torch: `--help` and mistyped arguments answer at once."""
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,10 @@ examples:
 
 `qwen-fast COMMAND --help` describes a command. Exit codes: 0 done, 1 a check failed,
 2 bad input (the message is on stderr), 130 interrupted."""
+
+OUT_OF_MEMORY = """\
+Less is needed with --text-encoder-mode offload, --modulation host, --cuda-graph off, a smaller --size or --vae-memory BYTES;
+docs/memory.md says what fits into which card."""
 
 
 class _Version(argparse.Action):
@@ -79,7 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: `--help` and `--version` (0), arguments that argparse refuses (2).
     """
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        args.parser.error(_unknown(unknown, args.parser))
     args.own_process = argv is None  # nothing comes behind the command
     try:
         code = args.run(args)
@@ -95,5 +103,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if args.debug:
             raise
-        print(f"qwen-fast {args.command}: error: {error or type(error).__name__}", file=sys.stderr)
+        advice = f" {OUT_OF_MEMORY}" if type(error).__name__ == "OutOfMemoryError" and args.command == "generate" else ""
+        print(f"qwen-fast {args.command}: error: {error or type(error).__name__}{advice}", file=sys.stderr)
         return 2
+
+
+def _unknown(words: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    """What an error says of arguments that there are not."""
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    near = [guess for flag in flags for guess in difflib.get_close_matches(flag, known, 1)]
+    return f"unrecognized arguments: {' '.join(words)}" + (f"; did you mean {', '.join(near)}?" if near else "")

@@ -84,3 +84,18 @@ def minutes(text: str) -> float:
     if not value > 0.0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes above 0")
     return value
+
+
+def flag(name: str) -> str:
+    """The command's flag for an option of `enable`."""
+    return f"--{name.replace('_', '-')}"
+
+
+def vae_memory(text: str) -> int | str:
+    """argparse type: bytes, "auto" or "none"."""
+    if text in ("auto", "none"):
+        return text
+    try:
+        return positive_int(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor none nor a number of bytes of at least 1") from None

@@ -2,20 +2,22 @@
 
 import argparse
 import contextlib
-import re
+import dataclasses
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.options import DTYPES
-from ..demo import checkpoint
-from ..pipelines.opening import library_output, load_pipeline
+from ..common.options import DTYPES, VALUES
+from ..demo import CHECKPOINT, checkpoint
+from ..pipelines.opening import check_loras, library_output, load_pipeline
 from ..schedule.configs import load_config
 from . import arguments
 from .arguments import positive_int
-from .pngs import PngWriter
+from .jobs import Job, contact_sheet, lines_of, read_jobs, runs, slug
+from .pngs import PngWriter, is_drawn, save_png
 
 SUMMARY = "draw pictures from prompts"
 DESCRIPTION = """\
@@ -32,12 +34,19 @@ examples:
   qwen-fast generate --model Qwen/Qwen-Image --prompt "a red fox" --steps 8 --cfg 1 --config lightning \\
       --lora Qwen-Image-Lightning-8steps.safetensors
   qwen-fast generate --prompt "two green squares on a white background" --stock --out stock.png    by diffusers alone
+  qwen-fast generate --jobs jobs.jsonl --out pictures    each line: {"prompt": "a red fox", "seed": 7, "size": "1024x768"}
+
+A job file has a JSON object a line: prompt, and what differs from the command line of negative_prompt, seed, steps, size,
+cfg, name. What is drawn already is skipped, so that the same command resumes where it stopped; contact-sheet.png shows all.
 
 Picture n (from 0) of a run is drawn with seed + n, so any of them can be drawn again alone. Guidance
 (--cfg above 1) costs a second forward per step. LoRAs that shorten a model to 4 or 8 steps need --config lightning; the
 demo checkpoint has one: --lora lightning --config lightning --steps 4 --cfg 1."""
 
 DEMO_STEPS, MODEL_STEPS = 20, 50
+SHEET = "contact-sheet.png"
+_SURROUNDINGS = ("versions", "Software", "device")  # what a run may differ in that goes on with another's pictures
+_GRAPH = {"auto": "auto", "on": True, "off": False}
 DEMO_SIZE = (64, 64)
 
 
@@ -46,15 +55,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts = parser.add_argument_group("what to draw")
     source = prompts.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", metavar="TEXT", help="repeat it for several prompts")
-    source.add_argument("--prompt-file", metavar="FILE", help="one prompt a line, UTF-8, empty lines skipped; '-': stdin")
+    source.add_argument("--prompt-file", metavar="FILE", help="one prompt a line, UTF-8; empty lines and # skipped; '-': stdin")
+    source.add_argument("--jobs", metavar="FILE", help="a JSON object a line, each with its own settings; '-': stdin")
+    prompts.add_argument("--keep-going", action="store_true", help="with --jobs: leave bad lines out, and exit with 1")
     prompts.add_argument("--negative-prompt", default=" ", metavar="TEXT", help="what to keep out (default: a space)")
     prompts.add_argument("--num-images", type=positive_int, default=1, metavar="N", help="per prompt (default: 1)")
     prompts.add_argument(
         "--size",
         type=arguments.size,
-        nargs="+",
         metavar="WxH",
-        help="multiples of 16; one for all, or one for each prompt (default: the model's, demo 64x64)",
+        nargs="+",
+        help="multiples of 16, one for all or one for each prompt (default: the model's, demo 64x64)",
     )
     prompts.add_argument("--seed", type=arguments.seed, default=0, metavar="N", help="of the first picture (default: 0)")
 
@@ -80,8 +91,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument(
         "--cfg", type=arguments.cfg, default=4.0, metavar="SCALE", help="true_cfg_scale; 1: no guidance (default: %(default)s)"
     )
-    sampling.add_argument("--precise-sampler", action="store_true", help="keep latents in fp32 between steps")
     sampling.add_argument("--stock", action="store_true", help="draw with stock diffusers instead, to compare")
+
+    fast = parser.add_argument_group("acceleration", "options of qwen_fast.enable; docs/coverage.md describes them")
+    for name in ("modulation", "attention", "vae_mode", "text_encoder_mode"):
+        fast.add_argument(arguments.flag(name), choices=VALUES[name], help=f"default: {VALUES[name][0]}")
+    fast.add_argument("--cuda-graph", choices=tuple(_GRAPH), help="default: auto")
+    fast.add_argument("--vae-memory", type=arguments.vae_memory, metavar="BYTES", help="or auto or none (default: auto)")
+    fast.add_argument("--prompt-cache", metavar="FOLDER", help="or memory or none (default: memory)")
+    for name, what in (
+        ("precise_sampler", "keep latents in fp32 between steps"),
+        ("check_nan", "say after which step latents were not finite"),
+        ("strict", "fail where a call would run on stock diffusers"),
+    ):
+        fast.add_argument(arguments.flag(name), action="store_true", default=None, help=what)
 
     output = parser.add_argument_group("output")
     output.add_argument("--out", default=".", metavar="PATH", help="a folder, or a .png for one picture (default: this folder)")
@@ -91,20 +114,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw all pictures, one at a time; Ctrl-C leaves the finished ones and gives 130."""
-    if args.stock and args.precise_sampler:
-        args.parser.error("--precise-sampler is an option of our sampler; it cannot go with --stock")
-    prompts = args.prompt if args.prompt_file is None else read_prompts(args.prompt_file)
-    total = len(prompts) * args.num_images
-    if args.seed + total - 1 >= 2**63:
-        args.parser.error(f"--seed {args.seed} leaves no seeds for {total} pictures")
-    if args.size is not None and len(args.size) not in (1, len(prompts)):
-        args.parser.error(f"--size names {len(args.size)} sizes for {len(prompts)} prompts; one for all or one for each")
-    folder, file = _destination(args.out, total, args.overwrite)
-    if args.config is not None:
-        config, _ = load_config(args.config)
+    options = _options(args)
+    if args.stock and options:
+        args.parser.error(f"{arguments.flag(next(iter(options)))} is an option of qwen_fast; it cannot go with --stock")
+    jobs, bad = _jobs(args)
+    folder, file = _destination(args.out, len(jobs), args.overwrite)
+    if args.jobs is not None and file is not None:
+        args.parser.error(f"--out {args.out}: pictures of --jobs go into a folder")
+    model = str(CHECKPOINT) if args.model is None else args.model
+    check_loras(args.lora, model)
+    config, _ = (None, None) if args.config is None else load_config(args.config)
+    for sentence in bad:
+        print(sentence, file=sys.stderr)
+    bars = not args.quiet and sys.stderr.isatty()
+    if bars:
+        print(f"loading {'the demo checkpoint' if args.model is None else model}", file=sys.stderr, flush=True)
 
     started = time.perf_counter()
-    from .. import generate
     from ..common.hardware import device_and_dtype
     from ..common.stages import Span, record, stage, stage_table, staged
 
@@ -112,76 +138,165 @@ def run(args: argparse.Namespace) -> int:
         recorder.spans.append(Span("import", started, time.perf_counter(), recorder.thread))
         with stage("load"):
             device, dtype = device_and_dtype(args.device, args.dtype)
-            bars = not args.quiet and sys.stderr.isatty()
-            with library_output(bars):
-                model = args.model or str(checkpoint())
             if args.model is None:
+                with library_output(bars):
+                    model = str(checkpoint())
                 print(f"model: the demo checkpoint in {model}")
                 print("       it knows coloured shapes and nothing else; --model names another")
         with library_output(bars):
-            pipe = load_pipeline(model, device, dtype, stock=args.stock, precise_sampler=args.precise_sampler, loras=args.lora)
-        if args.config is not None:
+            pipe = load_pipeline(model, device, dtype, stock=args.stock, loras=args.lora, options=options)
+        if config is not None:
             pipe.scheduler = type(pipe.scheduler).from_config(config)
         loaded = time.perf_counter() - started
 
         side = pipe.default_sample_size * pipe.vae_scale_factor
-        sizes = args.size or [DEMO_SIZE if args.model is None else (side, side)]
-        sizes = sizes * (len(prompts) // len(sizes))  # one for all, or one for each
-        steps = args.steps or (DEMO_STEPS if args.model is None else MODEL_STEPS)
-        settings = _settings(args, pipe, model, device, dtype, steps)
-        names = " ".join(dict.fromkeys(f"{width}x{height}" for width, height in sizes))
-        print(f"{names}, {steps} steps, cfg {args.cfg:g}, {settings['dtype']} on {device}", flush=True)
+        size, steps = (DEMO_SIZE, DEMO_STEPS) if args.model is None else ((side, side), MODEL_STEPS)
+        jobs = [dataclasses.replace(job, size=job.size or size, steps=job.steps or steps) for job in jobs]
+        if args.model is None:
+            _say_what_is_strange(jobs)
+        common = _settings(args, options, device, dtype)
+        for (width, height), number, cfg in dict.fromkeys((job.size, job.steps, job.cfg) for job in jobs):
+            print(f"{width}x{height}, {number} steps, cfg {cfg:g}, {common['dtype']} on {device}", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         pipe.set_progress_bar_config(disable=not bars)
-        each = [pair for pair in zip(prompts, sizes, strict=True) for _ in range(args.num_images)]
-        pictures = generate(
-            pipe,
-            [prompt for prompt, _ in each],
-            seed=args.seed,
-            negative_prompt=args.negative_prompt if args.cfg > 1 else None,
-            true_cfg_scale=args.cfg,
-            width=[width for _, (width, _) in each],
-            height=[height for _, (_, height) in each],
-            num_inference_steps=steps,
-        )
+        todo = jobs if args.jobs is None or args.overwrite else _missing(jobs, folder, common)
         writer = PngWriter()
         try:
             with staged(pipe) if args.stock else contextlib.nullcontext(), writer:
-                for index, image, seconds in pictures:
-                    (prompt, (width, height)), seed, drawn = each[index], args.seed + index, sum(seconds.values())
-                    text = {"prompt": prompt, "seed": str(seed), **settings, "size": f"{width}x{height}"}
-                    text["seconds"] = f"{drawn:.2f}"
-                    text["stages"] = ", ".join(f"{name} {value:.3f}" for name, value in seconds.items())
-                    path = file or folder / f"{_slug(prompt)}-seed{seed}.png"
-                    note = f"seed {seed}  {drawn:.2f} s"
-                    writer.submit(image, path, text, note, overwrite=args.overwrite, find_free_name=file is None)
+                for together in runs(todo):
+                    _draw(pipe, together, writer, folder, file, common, args)
         except KeyboardInterrupt:
-            print(f"interrupted; {len(writer.saved)} of {total} pictures are finished.", file=sys.stderr)
+            print(f"interrupted; {len(writer.saved)} of {len(todo)} pictures are finished.", file=sys.stderr)
             return 130
     wall = time.perf_counter() - started
-    names = f"{total} picture{'s' if total > 1 else ''}"
+    names = f"{len(todo)} picture{'s' if len(todo) != 1 else ''}"
     print(f"{names} in {wall - loaded:.2f} s after {loaded:.2f} s of loading, in {folder.resolve()}")
-    print(stage_table(recorder, wall, pictures=total))
+    if args.jobs is not None:
+        sheet = contact_sheet([(folder / f"{job.name}.png", f"{job.name}") for job in jobs])
+        save_png(sheet, folder / SHEET, {}, overwrite=True, find_free_name=False)
+        print(f"all {len(jobs)} in {folder / SHEET}; {len(jobs) - len(todo)} were there already")
+    print(stage_table(recorder, wall, pictures=max(1, len(todo))))
     print(_drawn_by(pipe, args.stock))
-    return 0
+    return 1 if bad else 0
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given of the options of `enable`."""
+    names = ("modulation", "attention", "vae_mode", "text_encoder_mode", "cuda_graph", "vae_memory", "prompt_cache")
+    given = {name: getattr(args, name) for name in (*names, "precise_sampler", "check_nan", "strict")}
+    given = {name: value for name, value in given.items() if value is not None}
+    given |= {"cuda_graph": _GRAPH[given["cuda_graph"]]} if "cuda_graph" in given else {}
+    return {name: None if value == "none" else value for name, value in given.items()}
+
+
+def _jobs(args: argparse.Namespace) -> tuple[list[Job], list[str]]:
+    """The pictures to draw, and what was left out of a job file."""
+    sizes = args.size or [None]
+    defaults = Job("", args.seed, args.negative_prompt, args.steps, sizes[0], args.cfg)
+    if args.keep_going and args.jobs is None:
+        args.parser.error("--keep-going is for --jobs")
+    if args.jobs is not None:
+        if args.num_images > 1:
+            args.parser.error("--num-images cannot go with --jobs; repeat the line with another seed")
+        if len(sizes) > 1:
+            args.parser.error("--size names several sizes; with --jobs each line has its own")
+        return read_jobs(args.jobs, defaults, keep_going=args.keep_going)
+    prompts = args.prompt if args.prompt_file is None else read_prompts(args.prompt_file)
+    total = len(prompts) * args.num_images
+    if args.seed + total - 1 >= 2**63:
+        args.parser.error(f"--seed {args.seed} leaves no seeds for {total} pictures")
+    if len(sizes) not in (1, len(prompts)):
+        args.parser.error(f"--size names {len(sizes)} sizes for {len(prompts)} prompts; one for all or one for each")
+    pairs = zip(prompts, sizes * (len(prompts) // len(sizes)), strict=True)
+    each = [pair for pair in pairs for _ in range(args.num_images)]
+    jobs = [
+        dataclasses.replace(defaults, prompt=prompt, size=size, seed=args.seed + index)
+        for index, (prompt, size) in enumerate(each)
+    ]
+    return [dataclasses.replace(job, name=f"{slug(job.prompt)}-seed{job.seed}") for job in jobs], []
+
+
+def _say_what_is_strange(jobs: Sequence[Job]) -> None:
+    """Once each: what the demo checkpoint was never shown."""
+    from ..demo.scenes import strange
+
+    found = (strange(job.prompt, job.negative_prompt if job.cfg > 1 else None, *job.size) for job in jobs)
+    for sentence in dict.fromkeys(sentence for sentences in found for sentence in sentences):
+        print(f"note: {sentence}", file=sys.stderr, flush=True)
+
+
+def _missing(jobs: Sequence[Job], folder: Path, common: dict[str, str]) -> list[Job]:
+    """Those of a job file that are not drawn yet.
+
+    Raises:
+        FileExistsError: a file of a job's name holds something else.
+    """
+    found = []
+    for job in jobs:
+        path = folder / f"{job.name}.png"
+        text = {name: value for name, value in _text(job, common).items() if name not in _SURROUNDINGS}
+        if not path.exists():
+            found.append(job)
+        elif not is_drawn(path, text):
+            raise FileExistsError(f"{path} exists and was drawn with other settings; --overwrite draws all of --jobs again.")
+    return found
+
+
+def _draw(
+    pipe: Any,
+    jobs: Sequence[Job],
+    writer: PngWriter,
+    folder: Path,
+    file: Path | None,
+    common: dict[str, str],
+    args: argparse.Namespace,
+) -> None:
+    """Draw jobs of equal settings with seeds ascending by one, and give them to the writer."""
+    from .. import generate
+
+    first = jobs[0]
+    width, height = first.size
+    pictures = generate(
+        pipe,
+        [job.prompt for job in jobs],
+        seed=first.seed,
+        negative_prompt=first.negative_prompt if first.cfg > 1 else None,
+        true_cfg_scale=first.cfg,
+        width=width,
+        height=height,
+        num_inference_steps=first.steps,
+    )
+    for index, image, seconds in pictures:
+        job, drawn = jobs[index], sum(seconds.values())
+        text = _text(job, common) | {"seconds": f"{drawn:.2f}"}
+        text["stages"] = ", ".join(f"{name} {value:.3f}" for name, value in seconds.items())
+        path, free = file or folder / f"{job.name}.png", file is None and args.jobs is None
+        writer.submit(image, path, text, f"seed {job.seed}  {drawn:.2f} s", overwrite=args.overwrite, find_free_name=free)
 
 
 def read_prompts(name: str) -> list[str]:
-    """The non-empty lines of a UTF-8 file, or of stdin for '-'."""
-    try:
-        data = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompt-file {name} is not UTF-8: {error}") from None
-    except OSError as error:
-        raise FileNotFoundError(f"--prompt-file {name}: {error.strerror}.") from None
-    prompts = [line.strip() for line in data.splitlines() if line.strip()]
+    """The prompts of a UTF-8 file, one a line, or of stdin for '-'."""
+    prompts = [line for _, line in lines_of("--prompt-file", name)]
     if not prompts:
         raise ValueError(f"--prompt-file {name} holds no prompt; one a line is needed.")
     return prompts
 
 
-def _settings(args: argparse.Namespace, pipe: Any, model: str, device: Any, dtype: Any, steps: int) -> dict[str, str]:
-    """What goes into every picture's metadata beside prompt, seed and size."""
+def _text(job: Job, common: dict[str, str]) -> dict[str, str]:
+    """A picture's metadata but for its times."""
+    own = {
+        "prompt": job.prompt,
+        "seed": str(job.seed),
+        "negative_prompt": job.negative_prompt if job.cfg > 1 else "",
+        "steps": str(job.steps),
+        "size": f"{job.size[0]}x{job.size[1]}",
+        "cfg": f"{job.cfg:g}",
+    }
+    return own | common
+
+
+def _settings(args: argparse.Namespace, options: dict[str, Any], device: Any, dtype: Any) -> dict[str, str]:
+    """What goes into the metadata of every picture of a run."""
     import diffusers
     import torch
     import transformers
@@ -189,13 +304,10 @@ def _settings(args: argparse.Namespace, pipe: Any, model: str, device: Any, dtyp
     from .. import __version__
 
     return {
-        "negative_prompt": args.negative_prompt if args.cfg > 1 else "",
-        "steps": str(steps),
-        "cfg": f"{args.cfg:g}",
         "model": args.model or "demo checkpoint",
         "lora": ", ".join(f"{name}:{scale:g}" for name, scale in args.lora),
         "schedule": args.config or "model",
-        "sampler": "diffusers" if args.stock else "qwen_fast, precise" if args.precise_sampler else "qwen_fast",
+        "sampler": "diffusers" if args.stock else "qwen_fast, precise" if options.get("precise_sampler") else "qwen_fast",
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "versions": f"qwen_fast {__version__}, diffusers {diffusers.__version__}, "
@@ -229,11 +341,6 @@ def _check_writable(out: str, folder: Path) -> None:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise ValueError(f"--out {out}: nothing can be written in {there}: {error.strerror or error}.") from None
-
-
-def _slug(prompt: str) -> str:
-    """A file name that every file system takes: the prompt's first letters and digits."""
-    return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "picture"
 
 
 def _drawn_by(pipe: Any, stock: bool) -> str:

@@ -73,6 +73,18 @@ def _write(image: "PIL.Image.Image", path: Path, text: dict[str, str], names: di
         return save_png(image, path, text, **names)
 
 
+def is_drawn(path: Path, text: dict[str, str]) -> bool:
+    """Whether a PNG is whole and holds `text` in its metadata."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.text.items() >= text.items()
+    except (OSError, SyntaxError, AttributeError, ValueError):
+        return False
+
+
 def save_png(image: "PIL.Image.Image", path: Path, text: dict[str, str], *, overwrite: bool, find_free_name: bool) -> Path:
     """Write a PNG with `text` as its metadata, whole or not at all.
 

@@ -33,9 +33,10 @@ def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype
         chosen = torch.device(device)
     except RuntimeError:
         raise ValueError(f"--device {device}: no such device; use cuda, cuda:N or cpu.") from None
-    check_device(chosen)
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices here, counted from 0.")
+    try:
+        check_device(chosen)
+    except ValueError as error:
+        raise ValueError(str(error).replace("`device` is", "--device", 1)) from None
     if dtype == "auto":
         dtype = "bf16" if chosen.type == "cuda" else "fp32"
     return chosen, getattr(torch, DTYPES[dtype])

@@ -2,25 +2,22 @@
 
 import dataclasses
 import difflib
+import functools
 import inspect
+import operator
 import tempfile
+import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar, Union, get_args, get_origin
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
-_VALUES = {
-    "precise_sampler": (True, False),
-    "modulation": ("auto", "device", "host", "layers"),
-    "attention": ("auto", "triton", "cudnn", "flash", "efficient", "diffusers"),
-    "cuda_graph": ("auto", True, False),
-    "vae_mode": ("image", "diffusers"),
-    "text_encoder_mode": ("keep", "offload", "free"),
-    "batch_invariant": (True, False),
-    "check_nan": (True, False),
-    "strict": (True, False),
-}
+Modulation = Literal["auto", "device", "host", "layers"]
+Attention = Literal["auto", "triton", "cudnn", "flash", "efficient", "diffusers"]
+CudaGraph = Literal["auto", True, False]
+VaeMode = Literal["image", "diffusers"]
+TextEncoderMode = Literal["keep", "offload", "free"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -33,19 +30,19 @@ class Options:
     """
 
     precise_sampler: bool = False
-    modulation: str = "auto"
-    attention: str = "auto"
-    cuda_graph: bool | str = "auto"
-    vae_mode: str = "image"
-    vae_memory: int | str | None = "auto"
+    modulation: Modulation = "auto"
+    attention: Attention = "auto"
+    cuda_graph: CudaGraph = "auto"
+    vae_mode: VaeMode = "image"
+    vae_memory: int | Literal["auto"] | None = "auto"
     prompt_cache: str | Path | None = "memory"
-    text_encoder_mode: str = "keep"
+    text_encoder_mode: TextEncoderMode = "keep"
     batch_invariant: bool = False
     check_nan: bool = False
     strict: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in _VALUES.items():
+        for name, known in VALUES.items():
             value = getattr(self, name)
             if not any(value is one or (isinstance(value, str) and value == one) for one in known):
                 raise ValueError(f"`{name}` is {value!r}; use one of {', '.join(map(repr, known))}.")
@@ -74,7 +71,29 @@ class Options:
         return cls(**given)
 
 
+class OptionsGiven(TypedDict, total=False):
+    """The options as keywords, for type checkers."""
+
+    precise_sampler: bool
+    modulation: Modulation
+    attention: Attention
+    cuda_graph: CudaGraph
+    vae_mode: VaeMode
+    vae_memory: int | Literal["auto"] | None
+    prompt_cache: str | Path | None
+    text_encoder_mode: TextEncoderMode
+    batch_invariant: bool
+    check_nan: bool
+    strict: bool
+
+
 NAMES = tuple(field.name for field in dataclasses.fields(Options))
+# Of those that have a few values only.
+VALUES: dict[str, tuple[Any, ...]] = {
+    field.name: (True, False) if field.type is bool else get_args(field.type)
+    for field in dataclasses.fields(Options)
+    if field.name not in ("vae_memory", "prompt_cache")
+}
 
 
 def unknown_options(names: set[str]) -> str:
@@ -89,13 +108,26 @@ def takes_options(function: Function) -> Function:
     whose `from_pretrained` hands a constructor the arguments that its signature names."""
     signature = inspect.signature(function)
     own = [parameter for parameter in signature.parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    kinds = {field.name: _without_literals(field.type) for field in dataclasses.fields(Options)}
     options = [
-        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=kinds[field.name])
         for field in dataclasses.fields(Options)
     ]
     function.__signature__ = signature.replace(parameters=[*own, *options])
-    function.__annotations__ |= {field.name: field.type for field in dataclasses.fields(Options)}
+    function.__annotations__ = {name: function.__annotations__[name] for name in function.__annotations__ if name != "options"}
+    function.__annotations__ |= kinds
     return function
+
+
+def _without_literals(kind: Any) -> Any:
+    """A type for diffusers, which reads the annotations of a pipeline's constructor and warns of those that are no classes."""
+    if get_origin(kind) is Literal:
+        parts = [type(value) for value in get_args(kind)]
+    elif isinstance(kind, types.UnionType) or get_origin(kind) is Union:
+        parts = [_without_literals(part) for part in get_args(kind)]
+    else:
+        parts = [kind]
+    return functools.reduce(operator.or_, dict.fromkeys(parts))
 
 
 def check_vae_memory(name: str, value: Any) -> int | str | None:

@@ -37,6 +37,9 @@ _CONTEXTLIB = contextlib.contextmanager.__code__.co_filename
 # torch's functions that stock's modules call by name: built-in ones, and those written in Python.
 _BUILTIN = {"linear": torch._C._nn.linear, "gelu": torch._C._nn.gelu}
 _IN_PYTHON = ("silu", "layer_norm")
+# Functions that older packages define by another name: transformers before 5.
+_RENAMED = {"sdpa_mask": ("sdpa_mask_recent_torch", "sdpa_mask_older_torch")}
+_UNNAMED = "apply_forward_hook.<locals>.wrapper"  # diffusers' decorator, which in 0.38 does not say what it wraps
 _ALIASES = {("Module", "__call__"): "Module._wrapped_call_impl", ("Module", "forward"): "_forward_unimplemented"}
 
 
@@ -107,7 +110,7 @@ def is_own_function(function: Any, package: str, name: str) -> bool:
     if isinstance(function, types.BuiltinFunctionType):
         return function.__name__ == name and (function.__module__ or package).partition(".")[0] == package
     origin = _origin(function)
-    return origin is not None and origin.qualname == name and origin.packages <= {package, _OURS}
+    return origin is not None and origin.qualname in (name, *_RENAMED.get(name, ())) and origin.packages <= {package, _OURS}
 
 
 def _is_own_method(cls: type, name: str) -> bool:
@@ -168,7 +171,7 @@ def _read_origin(function: types.FunctionType) -> _Origin | None:
             function = function.__func__
         if not isinstance(function, types.FunctionType):
             return None
-        file, wrapped = function.__code__.co_filename, function.__dict__.get("__wrapped__")
+        file, wrapped = function.__code__.co_filename, _wrapped(function)
         uncompiled = "_torchdynamo_disable" in vars(function)  # torch.compiler.disable
         neutral = wrapped is not None and (file == _CONTEXTLIB or file.endswith(_NEUTRAL) or uncompiled)
         package = _package(file)
@@ -179,6 +182,13 @@ def _read_origin(function: types.FunctionType) -> _Origin | None:
         if wrapped is None:
             return _Origin(frozenset(packages), function.__qualname__)
         function = wrapped
+
+
+def _wrapped(function: types.FunctionType) -> Any:
+    """What a decorated function calls, where that is known."""
+    if function.__qualname__ == _UNNAMED and _package(function.__code__.co_filename) == "diffusers":
+        return function.__closure__[function.__code__.co_freevars.index("method")].cell_contents
+    return function.__dict__.get("__wrapped__")
 
 
 @functools.lru_cache(maxsize=1024)

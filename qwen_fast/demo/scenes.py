@@ -25,6 +25,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (250, 250, 250),
     "black": (15, 15, 15),
 }
+KNOWN_SIZES = ((64, 64), (96, 64))  # of the demo checkpoint, width and height
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = {"small": 0.21, "large": 0.34}  # half of a thing's side, in shorter sides of the picture
 PLACES = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
@@ -125,6 +126,21 @@ class Scene:
 
     request: Request
     layout: tuple[tuple[float, float, float], ...]
+
+
+def strange(prompt: str, negative_prompt: str | None, width: int, height: int) -> list[str]:
+    """A sentence for each thing asked for that the demo checkpoint was never shown, with what it knows."""
+    found = []
+    try:
+        Request.parse(prompt)
+    except ValueError as error:
+        found.append(f"the demo checkpoint does not know this prompt, and draws something: {error}.")
+    if (negative_prompt or "").strip():
+        found.append(f"the demo checkpoint knows no negative prompt but a space; {negative_prompt!r} makes its pictures worse.")
+    if (width, height) not in KNOWN_SIZES:
+        known = " and ".join(f"{width}x{height}" for width, height in KNOWN_SIZES)
+        found.append(f"the demo checkpoint knows {known}; at {width}x{height} it draws no shapes.")
+    return found
 
 
 def requests(*, held_out: bool | None = None) -> list[Request]:

@@ -1,6 +1,6 @@
 """`enable` and `disable`: put the acceleration into a pipeline that exists, in place, and take it out again."""
 
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import diffusers
 
@@ -10,11 +10,16 @@ from ..common.state import STATE, State, logger
 from . import cache_dit
 from .family import ACCELERATED
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..common.options import OptionsGiven
+
 Pipeline = TypeVar("Pipeline")
 
 
 @takes_options
-def enable(pipe: Pipeline, **options: Any) -> Pipeline:
+def enable(pipe: Pipeline, **options: "Unpack[OptionsGiven]") -> Pipeline:
     """Accelerate `pipe` in place. Calling it again changes the options.
 
     Only this pipeline's calls change: no class of diffusers, no global setting, no other pipeline, even one that shares
@@ -63,10 +68,10 @@ def enable(pipe: Pipeline, **options: Any) -> Pipeline:
         stock, ours = next((s, o) for s, o in ACCELERATED.items() if o is stock)
     if ours is None:
         raise ValueError(_refusal(pipe))
-    options = Options.of(options)
+    chosen = Options.of(dict(options))
     reason = unsupported_reason(pipe.device)
     if reason is not None:
-        if options.strict:
+        if chosen.strict:
             raise RuntimeError(f"strict=True, and this pipeline cannot be accelerated: {reason}.")
         logger.warning("the pipeline stays on stock diffusers: %s.", reason)
         return pipe
@@ -76,7 +81,7 @@ def enable(pipe: Pipeline, **options: Any) -> Pipeline:
             pipe.__dict__[STATE] = State()
             pipe.__class__ = ours
         cache_dit.enabled(pipe, ours)
-        pipe.put_in(options)
+        pipe.put_in(chosen)
     except BaseException:
         if before is None:
             disable(pipe)
@@ -91,8 +96,12 @@ def disable(pipe: Pipeline) -> Pipeline:
 
     Returns:
         The same object.
+    Raises:
+        TypeError: what is no pipeline.
     """
     state = getattr(pipe, "__dict__", {}).get(STATE)
+    if state is None and not isinstance(pipe, _pipelines()):
+        raise TypeError(f"`pipe` is a {type(pipe).__name__}, not a pipeline{_hint(pipe, 'disable_vae')}.")
     if state is not None:
         pipe.take_out()
         del pipe.__dict__[STATE]
@@ -106,7 +115,19 @@ def _refusal(pipe: Any) -> str:
     name, known = type(pipe).__name__, ", ".join(stock.__name__ for stock in ACCELERATED)
     if isinstance(pipe, tuple(ACCELERATED)):
         return f"`pipe` is a {name}, a subclass with code of its own, which enable would replace. It takes exactly: {known}."
-    modular = getattr(diffusers, "ModularPipeline", ())  # newer than the oldest diffusers we take
-    if name.startswith("QwenImage") and isinstance(pipe, (diffusers.DiffusionPipeline, *((modular,) if modular else ()))):
+    if name.startswith("QwenImage") and isinstance(pipe, _pipelines()):
         return f"`pipe` is a {name}, which is not accelerated yet and was left unchanged. Accelerated: {known}."
-    return f"`pipe` is a {name}, not a pipeline of the Qwen-Image family. Accelerated: {known}."
+    return f"`pipe` is a {name}, not a pipeline of the Qwen-Image family{_hint(pipe, 'enable_vae')}. Accelerated: {known}."
+
+
+def _pipelines() -> tuple[type, ...]:
+    modular = getattr(diffusers, "ModularPipeline", None)  # newer than the oldest diffusers we take
+    return (diffusers.DiffusionPipeline,) if modular is None else (diffusers.DiffusionPipeline, modular)
+
+
+def _hint(part: Any, for_vae: str) -> str:
+    """What to do with a part of a pipeline."""
+    name = type(part).__name__
+    if name.startswith("QwenImageTransformer"):
+        return "; a transformer alone is fused as a qwen_fast.QwenImageTransformer2DModel"
+    return f"; for a VAE alone there is qwen_fast.{for_vae}" if name.startswith("Autoencoder") else ""

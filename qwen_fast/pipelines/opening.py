@@ -1,6 +1,8 @@
 """A checkpoint with its LoRAs as a pipeline on its device: what the commands draw with."""
 
 import contextlib
+import importlib.util
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,37 +38,59 @@ def load_pipeline(
     dtype: "torch.dtype",
     *,
     stock: bool = False,
-    precise_sampler: bool = False,
     loras: list[tuple[str, float]] | None = None,
+    options: dict[str, Any] | None = None,
 ) -> Any:
-    """A QwenImagePipeline, with its LoRAs, on its device; ours, or diffusers' own when `stock`.
+    """A QwenImagePipeline, with its LoRAs, on its device; ours, with options of `enable`, or diffusers' own when `stock`.
 
     Raises:
         ValueError, OSError: not a checkpoint, or a LoRA that does not exist or does not fit.
+        ImportError: a LoRA, and no peft.
     """
     import diffusers
 
     loras = loras or []
-    sources = [_lora_source(name, Path(model)) for name, _ in loras]  # before minutes of loading
+    sources = check_loras(loras, model)  # before minutes of loading
     versions.check()
     from ..common.stages import stage
     from ..loading import check_folder, load
     from .text_to_image import QwenImagePipeline
 
     check_folder(model, hub_ids=True)
-    kind = diffusers.QwenImagePipeline.load_config(model).get("_class_name")
+    try:
+        kind = diffusers.QwenImagePipeline.load_config(model).get("_class_name")
+    except OSError as error:
+        if Path(model).exists():
+            raise
+        raise OSError(
+            f"--model {model}: neither in the hub's local cache nor found on the hub: it does not exist, or the network cannot "
+            f"be reached (HF_HUB_OFFLINE is {os.environ.get('HF_HUB_OFFLINE', 'not set')}). A local folder needs none. {error}"
+        ) from error
     if kind not in TEXT_TO_IMAGE:
         raise ValueError(f"--model {model} is a {kind}; generate draws from text alone, with a QwenImagePipeline.")
     if stock:
         pipe = load(diffusers.QwenImagePipeline.from_pretrained, model, device=device, dtype=dtype)
     else:
-        pipe = QwenImagePipeline.from_pretrained(model, device=device, dtype=dtype, precise_sampler=precise_sampler)
+        pipe = QwenImagePipeline.from_pretrained(model, device=device, dtype=dtype, **(options or {}))
     with stage("load"):
         for i, ((name, _), source) in enumerate(zip(loras, sources, strict=True)):
             _load_lora(pipe, name, f"lora_{i}", *source)
         if loras:
             pipe.set_adapters([f"lora_{i}" for i in range(len(loras))], [scale for _, scale in loras])
     return pipe
+
+
+def check_loras(loras: list[tuple[str, float]], model: str) -> list[tuple[str, dict[str, str]]]:
+    """What `load_lora_weights` takes for each --lora; nothing is imported or read.
+
+    Raises:
+        FileNotFoundError: a LoRA that is not there.
+        ImportError: peft is not installed.
+    """
+    sources = [_lora_source(name, Path(model)) for name, _ in loras]
+    if sources and importlib.util.find_spec("peft") is None:
+        raise ImportError("--lora needs peft, which is not installed: pip install 'qwen-fast[lora]'.")
+    return sources
 
 
 def _lora_source(name: str, checkpoint: Path) -> tuple[str, dict[str, str]]:
@@ -82,7 +106,8 @@ def _lora_source(name: str, checkpoint: Path) -> tuple[str, dict[str, str]]:
     if path.is_file():
         return str(path.parent), {"weight_name": path.name}
     if path.is_dir():
-        return str(path), {}
+        files = list(path.glob("*.safetensors"))  # without a network older versions of diffusers do not look for it
+        return str(path), {"weight_name": files[0].name} if len(files) == 1 else {}
     is_file = repository and not repository[2] and Path(name).suffix in (".safetensors", ".bin", ".pt")
     if repository and not name.startswith(".") and not is_file:
         return repository[1], {"weight_name": repository[2]} if repository[2] else {}

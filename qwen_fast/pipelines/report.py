@@ -57,7 +57,8 @@ class Report:
         lines += [f"  batch_invariant: not kept: {count} x {reason}" for reason, count in self.variant.items()]
         lines += [f"  by torch:  {kernel} is wrong here: {reason}" for kernel, reason in self.kernels.items()]
         lines += [f"  lossy:     {', '.join(self.lossy) or 'nothing'}"]
-        lines += [f"  memory:    {size / 2**20:10.1f} MiB {name}" for name, size in self.memory.items()]
+        sizes = {name: f"{size / 2**20:.1f}" for name, size in self.memory.items()}
+        lines += [f"  memory:    {size:>10s} MiB {name}" for name, size in sizes.items() if size != "0.0"]
         return "\n".join(lines)
 
 

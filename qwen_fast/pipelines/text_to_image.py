@@ -54,13 +54,13 @@ class QwenImagePipeline(EncodesText, STOCK):
         Raises:
             TypeError: a keyword that is neither an option nor known to diffusers, which would pass over it.
         """
+        if "dtype" in kwargs and Version(diffusers.__version__) < Version("0.40"):
+            kwargs["torch_dtype"] = kwargs.pop("dtype")  # the older name; under the new one it would be ignored
         given = {"scheduler", "vae", "text_encoder", "tokenizer", "transformer"} & kwargs.keys()
         unknown = kwargs.keys() - given - set(NAMES) - _known_to_diffusers()
         if unknown:
             raise TypeError(f"{unknown_options(unknown)}.")
         options = Options.of({name: kwargs[name] for name in NAMES if name in kwargs})
-        if "dtype" in kwargs and Version(diffusers.__version__) < Version("0.40"):
-            kwargs["torch_dtype"] = kwargs.pop("dtype")  # the older name; under the new one it would be ignored
         if device is not None:
             kwargs["dtype"] = kwargs.pop("torch_dtype", kwargs.get("dtype"))
             may_rest = options.modulation in ("auto", "host")

@@ -12,6 +12,7 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageResa
 pytest.importorskip("skimage", reason="the quality harness needs scikit-image")
 
 from benchmarks.quality.metrics import FIELDS, Perceptual, accuracy, latent_differences, psnr, ssim, summarise
+from benchmarks.quality.run import distance_note
 from benchmarks.quality.sheet import FRAME, GAP, HEADER, LABEL, RIGHT, WRONG, Line, contact_sheet, mark
 from qwen_fast.demo.judge import Verdict
 
@@ -114,3 +115,9 @@ def test_the_sheet_shows_verdicts_where_they_belong():
     assert sheet.getpixel((GAP + LABEL + FRAME, top + FRAME)) == (0, 0, 255)
     assert (mark(GOOD), mark(BAD), mark(LOST)) == ("right", "not: shape", "not: count")
     assert mark(dataclasses.replace(GOOD, both=False, place=False)) == "not: both, place"
+
+
+def test_the_sheet_speaks_of_no_mode_s_name():
+    assert distance_note({"psnr_p50": math.inf, "ssim_mean": 1.0}, "stock diffusers, fp32") == "equal\nto stock diffusers, fp32"
+    said = distance_note({"psnr_p50": 35.21, "ssim_mean": 0.9791}, "the same schedule and steps without the LoRA")
+    assert said == "PSNR 35.2 dB, SSIM 0.979\nto the same schedule and steps\nwithout the LoRA"

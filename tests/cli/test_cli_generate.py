@@ -61,7 +61,7 @@ def test_generate_writes_a_picture_with_its_settings(draw, tmp_path, checkpoint,
 def test_each_prompt_has_a_size_of_its_own(draw, tmp_path, capsys):
     arguments = ["--prompt", "x", "--prompt", "y", "--size", "96x64", "48x80", "--num-images", "2", "--cfg", "1"]
     assert draw(*arguments) == 0
-    assert "96x64 48x80, 2 steps, cfg 1" in capsys.readouterr().out
+    assert "96x64, 2 steps, cfg 1, float32 on cpu\n48x80, 2 steps, cfg 1" in capsys.readouterr().out
     found = {}
     for path in tmp_path.glob("*.png"):
         with Image.open(path) as image:
@@ -159,6 +159,18 @@ def test_generate_draws_the_demo_without_a_model(tmp_path, monkeypatch, capsys):
     assert judge(np.asarray(picture), demo.PROMPTS[0]).everything
 
 
+def test_generate_says_what_the_demo_does_not_know(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    known = ["--prompt", demo.PROMPTS[0], "--prompt", "a red circle", "--prompt", "a cat", "--steps", "1", "--device", "cpu"]
+    assert main(["generate", *known, "--size", "80x64", "--negative-prompt", "red"]) == 0
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == 4 and all(note.startswith("note: the demo checkpoint ") for note in notes)
+    assert "'a red circle' is no sentence" in "".join(notes) and "knows 64x64 and 96x64; at 80x64" in "".join(notes)
+    assert "'red' makes its pictures worse" in "".join(notes)
+    assert main(["generate", *known[:2], *known[6:], "--size", "96x64", "--cfg", "1", "--negative-prompt", "red"]) == 0
+    assert capsys.readouterr().err == "", "without guidance nothing reads the negative prompt"
+
+
 def test_generate_names_a_damaged_demo_checkpoint(tmp_path, monkeypatch, capsys):
     damaged = tmp_path / "checkpoint"
     shutil.copytree(demo.CHECKPOINT, damaged)
@@ -223,7 +235,7 @@ def test_generate_with_loras_and_another_schedule(draw, checkpoint, tmp_path, ca
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "one of the arguments --prompt --prompt-file is required"),
+        ([], "one of the arguments --prompt --prompt-file --jobs is required"),
         (["--prompt", "x", "--prompt-file", "y"], "not allowed with argument"),
         (["--prompt-file", "missing.txt"], "--prompt-file missing.txt: No such file or directory"),
         (["--prompt-file", "empty.txt"], "--prompt-file empty.txt holds no prompt"),

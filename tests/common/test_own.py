@@ -3,12 +3,14 @@
 import copy
 import functools
 import gc
+import inspect
 import subprocess
 import sys
 import timeit
 import types
 import unittest.mock
 import weakref
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -21,7 +23,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage
 from torch import nn
 
 from qwen_fast.common.family import FAMILY
-from qwen_fast.common.own import foreign_functions, foreign_methods, foreign_on
+from qwen_fast.common.own import foreign_functions, foreign_methods, foreign_on, is_own_function
 from qwen_fast.common.stages import staged
 from qwen_fast.pipelines.family import ACCELERATED
 from qwen_fast.pipelines.guiders import GUIDER
@@ -210,3 +212,35 @@ def test_asking_is_cheap():
     """About 1 us a name here; 20 leave room for a busy machine."""
     seconds = min(timeit.repeat(lambda: foreign_methods(TRANSFORMER, ("forward",)), number=100, repeat=5)) / 100
     assert seconds < 20e-6
+
+
+OLDER_WRAPPER = """
+def apply_forward_hook(method):
+    def wrapper(self, *args, **kwargs):
+        return method(self, *args, **kwargs)
+    return wrapper
+"""
+
+
+def test_a_decorator_of_diffusers_that_does_not_say_what_it_wraps_is_looked_through(monkeypatch):
+    """diffusers 0.38: encode and decode of the VAE."""
+    scope = {}
+    exec(compile(OLDER_WRAPPER, str(Path(diffusers.__file__).parent / "utils" / "accelerate_utils.py"), "exec"), scope)
+    vae, own = diffusers.AutoencoderKLQwenImage, inspect.unwrap(diffusers.AutoencoderKLQwenImage.decode)
+    monkeypatch.setattr(vae, "decode", scope["apply_forward_hook"](own))
+    assert foreign_methods(vae, ("decode",)) == []
+    monkeypatch.setattr(vae, "decode", scope["apply_forward_hook"](lambda self, z, return_dict=True: own(self, z)))
+    assert foreign_methods(vae, ("decode",)) == ["AutoencoderKLQwenImage.decode"]
+    # Somebody's of the same name, whose variables have names of their own.
+    exec(compile(OLDER_WRAPPER.replace("method", "other"), __file__, "exec"), scope)
+    monkeypatch.setattr(vae, "decode", scope["apply_forward_hook"](own))
+    assert foreign_methods(vae, ("decode",)) == ["AutoencoderKLQwenImage.decode"]
+
+
+def test_a_function_that_an_older_transformers_defines_by_another_name():
+    scope = {}
+    file = str(Path(transformers.__file__).parent / "masking_utils.py")
+    exec(compile("def sdpa_mask_recent_torch(): pass\ndef other(): pass", file, "exec"), scope)
+    assert is_own_function(scope["sdpa_mask_recent_torch"], "transformers", "sdpa_mask")
+    assert not is_own_function(scope["other"], "transformers", "sdpa_mask")
+    assert not is_own_function(scope["sdpa_mask_recent_torch"], "transformers", "other")

@@ -1,6 +1,7 @@
 """The committed demo checkpoint: whole, small, loaded by stock diffusers, and drawing what its prompts say."""
 
 import copy
+import json
 
 import diffusers
 import numpy as np
@@ -17,6 +18,7 @@ from qwen_fast.demo.accuracy import held_out_requests
 from qwen_fast.demo.judge import judge
 from qwen_fast.demo.scenes import Request
 from qwen_fast.demo.train.plan import SCHEDULER_CONFIG
+from qwen_fast.demo.train.saving import name_rope_twice
 from qwen_fast.loading import check_folder
 from qwen_fast.schedule.configs import LIGHTNING_SCHEDULER_CONFIG
 from support.pipelines import assert_ran_fast
@@ -35,6 +37,20 @@ def test_it_is_whole_small_and_bf16():
             assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"BF16"}
     listed = {line.split("  ")[1] for line in (folder / demo.CHECKSUMS).read_text().splitlines()}
     assert listed == {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {demo.CHECKSUMS}
+
+
+def test_its_rotary_embedding_has_the_names_of_every_supported_transformers(tmp_path):
+    """transformers 4 reads `rope_scaling` and `rope_theta`, transformers 5 `rope_parameters`, and writes those only."""
+    path = demo.CHECKPOINT / "text_encoder" / "config.json"
+    text = json.loads(path.read_text())["text_config"]
+    new = text["rope_parameters"]
+    assert text["rope_scaling"] == {"type": "mrope", "mrope_section": new["mrope_section"]}
+    assert text["rope_theta"] == new["rope_theta"]
+    stripped = json.loads(path.read_text())
+    del stripped["text_config"]["rope_scaling"], stripped["text_config"]["rope_theta"]
+    (tmp_path / "config.json").write_text(json.dumps(stripped))
+    name_rope_twice(tmp_path / "config.json")
+    assert (tmp_path / "config.json").read_bytes() == path.read_bytes()
 
 
 def test_it_is_of_qwen_image_s_classes():
@@ -112,7 +128,7 @@ def lightning(dtype: torch.dtype = torch.float32):
     """Stock with the LoRA and on the schedule that it was made for."""
     pytest.importorskip("peft", reason="a LoRA needs peft")
     pipe = stock(demo.CHECKPOINT, dtype)
-    pipe.load_lora_weights(demo.CHECKPOINT / demo.LIGHTNING)
+    pipe.load_lora_weights(demo.CHECKPOINT / demo.LIGHTNING, weight_name="pytorch_lora_weights.safetensors")
     pipe.scheduler = type(pipe.scheduler).from_config(LIGHTNING_SCHEDULER_CONFIG)
     return pipe
 

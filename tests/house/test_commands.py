@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "examples").rglob("*.md")),
+]
 SOURCES = sorted(path for folder in ("benchmarks", "qwen_fast", "kernels") for path in (ROOT / folder).rglob("*.py"))
 CHILDREN = {"qwen_fast_kernels.proof"}  # a process that only ours start, with problems on its stdin
 # Torch and diffusers are imported once; each command is a fork of its own behind that.

@@ -11,7 +11,9 @@ KERNELS = ROOT / "kernels" / "qwen_fast_kernels"
 NOT_OPS = {"proof", "tuning"}
 OPS = sorted(path.stem for path in KERNELS.glob("[!_]*.py") if path.stem not in NOT_OPS)
 KERNEL_FILES = sorted(KERNELS.rglob("*.py"))
-SOURCES = sorted(path for folder in ("kernels", "qwen_fast", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py"))
+SOURCES = sorted(
+    path for folder in ("kernels", "qwen_fast", "benchmarks", "tests", "examples") for path in (ROOT / folder).rglob("*.py")
+)
 FIELDS = ("Args:", "Returns:", "Raises:", "Error:", "Traffic:", "Source:")
 MAX_LINES = 400
 # Who may import whom, also inside a function. On top stand demo, cli and the face, which is qwen_fast/__init__.py.

@@ -1,14 +1,21 @@
 """Every way to install and import: wheel, editable, repository root, elsewhere, beside PyPI's `kernels`, without Triton."""
 
+import dataclasses
+import email
 import os
 import subprocess
 import sys
+import tarfile
+import typing
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+import qwen_fast
 from qwen_fast import versions
+from qwen_fast.common import options
 
 ROOT = Path(__file__).parents[2]
 IMPORT = "import qwen_fast, qwen_fast_kernels; qwen_fast.enable; print(qwen_fast.__file__)"
@@ -24,17 +31,30 @@ def python(code: str, cwd: Path, *paths: Path, arguments: tuple[str, ...] = ()) 
     return done.stdout.strip()
 
 
+def sources() -> list[str]:
+    """Files of the repository, or of the sdist that lies here instead."""
+    if not (ROOT / ".git").exists():
+        found = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
+        made = ("__pycache__", ".egg-info", ".venv", ".pytest_cache", "PKG-INFO", "setup.cfg", "build")
+        return [str(path) for path in found if not any(part in str(path) for part in made)]
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [name for name in listed if (ROOT / name).is_file()]
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel of a copy of the sources: a build leaves its traces there and not in the repository."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    files = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    for name in files:
-        if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
+def source(tmp_path_factory) -> Path:
+    """A copy of the sources: a build leaves its traces there and not in the repository."""
+    source = tmp_path_factory.mktemp("source")
+    for name in sources():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(out), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -49,8 +69,87 @@ def test_the_wheel_holds_our_packages_and_no_kernels(wheel):
     for module in ("qwen_fast/pipelines/text_to_image.py", "qwen_fast/cli/generate.py", "qwen_fast_kernels/cfg_euler_step.py"):
         assert module in names
     assert "qwen_fast_benchmarks/shared/rows.py" in names
+    assert {"qwen_fast/py.typed", "qwen_fast_kernels/py.typed"} <= set(names)
     listed = (ROOT / "qwen_fast" / "demo" / "checkpoint" / "SHA256SUMS").read_text().splitlines()
     assert {f"qwen_fast/demo/checkpoint/{line.split('  ')[1]}" for line in listed} <= set(names)
+
+
+def test_the_wheel_says_who_it_is(wheel):
+    (name,) = (name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("/METADATA"))
+    about = email.message_from_bytes(zipfile.ZipFile(wheel).read(name))
+    assert {"lora", "plot", "bench", "serve", "test"} == set(about.get_all("Provides-Extra"))
+    assert "Typing :: Typed" in about.get_all("Classifier")
+    needed = {line for line in about.get_all("Requires-Dist") if "extra ==" not in line}
+    assert not [line for line in needed if "<" in line], "a cap makes pip downgrade newer environments"
+    assert "](docs/" not in about.get_payload(), "a link that leads nowhere on an index page"
+
+
+def test_links_of_the_index_page():
+    namespace: dict = {"__name__": "setup", "__file__": str(ROOT / "setup.py")}
+    with mock.patch("setuptools.setup"):
+        exec((ROOT / "setup.py").read_text(encoding="utf-8"), namespace)
+    page, text = namespace["index_page"], "![a b](p/q.png) [docs](docs/x.md#y), [out](https://z)"
+    absolute = "![a b](https://h/raw/main/p/q.png) [docs](https://h/blob/main/docs/x.md#y), [out](https://z)"
+    assert page(text, "https://h") == absolute
+    assert page(text, "") == " docs, [out](https://z)"
+
+
+def test_the_sdist_holds_the_sources_and_passes_tests(source, tmp_path):
+    """Every file that the repository has; and the tests of a room pass where it was unpacked."""
+    build = "from setuptools.build_meta import build_sdist; import sys; print(build_sdist(sys.argv[1]))"
+    python(build, source, arguments=(str(tmp_path),))
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path, filter="data")
+    (root,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert not [name for name in sources() if not (root / name).is_file()]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/schedule"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
+USER = """
+import qwen_fast
+from qwen_fast import Picture, Report, Schedule, Warmup
+
+pipe = qwen_fast.QwenImagePipeline.from_pretrained("Qwen/Qwen-Image", device="cuda", modulation="host")
+same = qwen_fast.enable(pipe, modulation="auto", cuda_graph=False, vae_memory=1 << 30, prompt_cache=None, strict=True)
+found: Report = qwen_fast.report(same)
+calls: dict[str, int] = found.calls
+pictures: list[Picture] = list(qwen_fast.generate(pipe, ["a cat"], seed=1, num_inference_steps=4))
+took: list[Warmup] = qwen_fast.warmup(pipe, [(64, 64)], steps=2)
+seconds: float = took[0].first + pictures[0].seconds["denoise"]
+mu: float | None = Schedule.from_config({}, 4, image_seq_len=16).mu
+"""
+MYPY = """
+[mypy]
+strict = True
+follow_imports = silent
+""" + "".join(f"[mypy-{name}.*]\nfollow_imports = skip\n" for name in ("torch", "diffusers", "transformers", "triton", "numpy"))
+
+
+def test_a_users_file_passes_a_strict_type_check(tmp_path):
+    pytest.importorskip("mypy", reason="mypy is not installed")
+    (tmp_path / "mypy.ini").write_text(MYPY)
+
+    def check(text: str) -> str:
+        (tmp_path / "user.py").write_text(text)
+        environment = {**os.environ, "MYPYPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+        command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "user.py"]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
+
+    assert "Success" in check(USER)
+    said = check(USER + 'qwen_fast.enable(pipe, modulation="nowhere")\nqwen_fast.enable(pipe, modulations="host")\n')
+    assert "Literal['auto', 'device', 'host', 'layers']" in said and 'did you mean "modulation"' in said
+
+
+def test_the_types_of_options_are_told_twice_alike():
+    fields = {field.name: field.type for field in dataclasses.fields(options.Options)}
+    assert fields == typing.get_type_hints(options.OptionsGiven)
+    assert set(options.VALUES) == set(fields) - {"vae_memory", "prompt_cache"}
+    hints = typing.get_type_hints(qwen_fast.enable)
+    assert hints.keys() - {"pipe", "return"} == fields.keys() and hints["cuda_graph"] == str | bool
 
 
 BENCHMARKS = "from qwen_fast.cli.benchmarks import benchmarks; print(benchmarks('shared.rows').__file__)"

@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 COMPARED_WITH_STOCK = ["ops", "schedule", "transformer", "pipelines/test_pipeline.py", "pipelines/test_switch.py"]
 COMPARED_WITH_STOCK += ["pipelines/test_interpreted_pipeline.py", "pipelines/test_lora.py", "denoise/test_graph.py"]
+COMPARED_WITH_STOCK += ["demo/test_demo_checkpoint.py"]
 TOOLS = ["pytest", "pytest-xdist", "scipy", "accelerate>=1.0"]
 SETS = {
     "lowest": [

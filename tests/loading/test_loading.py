@@ -14,6 +14,7 @@ from qwen_fast.common.stages import record
 from qwen_fast.loading import check_folder
 from qwen_fast.loading import checkpoint as checkpoints
 from qwen_fast.loading import weights as loading
+from qwen_fast.pipelines import text_to_image
 from qwen_fast.testing import build_checkpoint
 from support.pipelines import GUIDED
 
@@ -267,3 +268,16 @@ def test_on_a_gpu_every_tensor_is_the_one_that_stock_loads(in_bf16, dtype):
             qwen_fast.QwenImagePipeline.from_pretrained(in_bf16, device="cuda", dtype=dtype)
         finally:
             del hog
+
+
+@pytest.mark.parametrize(("version", "name"), [("0.38.0", "torch_dtype"), ("0.39.2", "torch_dtype"), ("0.42.1", "dtype")])
+def test_the_dtype_has_the_name_that_diffusers_knows(checkpoint, version, name, monkeypatch):
+    """Before 0.40 `dtype` was passed over, and the weights came in fp32."""
+    asked = {}
+    monkeypatch.setattr(diffusers, "__version__", version)
+    monkeypatch.setattr(text_to_image, "_known_to_diffusers", lambda: {name})
+    monkeypatch.setattr(
+        diffusers.DiffusionPipeline, "from_pretrained", classmethod(lambda cls, path, **given: asked.update(given))
+    )
+    qwen_fast.QwenImagePipeline.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    assert asked == {name: torch.bfloat16}

@@ -284,3 +284,16 @@ def test_what_the_type_of_an_enabled_pipeline_makes_is_enabled(checkpoint, cls):
     assert_same_latents(draw(twin, **arguments), expected)
     qwen_fast.disable(pipe)
     assert_same_latents(draw(twin, **arguments), expected)
+
+
+def test_parts_alone_are_told_what_is_for_them(checkpoint):
+    pipe = stock(checkpoint)
+    with pytest.raises(ValueError, match="a transformer alone is fused as a qwen_fast.QwenImageTransformer2DModel"):
+        qwen_fast.enable(pipe.transformer)
+    with pytest.raises(ValueError, match="for a VAE alone there is qwen_fast.enable_vae"):
+        qwen_fast.enable(pipe.vae)
+    with pytest.raises(TypeError, match="`pipe` is a AutoencoderKLQwenImage, not a pipeline; .* qwen_fast.disable_vae"):
+        qwen_fast.disable(pipe.vae)
+    with pytest.raises(TypeError, match="`pipe` is a object, not a pipeline"):
+        qwen_fast.disable(object())
+    assert qwen_fast.disable(pipe) is pipe, "a pipeline that is not enabled is left as it is"

@@ -83,12 +83,24 @@ def save_checkpoint(
         # Not module.to(): diffusers' own warns about parts to be kept in fp32 even where there are none.
         nn.Module.to(module, torch.bfloat16).save_pretrained(folder / name)
         nn.Module.to(module, torch.float32)
+    name_rope_twice(folder / "text_encoder" / "config.json")
     FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER_CONFIG).save_pretrained(folder / "scheduler")
     if tokenizer != folder / "tokenizer":
         shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
     index = {"_class_name": "QwenImagePipeline", "_diffusers_version": diffusers.__version__, **COMPONENTS}
     # Last, so that a folder with a model_index.json is complete.
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8", newline="\n")
+
+
+def name_rope_twice(config: Path) -> None:
+    """Add transformers 4's names of the text encoder's rotary embedding to those of transformers 5, which alone it writes."""
+    content = json.loads(config.read_text(encoding="utf-8"))
+    text = content["text_config"]
+    rope = text.get("rope_parameters")
+    if rope is not None:
+        text["rope_theta"] = rope["rope_theta"]
+        text["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8", newline="\n")
 
 
 def finish(folder: Path, card: str) -> None:
