@@ -14,6 +14,7 @@ import torch
 
 from ..common.stages import steps
 from ..common.state import STATE, logger
+from ..transformer.adapters import FromEach, SampleAdapters, adapters_of, refuse
 from ..transformer.call import ATTACHED, Call, PromptBatch, entered, lora_scale
 from ..transformer.layout import check_image_shapes
 from ..transformer.modulation import FromScheduledTable, FromTable
@@ -21,17 +22,7 @@ from ..transformer.modulation_weights import table_reason
 from . import graph
 from .inputs import Held, Inputs
 from .packing import packed_prompts, takes_rows
-from .step import (
-    SHOWN,
-    Found,
-    Step,
-    drew,
-    guided,
-    row_of,
-    sampler_step,
-    scheduling,
-    without_references,
-)
+from .step import SHOWN, Found, Step, drew, guided, row_of, sampler_step, scheduling, without_references
 from .watch import FiniteCheck, Pace
 
 _CURRENT: ContextVar["Denoiser | None"] = ContextVar("qwen_fast_denoiser", default=None)
@@ -89,6 +80,7 @@ class Denoiser:
         timesteps: `[T]` of the schedule, in the model's dtype and over 1000.
         guidance: `[1]`, the scale on the device, so that a graph can read another one; None without.
         shapes: of the pictures of each sample.
+        adapters: of each sample, where the call names them.
         loads: how often a graph was loaded.
     """
 
@@ -97,13 +89,14 @@ class Denoiser:
         self.call = Call(self.model, self.state)
         self.watched, self.known_loop, self.proved = not set(SHOWN).isdisjoint(names), known_loop, proved
         self.scheduled: torch.Tensor | None = None
-        self.source: FromTable | None = None
+        self.source: FromTable | FromEach | None = None
         self.packs: list[PromptBatch] | None = None
         self.graph: graph.StepGraph | None = None
         self.guidance: torch.Tensor | None = None
         self.own_step: str | None = None
         self.index, self.row = 0, None
         self.lora_scale, self.loads = 1.0, 0
+        self.adapters: SampleAdapters | None = None
         self.dirty = True  # code of the user's has run
         self.step_before: Step | None = None
         self.inputs: Inputs | None = None
@@ -235,6 +228,7 @@ class Denoiser:
         if step.true_cfg_scale is not None:
             dtype = torch.promote_types(self.dtype, torch.float32)
             self.guidance = torch.full((1,), float(step.true_cfg_scale), dtype=dtype, device=self.device)
+        self.adapters = adapters_of(self.model, self.call.survey, self.pipe.attention_kwargs, self.batch)
         self._find_source(step)
         self.packs = None
         if takes_rows(self, step):
@@ -284,7 +278,8 @@ class Denoiser:
                 return
         if self.wants_table and self.row is not None:
             tables = self.model.__dict__[ATTACHED].tables
-            self.source = FromTable(self.model, tables, self.timesteps, self.places[1:], condition)
+            arguments = self.model, tables, self.timesteps, self.places[1:], condition
+            self.source = FromTable(*arguments) if self.adapters is None else self.adapters.source(*arguments)
 
     # One step ----------------------------------------------------------------------------------------------------------
 
@@ -294,6 +289,8 @@ class Denoiser:
         if not self._follow(step) or (self.own_step is None and self.index + 1 >= len(self.pipe.scheduler.sigmas)):
             self._leave_graph()
             self._leave_scale()
+            if self.adapters is not None:
+                refuse("a step that stock has to take, behind a callback")
             return None  # a step beyond the last sigma fails there
         scheduler, index, row = self.pipe.scheduler, self.index, self.row
         if self.graph is not None:
@@ -385,8 +382,9 @@ class Denoiser:
                 self.state.graph = why
 
     def _apply_lora_scale(self) -> None:
-        """`attention_kwargs={"scale": ...}`: on the layers while steps are taken, and not while code of the user's runs."""
-        scale = (self.pipe.attention_kwargs or {}).get("scale", 1.0)
+        """`attention_kwargs={"scale": ...}`: on the layers while steps are taken, and not while code of the user's runs. Beside
+        adapters of each sample it is theirs (`SampleAdapters`), on or not."""
+        scale = 1.0 if self.adapters is not None else (self.pipe.attention_kwargs or {}).get("scale", 1.0)
         if scale != self.lora_scale:
             self._leave_scale()
             self._context.enter_context(lora_scale(self.model, {"scale": scale}))

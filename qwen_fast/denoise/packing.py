@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..transformer.adapters import NAMES
 from ..transformer.call import PromptBatch
 from ..transformer.layout import check_image_shapes
 from .step import Step, fits_in_memory
@@ -24,7 +25,9 @@ def packed_prompts(denoiser: "Denoiser", step: Step, together: bool | None = Non
     def packed(group: list) -> PromptBatch:
         embeds, shapes = torch.cat([embeds for embeds, _ in group]), denoiser.shapes * len(group)
         positions = [position for _, own in group for position in own]
-        return PromptBatch(model.layout(shapes, positions, denoiser.device), embeds, len(group), shapes)
+        return PromptBatch(
+            model.layout(shapes, positions, denoiser.device), embeds, len(group), shapes, adapters=denoiser.adapters
+        )
 
     batch = packed(prompts)
     if together is None:
@@ -35,7 +38,7 @@ def packed_prompts(denoiser: "Denoiser", step: Step, together: bool | None = Non
 def takes_rows(denoiser: "Denoiser", step: Step) -> bool:
     """Whether both predictions of a step can share a forward; what does not fit together is stock's to refuse."""
     model, found, hidden = denoiser.model, denoiser.call.survey, step.shared("hidden_states")
-    others = set(denoiser.pipe.attention_kwargs or ()) - {"scale"}
+    others = set(denoiser.pipe.attention_kwargs or ()) - {"scale", NAMES}
     if not denoiser.attached or not found.rows or found.whole is not None or others or step.shared("guidance") is not None:
         return False
     if torch.is_autocast_enabled(denoiser.device.type) or not step.is_shared:

@@ -1,6 +1,7 @@
 """One Qwen-Image block over joint token rows: fused operators around diffusers' own projections."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,9 +10,9 @@ from torch import nn
 from qwen_fast_kernels import ada_layer_norm, gated_residual, gated_residual_ada_layer_norm, qk_norm_rope
 
 from .attention import attend
-from .layout import Layout
-from .linear import called, feed_forward_into, gather_linear, linear_into, scatter_linear
-from .modulation import BlockModulation
+from .layout import ImageShapes, Layout
+from .linear import AdapterRows, called, feed_forward_into, gather_linear, linear_into, scatter_linear
+from .modulation import BlockModulation, ModulationSource
 from .survey import FUSED, BlockParts, BlockPlan
 
 
@@ -31,6 +32,23 @@ class TableRows(NamedTuple):
         return TableRows(self.step_index, None if self.token_rows is None else self.token_rows[txt_rows:])
 
 
+def token_rows(source: ModulationSource, layout: Layout, shapes: Sequence[ImageShapes]) -> torch.Tensor | None:
+    """Own rows for samples with rows of their own, and for reference pictures at timestep 0; None where nobody has any."""
+    if source.samples == 1 and source.zero_row is None:
+        return None
+    # A sample has the same row in each of several predictions.
+    several = source.samples > 1
+    per_sample = [n % source.samples if several else -1 for n in range(layout.sequences)]
+    text = [own for own, length in zip(per_sample, layout.txt_lengths, strict=True) for _ in range(length)]
+    image = []
+    for own, entry in zip(per_sample, shapes, strict=True):
+        zero = source.samples + own if several else source.zero_row
+        for i, shape in enumerate(entry):
+            reference = i > 0 and source.zero_row is not None
+            image += [zero if reference else own] * math.prod(shape)
+    return torch.tensor(text + image, dtype=torch.int32, device=layout.rope.device)
+
+
 class TokenStream:
     """Joint token rows on their way through the blocks of one forward, and the buffers they share.
 
@@ -40,6 +58,8 @@ class TokenStream:
         rows: of the modulation table.
         attention: the option, see `attention.attend`.
         batch: samples, where layers that are not plain get them as stock's `[batch, S, C]`; None: rows in one piece.
+        adapted: which text rows and which image rows get which adapters, counted from the first of each; None: all get those
+            that are on.
     Attributes:
         arguments: stock's keyword arguments of a block, where a module is called as stock calls it.
         pending: what a block is to do that is called with this stream, through a hook that brings its weights.
@@ -53,7 +73,9 @@ class TokenStream:
         head_dim: int,
         attention: str,
         batch: int | None = None,
+        adapted: tuple[AdapterRows | None, AdapterRows | None] = (None, None),
     ):
+        self.adapted = adapted
         self.residual, self.layout, self.rows, self.attention = residual, layout, rows, attention
         self.batch, self.all_rows = batch, rows
         self.arguments: dict[str, Any] | None = None
@@ -101,20 +123,21 @@ class TokenStream:
     def _attend(self, parts: BlockParts, plan: BlockPlan, drop_text: bool) -> None:
         """Attention, its output in `branch`."""
         split, layout, batch = self.split, self.layout, self.batch
+        of_text, of_image = self.adapted
         if plan.attention is not None:
             self._call_attention(parts.attn)
         else:
             image, text = self.normed[split:], self.normed[:split]
             for layer, rows in zip(parts.image, self.qkv.unbind(), strict=True):
-                scatter_linear(layer, image, [(own, rows, places) for own, places in layout.images], batch)
+                scatter_linear(layer, image, [(own, rows, places) for own, places in layout.images], batch, of_image)
             for layer, rows in zip(parts.text, self.text.unbind(), strict=True):
-                linear_into(layer, text, rows, batch)
+                linear_into(layer, text, rows, batch, of_text)
             weights = (parameters["weight"] for parameters in parts.norms)
             qk_norm_rope(*self.heads[:2], *weights, layout.rope, split, parts.eps, self.heads[2], self.moved, layout.places)
             attended = attend(*self.heads, layout, parts.attn.processor, self.attention)
-            gather_linear(parts.to_out, list(layout.images_of(attended)), self.branch[split:], batch)
+            gather_linear(parts.to_out, list(layout.images_of(attended)), self.branch[split:], batch, of_image)
             if not drop_text:
-                linear_into(parts.to_add_out, layout.text_of(attended), self.branch[:split], batch)
+                linear_into(parts.to_add_out, layout.text_of(attended), self.branch[:split], batch, of_text)
         if drop_text:
             self.residual, self.branch = self.residual[split:], self.branch[split:]
             self.rows, self.split = self.rows.image(split), 0
@@ -133,10 +156,10 @@ class TokenStream:
     def _feed_forward(self, parts: BlockParts) -> None:
         """Both streams' MLPs."""
         streams = (slice(self.split, None), slice(self.split))
-        for own, (mlp, ends) in zip(streams, parts.mlps, strict=True):
+        for own, (mlp, ends), adapted in zip(streams, parts.mlps, self.adapted[::-1], strict=True):
             rows, out = self.normed[own], self.branch[own]
             if ends is not None:
-                feed_forward_into(*ends, rows, out, self.batch)
+                feed_forward_into(*ends, rows, out, self.batch, adapted)
             elif rows.shape[0]:
                 out.copy_(called(mlp, rows, self.batch))
 

@@ -15,6 +15,7 @@ from diffusers.utils import USE_PEFT_BACKEND
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 
 from ..common.state import State
+from .adapters import SampleAdapters
 from .blocks import TableRows
 from .layout import ImageShapes, Layout
 from .modulation import ModulationSource, TableCache
@@ -65,6 +66,7 @@ class PromptBatch:
         shapes: of the pictures of each sequence.
         text: `[txt_rows, C]`, the embeddings after txt_norm and txt_in; the first forward fills it in (before it, an
             offloaded model's weights are not on the device).
+        adapters: of each sample; None: all have those that are on.
     """
 
     layout: Layout
@@ -72,6 +74,7 @@ class PromptBatch:
     copies: int
     shapes: tuple[ImageShapes, ...]
     text: torch.Tensor | None = None
+    adapters: SampleAdapters | None = None
 
 
 @dataclass

@@ -24,11 +24,12 @@ from ..common.options import Options
 from ..common.pickled import EqualsStock, PickledAsStock
 from ..common.proofs import require_transformer
 from ..common.state import State
+from .adapters import NAMES, FromEach, SampleAdapters, first_rows, rows_of, touches_modulations
 from .block_module import STOCK_BLOCK, QwenImageTransformerBlock, context_reason
-from .blocks import TableRows, TokenStream, as_batches
+from .blocks import TableRows, TokenStream, as_batches, token_rows
 from .call import ATTACHED, CALL, Call, ModelState, PromptBatch, SharedForward, entered, lora_scale
 from .layout import ImageShapes, Layout, RotaryKey, build_layout, check_image_shapes, lay_out
-from .linear import linear_into
+from .linear import Projection, linear, linear_into
 from .modulation import FromLayers, ModulationSource
 from .modulation_weights import host_bytes
 from .survey import FUSED, BlockPlan, Survey, survey
@@ -62,8 +63,16 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
             given = {name: kwargs.get(name) for name in ("controlnet_block_samples", "additional_t_cond")}
             return (self.predict(call, kwargs["hidden_states"], kwargs["timestep"], call.prompts, **given),)
         found = call.look()
-        hidden_states = kwargs.get("hidden_states", args[0] if args else None)
+        bound = inspect.signature(STOCK.forward).bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        arguments = dict(bound.arguments)
+        del arguments["self"]
+        hidden_states = arguments["hidden_states"]
         reason = found.whole or context_reason(found, hidden_states)
+        adapters = SampleAdapters.of(arguments["attention_kwargs"])
+        if adapters is not None:  # which stock ignores
+            against = reason or found.stock or self._stock_reason(arguments)
+            adapters.check(self, found, len(hidden_states), against)
         if reason is not None:
             call.state.fall_back(reason)
             with entered(None):  # the blocks too
@@ -71,18 +80,14 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
         if found.stock is not None:  # replaced on diffusers' class: what it calls of the model is fused
             with entered(call):
                 return STOCK.forward(self, *args, **kwargs)
-        bound = inspect.signature(STOCK.forward).bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        arguments = dict(bound.arguments)
-        del arguments["self"]
         reason = self._stock_reason(arguments)
         if reason is not None:
             call.state.fall_back(reason)
             with entered(call):
                 return STOCK.forward(self, *args, **kwargs)
         require_transformer(call.state, self, hidden_states.dtype, hidden_states.device)
-        with lora_scale(self, arguments["attention_kwargs"]), entered(call):
-            output = self._batch_forward(call, found, **arguments)
+        with lora_scale(self, None if adapters else arguments["attention_kwargs"]), entered(call):
+            output = self._batch_forward(call, found, adapters=adapters, **arguments)
         call.state.calls["transformer"] += 1
         return Transformer2DModelOutput(sample=output) if arguments["return_dict"] else (output,)
 
@@ -118,24 +123,26 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
             prompts.text = self.text_rows(prompts)
         residual[: layout.txt_rows] = prompts.text
         image = residual[layout.txt_rows :].unflatten(0, (prompts.copies, -1))
-        linear_into(found.img_in, hidden_states.flatten(0, 1), image[0])
+        adapted = rows_of(prompts.adapters, layout)
+        linear_into(found.img_in, hidden_states.flatten(0, 1), image[0], None, first_rows(adapted[1], len(image[0])))
         image[1:] = image[0]
         if additional_t_cond is not None:
             timestep = timestep.expand(hidden_states.shape[0])
-        source = self._source(call, found, timestep, hidden_states, additional_t_cond)
-        stream = self._stream(call, residual, layout, self.table_rows(source, layout, prompts.shapes))
+        source = self._source(call, found, timestep, hidden_states, additional_t_cond, prompts.adapters)
+        stream = self._stream(call, residual, layout, self.table_rows(source, layout, prompts.shapes), adapted)
         output = self._run(call, found, stream, source, controlnet_block_samples)
         call.state.calls["packed transformer" if prompts.copies > 1 else "transformer"] += 1
         return output.unflatten(0, (prompts.copies * hidden_states.shape[0], -1))
 
     def text_rows(self, prompts: PromptBatch) -> torch.Tensor:
         """`[txt_rows, C]`: the text after txt_norm and txt_in."""
-        return self.txt_in(self.txt_norm(prompts.embeds))
+        of_text, _ = rows_of(prompts.adapters, prompts.layout)
+        return linear(Projection(self.txt_in), self.txt_norm(prompts.embeds), None, of_text)
 
     def _stock_reason(self, arguments: dict[str, Any]) -> str | None:
         if arguments["guidance"] is not None:
             return "guidance embeddings"
-        others = set(arguments["attention_kwargs"] or ()) - {"scale"}
+        others = set(arguments["attention_kwargs"] or ()) - {"scale", NAMES}
         if others:
             return f"attention_kwargs {', '.join(sorted(others))}"
         if getattr(self, "_parallel_config", None) is not None:
@@ -154,6 +161,7 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
         attention_kwargs=None,
         controlnet_block_samples=None,
         additional_t_cond=None,
+        adapters: SampleAdapters | None = None,
         **_unused,
     ) -> torch.Tensor:
         """Stock's signature: `[B, S_img, C_in]` and `[B, S_txt, C_txt]`, padded text masked."""
@@ -189,21 +197,22 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
             frequencies = self.pos_embed(img_shapes, max_txt_seq_len=text_length, device=hidden_states.device)
             layout = lay_out([(frequencies[1], frequencies[0])] * batch)
         residual = hidden_states.new_empty(layout.rows, self.inner_dim)
+        adapted = of_text, of_image = rows_of(adapters, layout)
         if image is None:
-            linear_into(found.img_in, hidden_states.flatten(0, 1), residual[layout.txt_rows :])
+            linear_into(found.img_in, hidden_states.flatten(0, 1), residual[layout.txt_rows :], None, of_image)
         else:
             residual[layout.txt_rows :] = image
         text = text.expand(batch, -1, -1).flatten(0, 1)
         if found.txt_in.parameters is None:
             residual[: layout.txt_rows] = text
         else:
-            linear_into(found.txt_in, text, residual[: layout.txt_rows])
+            linear_into(found.txt_in, text, residual[: layout.txt_rows], None, of_text)
 
         image = residual[layout.txt_rows :].unflatten(0, (batch, -1))
-        source = self._source(call, found, timestep, image, additional_t_cond)
+        source = self._source(call, found, timestep, image, additional_t_cond, adapters)
         rows = self.table_rows(source, layout, shapes)
         layout = layout.with_key_mask(mask)
-        stream = self._stream(call, residual, layout, rows, batch)
+        stream = self._stream(call, residual, layout, rows, adapted, batch)
         if any(found.plan(block) is not FUSED for block in self.transformer_blocks) or found.norm_out is not None:
             if len(set(shapes)) > 1:
                 raise ValueError(
@@ -221,13 +230,17 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
             call.forward = None
         return output.unflatten(0, (batch, -1))
 
-    def _stream(self, call: Call, residual, layout, rows, batch: int | None = None) -> TokenStream:
+    def _stream(self, call: Call, residual, layout, rows, adapted, batch: int | None = None) -> TokenStream:
         heads, width = self.config.num_attention_heads, self.inner_dim
-        return TokenStream(residual, layout, rows, width // heads, call.state.options.attention, batch)
+        return TokenStream(residual, layout, rows, width // heads, call.state.options.attention, batch, adapted)
 
-    def _source(self, call: Call, found: Survey, timestep, hidden_states, additional_t_cond) -> ModulationSource:
+    def _source(
+        self, call: Call, found: Survey, timestep, hidden_states, additional_t_cond, adapters: SampleAdapters | None
+    ) -> ModulationSource:
         timestep = timestep.to(hidden_states.dtype)
         table = call.source if additional_t_cond is None and found.modulation is None else None
+        if adapters is not None and touches_modulations(self) and not isinstance(table, FromEach):
+            table = adapters.source_of(self, self.__dict__[ATTACHED].tables, timestep, additional_t_cond)
         if table is not None and table.begin(timestep):
             return table
         return FromLayers(self, found.order, timestep, hidden_states, additional_t_cond)
@@ -275,7 +288,7 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
                     # The output norm takes a sample's own timestep for its reference tokens too, as in stock.
                     token_rows = stream.all_rows.token_rows[layout.txt_rows :] % source.samples
                 image = ada_layer_norm(image, shift, scale, source.step_index, 0, token_rows)
-        return found.proj_out(image, stream.batch)
+        return linear(found.proj_out, image, stream.batch, stream.adapted[1])
 
     def _call_block(self, call: Call, block: torch.nn.Module, plan: BlockPlan, stream: TokenStream) -> None:
         """A block with something attached to it, through its own `__call__` and with its own boundaries."""
@@ -324,25 +337,8 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
 
     def table_rows(self, source: ModulationSource, layout: Layout, shapes: Sequence[ImageShapes]) -> TableRows:
         """Which rows of the conditions' tables the tokens of `layout` take."""
-
-        def token_rows() -> torch.Tensor | None:
-            """Own rows for samples with timesteps of their own, and for reference pictures at timestep 0."""
-            if source.samples == 1 and source.zero_row is None:
-                return None
-            # A sample has the same row in each of several predictions.
-            several = source.samples > 1
-            per_sample = [n % source.samples if several else -1 for n in range(layout.sequences)]
-            text = [own for own, length in zip(per_sample, layout.txt_lengths, strict=True) for _ in range(length)]
-            image = []
-            for own, entry in zip(per_sample, shapes, strict=True):
-                zero = source.samples + own if several else source.zero_row
-                for i, shape in enumerate(entry):
-                    reference = i > 0 and source.zero_row is not None
-                    image += [zero if reference else own] * math.prod(shape)
-            return torch.tensor(text + image, dtype=torch.int32, device=layout.rope.device)
-
         key = ("token rows", tuple(shapes), layout.txt_lengths, source.samples, source.zero_row, layout.rope.device)
-        return TableRows(source.step_index, self._kept(key, token_rows))
+        return TableRows(source.step_index, self._kept(key, lambda: token_rows(source, layout, shapes)))
 
     def _kept(self, key: tuple, build) -> Any:
         kept = self.__dict__[ATTACHED].layouts

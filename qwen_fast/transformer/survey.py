@@ -5,7 +5,7 @@ right for as long as calling them would run what diffusers wrote. What somebody 
 instead, in stock's way and with stock's arguments and batches, and everything around it stays fused.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -104,6 +104,7 @@ class Survey:
         adapters: scales of adapters and which of them are on, in words.
         foreign: what is not stock's own, in words. Known adapters, quantised layers, placements and caches are not in it.
         key: equal where nothing has changed since, but for the values of weights.
+        fit: sets of adapters that samples may have as their own, as far as was asked.
     """
 
     whole: str | None
@@ -127,6 +128,7 @@ class Survey:
     adapters: tuple[str, ...]
     foreign: tuple[str, ...]
     key: tuple
+    fit: set[frozenset[str]] = field(default_factory=set)
 
     def plan(self, block: nn.Module) -> BlockPlan:
         """How a block of `transformer_blocks` is computed; one that was not there when this was looked at is called."""
