@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..common.state import STATE, logger
+from ..transformer.adapters import FromEach, SampleAdapters, adapters_of, refuse
 from ..transformer.call import ATTACHED, Call, PromptBatch, entered, lora_scale
 from ..transformer.compiled import compiler_of, without_compiler
 from ..transformer.layout import check_image_shapes
@@ -50,6 +51,7 @@ class Denoiser:
         apart: each picture is computed by itself (`batch_invariant`).
         shapes: of the pictures of each sample.
         loaded: graphs that had inputs of this call.
+        adapters: of each sample, where the call names them.
     """
 
     def __init__(self, pipe: Any, names: Iterable[str] = (), *, known_loop: bool = True, proved: torch.dtype | None = None):
@@ -58,7 +60,7 @@ class Denoiser:
         self.control = Control(RESIDUALS in names)
         self.watched, self.known_loop, self.proved = not set(SHOWN).isdisjoint(names), known_loop, proved
         self.scheduled: torch.Tensor | None = None
-        self.source: FromTable | None = None
+        self.source: FromTable | FromEach | None = None
         self.packs: list[PromptBatch] | None = None
         self.graph: graph.StepGraph | apart.InTurn | None = None
         self.guidance: torch.Tensor | None = None
@@ -66,6 +68,7 @@ class Denoiser:
         self.index, self.row = 0, None
         self.lora_scale, self.apart = 1.0, False
         self.loaded: weakref.WeakSet[graph.StepGraph] = weakref.WeakSet()
+        self.adapters: SampleAdapters | None = None
         self.dirty = True  # code of the user's has run
         self.step_before: Step | None = None
         self.inputs: Inputs | None = None
@@ -207,6 +210,7 @@ class Denoiser:
         if step.true_cfg_scale is not None:
             dtype = torch.promote_types(self.dtype, torch.float32)
             self.guidance = torch.full((1,), float(step.true_cfg_scale), dtype=dtype, device=self.device)
+        self.adapters = adapters_of(self.model, self.call.survey, self.attention_kwargs, self.batch)
         self._find_source(step)
         rows, self.packs = takes_rows(self, step), None
         self.apart = apart.keeps_apart(self, step, rows)
@@ -261,7 +265,8 @@ class Denoiser:
                 return
         if self.wants_table and self.row is not None:
             tables = self.model.__dict__[ATTACHED].tables
-            self.source = FromTable(self.model, tables, self.timesteps, self.places[1:], condition)
+            arguments = self.model, tables, self.timesteps, self.places[1:], condition
+            self.source = FromTable(*arguments) if self.adapters is None else self.adapters.source(*arguments)
 
     # One step ----------------------------------------------------------------------------------------------------------
 
@@ -272,6 +277,8 @@ class Denoiser:
             self._leave_graph()
             self._leave_scale()
             self.state.not_invariant("stock's own statements take a step")
+            if self.adapters is not None:
+                refuse("a step that stock has to take, behind a callback")
             return None  # a step beyond the last sigma fails there
         scheduler, index, row = self.pipe.scheduler, self.index, self.row
         if self.graph is not None:
@@ -370,8 +377,9 @@ class Denoiser:
                 self.state.graph = why
 
     def _apply_lora_scale(self) -> None:
-        """`attention_kwargs={"scale": ...}`: on the layers while steps are taken, and not while code of the user's runs."""
-        scale = (self.attention_kwargs or {}).get("scale", 1.0)
+        """`attention_kwargs={"scale": ...}`: on the layers while steps are taken, and not while code of the user's runs. Beside
+        adapters of each sample it is theirs (`SampleAdapters`), on or not."""
+        scale = 1.0 if self.adapters is not None else (self.attention_kwargs or {}).get("scale", 1.0)
         if scale != self.lora_scale:
             self._leave_scale()
             self._context.enter_context(lora_scale(self.model, {"scale": scale}))

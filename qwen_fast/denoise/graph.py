@@ -20,11 +20,12 @@ from ..common.hardware import capture_stream, indexed
 from ..common.proofs import attention_is_right
 from ..common.stages import stage
 from ..common.state import logger
+from ..transformer.adapters import FromEach
 from ..transformer.attention import chosen_backend
 from ..transformer.call import ATTACHED, Call, PromptBatch
 from ..transformer.compiled import graph_reason
 from ..transformer.layout import build_layout
-from ..transformer.modulation import FromRow, ModulationTable
+from ..transformer.modulation import FromRow, FromTable
 from ..transformer.modulation_weights import host_bytes
 from .step import RESIDUALS, Step, combined, sampler_step, without_references
 
@@ -159,12 +160,12 @@ class StepGraph:
         self.guidance = None if denoiser.guidance is None else torch.empty_like(denoiser.guidance)
         layout = build_layout(model.pos_embed, pack.shapes, capacities(pack), device)
         text = torch.zeros(layout.txt_rows, model.inner_dim, dtype=self._dtype, device=device)
-        self.prompts = PromptBatch(replace(layout, padded=True), pack.embeds.new_empty(0), pack.copies, pack.shapes, text)
+        self.prompts = replace(pack, layout=replace(layout, padded=True), embeds=pack.embeds.new_empty(0), text=text)
         self._source: FromRow | None = None
-        self._table: ModulationTable | None = None
+        self._rows: FromTable | FromEach | None = None
         if denoiser.source is not None:
             denoiser.source.begin(denoiser.timesteps[:1])
-            self._source = FromRow(denoiser.source.table.row_buffer())
+            self._source = denoiser.source.buffer()
 
     def load(self, denoiser: "Denoiser", step: Step, pack: PromptBatch) -> None:
         """Put a call's references, guidance and prompts into the buffers."""
@@ -192,9 +193,7 @@ class StepGraph:
         source = denoiser.source
         if source is not None:
             source.begin(denoiser.timesteps[:1])
-            self._table = source.table
-            if source.zero_row is not None:
-                self._source.table.values[1:].copy_(source.table.values[source.zero_row :])
+            self._rows = source
 
     def inputs(self) -> tuple[torch.Tensor, ...]:
         """The buffers that differ from picture to picture, but for the latents."""
@@ -212,8 +211,8 @@ class StepGraph:
         self.latents.copy_(latents)
         self.sigmas.copy_(self._denoiser.pipe.scheduler.sigmas[index : index + 2])
         self.timestep.copy_(self._denoiser.timesteps[row : row + 1])
-        if self._table is not None:
-            self._source.table.values[:1].copy_(self._table.values[row : row + 1])
+        if self._rows is not None:
+            self._rows.copy_row(self._source, row)
         if self._replay is not None:
             self._replay()
         elif not self.captures or self._calls < 2 or not _CAPTURING.acquire(blocking=False):
@@ -231,7 +230,7 @@ class StepGraph:
         """The call is over: the next one may write into the buffers, behind its work."""
         if self._device.type == "cuda":
             self._done = torch.cuda.current_stream(self._device).record_event()
-        self._denoiser = self._table = None
+        self._denoiser = self._rows = None
         self.lock.release()
 
     def __del__(self):
@@ -363,7 +362,7 @@ def _key(denoiser: "Denoiser", step: Step, pack: PromptBatch) -> tuple[Any, ...]
         products,
         tuple(map(type, found.modules)),
         _constants(found.modules),
-        (found.adapters, denoiser.lora_scale),
+        (found.adapters, denoiser.lora_scale, denoiser.adapters),
         addresses,
         (tuple(found.compilers.values()), denoiser.call.compiler),
     )

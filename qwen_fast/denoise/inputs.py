@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..transformer.adapters import NAMES, SampleAdapters
 from ..transformer.layout import RotaryKey
 from .step import RESIDUALS, Step
 
@@ -43,11 +44,11 @@ class Inputs:
         else:
             weights, rotary = ([], None) if before is None else (before.tensors[len(tensors) :], before.plain[0])
         tensors += weights
-        hidden, others = step.shared("hidden_states"), frozenset(kwargs) - {"scale"}
+        hidden, others = step.shared("hidden_states"), frozenset(kwargs) - {"scale", NAMES}
         plain = (rotary, kwargs.get("scale", 1.0), others, step.true_cfg_scale, step.normalize, denoiser.own_step is None)
         plain += (step.shared("img_shapes"), tuple(hidden.shape), tuple(step.latents.shape), hidden.dtype, step.is_shared)
         plain += (step.control is None, step.shared(RESIDUALS) is None, denoiser.row is None)
-        plain += (torch.is_autocast_enabled(hidden.device.type), denoiser.call.compiler)
+        plain += (torch.is_autocast_enabled(hidden.device.type), denoiser.call.compiler, SampleAdapters.of(kwargs))
         return cls(tensors, [version_of(one, denoiser.dirty) for one in tensors], plain, denoiser.call.survey)
 
     def same(self, before: "Inputs") -> bool:

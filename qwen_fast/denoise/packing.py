@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..transformer.adapters import NAMES
 from ..transformer.call import PromptBatch, entered
 from ..transformer.layout import check_image_shapes
 from .step import RESIDUALS, Step, fits_in_memory, own, without_references
@@ -45,7 +46,7 @@ def packed_rows(
         embeds, several = torch.cat([embeds for embeds, _ in group]), shapes * len(group)
         positions = [position for _, own in group for position in own]
         layout = model.layout(several, positions, denoiser.device)
-        return PromptBatch(layout, embeds, len(group), several, sample=sample)
+        return PromptBatch(layout, embeds, len(group), several, sample=sample, adapters=denoiser.adapters)
 
     batch = packed(prompts)
     if together is None:
@@ -119,7 +120,7 @@ def reason_against_rows(denoiser: "Denoiser", device: torch.device, attention_kw
         return "context parallelism"
     if found.whole is not None or not found.rows:
         return found.whole or found.against_rows
-    others = set(attention_kwargs or ()) - {"scale"}
+    others = set(attention_kwargs or ()) - {"scale", NAMES}
     if others:
         return f"attention_kwargs {', '.join(sorted(others))}"
     return f"autocast on {device.type}" if torch.is_autocast_enabled(device.type) else None

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..common.state import STATE, logger
+from ..transformer.adapters import NAMES
 from ..transformer.call import ATTACHED
 from ..transformer.modulation import FromTable, ModulationTable, TableCache
 from .denoiser import Denoiser
@@ -46,6 +47,8 @@ class SizesDenoiser(Denoiser):
 
     def reason_against(self, device: torch.device) -> str | None:
         """Why these steps cannot be taken with the model as it is now, or None. Nothing is counted."""
+        if NAMES in (self.attention_kwargs or ()):
+            return f"attention_kwargs {NAMES}"
         self.call.survey = self.model.look() if self.attached else None
         reason = reason_against_rows(self, device, self.attention_kwargs)
         self.call.survey = None  # `look` takes it for new, and counts

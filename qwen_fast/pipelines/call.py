@@ -14,9 +14,20 @@ from ..common.stages import on_device, staged
 from ..common.state import STATE
 from ..denoise.denoiser import Denoiser
 from ..text.encoding import prompts_of_call
+from ..transformer.adapters import SampleAdapters, refuse
 from . import cache_dit, sizes
 from .foreign import note_foreign
-from .inputs import check_attention, check_call, check_callback_inputs, check_components, dtype_of, shared_noise, whole
+from .inputs import (
+    adapters_of_pictures,
+    check_adapters,
+    check_attention,
+    check_call,
+    check_callback_inputs,
+    check_components,
+    dtype_of,
+    shared_noise,
+    whole,
+)
 from .stock_call import with_own_steps
 
 _signature = functools.lru_cache(maxsize=32)(inspect.signature)
@@ -65,9 +76,12 @@ def _called(pipe: Any, stock: type, args: tuple[Any, ...], kwargs: dict[str, Any
             reason = shared_noise(arguments) if state.options.batch_invariant else None
             if reason is not None:
                 state.not_invariant(reason)
+    adapters = SampleAdapters.of(kwargs.get("attention_kwargs")) if arguments is None else adapters_of_pictures(arguments)
     # Gradients: not by a call, but by the function under its torch.no_grad.
     reason = "gradients are asked for" if torch.is_grad_enabled() else reason_for_stock(pipe, device)
     if reason is not None:
+        if adapters is not None:
+            refuse(reason)
         state.fall_back(reason)
         pipe.remove_scheduler()  # whose step is a kernel
         pipe.remove_transformer(forced=False)  # stock's forward needs all its weights on the device
@@ -81,6 +95,10 @@ def _called(pipe: Any, stock: type, args: tuple[Any, ...], kwargs: dict[str, Any
         reason = install()
         if reason is not None:
             state.fall_back(reason)
+    if adapters is not None:
+        if state.options.batch_invariant:
+            refuse("batch_invariant=True; call the pipeline once for each prompt, with its adapters on")
+        check_adapters(pipe, adapters, reason, device, dtype_of(pipe.transformer))
     if arguments.get("callback_on_step_end") is not None:
         check_callback_inputs(arguments.get("callback_on_step_end_tensor_inputs") or (), call)
     dtype = dtype_of(pipe.transformer)

@@ -7,6 +7,42 @@ from typing import Any
 import torch
 
 from ..schedule import check_num_inference_steps, check_sigmas
+from ..transformer.adapters import NAMES, SampleAdapters, has_adapters, refuse
+from ..transformer.block_module import context_reason
+
+
+def adapters_of_pictures(arguments: dict[str, Any]) -> SampleAdapters | None:
+    """`attention_kwargs={"adapter_names": [...]}`, an entry for each prompt, made one for each picture in `arguments`.
+
+    Raises:
+        ValueError: another number of entries than of prompts, or one that is neither a name nor a list of names.
+    """
+    given = arguments.get("attention_kwargs")
+    adapters = SampleAdapters.of(given)
+    if adapters is None:
+        return None
+    prompts, copies = _check_prompt(arguments, "prompt", "prompt_embeds") or 1, arguments["num_images_per_prompt"]
+    if len(adapters.names) != prompts:
+        raise ValueError(f"`{NAMES}` has {len(adapters.names)} entries for {prompts} prompts; one for each is needed.")
+    arguments["attention_kwargs"] = given | {NAMES: [entry for entry in given[NAMES] for _ in range(copies)]}
+    return SampleAdapters.of(arguments["attention_kwargs"])
+
+
+def check_adapters(pipe: Any, adapters: SampleAdapters, against: str | None, device: torch.device, dtype: torch.dtype) -> None:
+    """Before any work: can each picture have its own adapters? See `SampleAdapters.check`.
+
+    Args:
+        against: why the transformer is not ours, or None.
+    """
+    if against is not None:
+        refuse(against)
+    controlnet = getattr(pipe, "controlnet", None)
+    if controlnet is not None and any(map(has_adapters, controlnet.modules())):
+        refuse("the ControlNet has adapters of its own, which all pictures would get")
+    found = pipe.transformer.look()
+    against = found.whole or context_reason(found, torch.empty(0, device=device, dtype=dtype))
+    adapters.check(pipe.transformer, found, len(adapters.names), against)
+
 
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 

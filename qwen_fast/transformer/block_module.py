@@ -17,7 +17,8 @@ from .blocks import TableRows, TokenStream, as_batches
 from .call import CALL, Call
 from .layout import Layout, lay_out
 from .modulation import BlockModulation
-from .survey import FUSED, Survey
+from .plan import FUSED
+from .survey import Survey
 
 STOCK_BLOCK = transformer_qwenimage.QwenImageTransformerBlock
 

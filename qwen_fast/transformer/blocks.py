@@ -11,9 +11,9 @@ from qwen_fast_kernels import ada_layer_norm, gated_residual, gated_residual_ada
 from .attention import attend
 from .compiled import behind_attention
 from .layout import Layout
-from .linear import called, feed_forward_into, gather_linear, linear_into, scatter_linear
+from .linear import AdapterRows, called, feed_forward_into, gather_linear, linear_into, scatter_linear
 from .modulation import BlockModulation
-from .survey import FUSED, BlockParts, BlockPlan
+from .plan import FUSED, BlockParts, BlockPlan
 
 
 class TableRows(NamedTuple):
@@ -41,6 +41,8 @@ class TokenStream:
         rows: of the modulation table.
         attention: the option, see `attention.attend`.
         batch: samples, where layers that are not plain get them as stock's `[batch, S, C]`; None: rows in one piece.
+        adapted: which text rows and which image rows get which adapters, counted from the first of each; None: all get those
+            that are on.
     Attributes:
         arguments: stock's keyword arguments of a block, where a module is called as stock calls it.
         compiled: how many blocks torch.compile had a part in; `uncompiled`: why it had none in another that it was asked for.
@@ -55,7 +57,9 @@ class TokenStream:
         head_dim: int,
         attention: str,
         batch: int | None = None,
+        adapted: tuple[AdapterRows | None, AdapterRows | None] = (None, None),
     ):
+        self.adapted = adapted
         self.residual, self.layout, self.rows, self.attention = residual, layout, rows, attention
         self.batch, self.all_rows = batch, rows
         self.arguments: dict[str, Any] | None = None
@@ -117,23 +121,27 @@ class TokenStream:
     def _attend(self, parts: BlockParts, plan: BlockPlan, drop_text: bool) -> None:
         """Attention, its output in `branch`."""
         split, layout, batch = self.split, self.layout, self.batch
+        of_text, of_image = self.adapted
         if plan.attention is not None:
             self._call_attention(parts.attn)
         else:
             image, text = self.normed[split:], self.normed[:split]
             for layer, rows in zip(parts.image, self.qkv.unbind(), strict=True):
-                scatter_linear(layer, image, [(own, rows, places) for own, places in layout.images], batch)
+                scatter_linear(layer, image, [(own, rows, places) for own, places in layout.images], batch, of_image)
             for layer, rows in zip(parts.text, self.text.unbind(), strict=True):
-                linear_into(layer, text, rows, batch)
+                linear_into(layer, text, rows, batch, of_text)
             weights = (parameters["weight"] for parameters in parts.norms)
             qk_norm_rope(*self.heads[:2], *weights, layout.rope, split, parts.eps, self.heads[2], self.moved, layout.places)
             attended = attend(*self.heads, layout, parts.attn.processor, self.attention)
-            gather_linear(parts.to_out, list(layout.images_of(attended)), self.branch[split:], batch)
+            gather_linear(parts.to_out, list(layout.images_of(attended)), self.branch[split:], batch, of_image)
             if not drop_text:
-                linear_into(parts.to_add_out, layout.text_of(attended), self.branch[:split], batch)
+                linear_into(parts.to_add_out, layout.text_of(attended), self.branch[:split], batch, of_text)
 
     def _compiled(self, compiler, parts, modulation, following, drop_text: bool) -> bool:
         """The rest of the block by what torch.compile made of it; False: it could make nothing."""
+        if any(self.adapted):
+            self.uncompiled = "adapters of each sample's own"
+            return False
         tables = None if following is None else following()
         reason = behind_attention(compiler, self, parts, modulation, tables, drop_text)
         if reason is not None:
@@ -161,10 +169,10 @@ class TokenStream:
     def _feed_forward(self, parts: BlockParts) -> None:
         """Both streams' MLPs."""
         streams = (slice(self.split, None), slice(self.split))
-        for own, (mlp, ends) in zip(streams, parts.mlps, strict=True):
+        for own, (mlp, ends), adapted in zip(streams, parts.mlps, self.adapted[::-1], strict=True):
             rows, out = self.normed[own], self.branch[own]
             if ends is not None:
-                feed_forward_into(*ends, rows, out, self.batch)
+                feed_forward_into(*ends, rows, out, self.batch, adapted)
             elif rows.shape[0]:
                 out.copy_(called(mlp, rows, self.batch))
 

@@ -15,6 +15,7 @@ from diffusers.utils import USE_PEFT_BACKEND
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 
 from ..common.state import State
+from .adapters import SampleAdapters
 from .blocks import TableRows, TokenStream
 from .compiled import StepRow
 from .layout import ImageShapes, Layout
@@ -67,6 +68,7 @@ class PromptBatch:
         shapes: of the pictures of each sequence.
         text: `[txt_rows, C]`, the embeddings after txt_norm and txt_in; the first forward fills it in (before it, an
             offloaded model's weights are not on the device).
+        adapters: of each sample; None: all have those that are on.
     """
 
     layout: Layout
@@ -75,6 +77,7 @@ class PromptBatch:
     shapes: tuple[ImageShapes, ...]
     text: torch.Tensor | None = None
     sample: int | None = None
+    adapters: SampleAdapters | None = None
 
 
 @dataclass

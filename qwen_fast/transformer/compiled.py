@@ -29,7 +29,8 @@ from .modulation import BlockModulation, FromRow, ModulationTable
 
 if TYPE_CHECKING:
     from .blocks import TokenStream
-    from .survey import BlockParts, Survey
+    from .plan import BlockParts
+    from .survey import Survey
 
 _DYNAMO = "torch._dynamo.eval_frame"
 _KEPT = "_qwen_fast_variants"  # attribute of a compiler: our functions as it has compiled them

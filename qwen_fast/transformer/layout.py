@@ -193,6 +193,34 @@ def check_image_shapes(img_shapes: Sequence, sequences: int) -> tuple[ImageShape
     return tuple(entry for entry in entries for _ in range(per_entry))
 
 
+def check_samples(
+    hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, mask: torch.Tensor | None, img_shapes: Sequence
+) -> tuple[ImageShapes, ...]:
+    """`check_image_shapes` for hidden states `[B, S_img, C_in]`, to which embeddings and mask have to fit too.
+
+    Raises:
+        ValueError: what does not fit, by name.
+    """
+    batch = hidden_states.shape[0]
+    shapes = check_image_shapes(img_shapes, batch)
+    tokens = {sum(math.prod(shape) for shape in entry) for entry in shapes}
+    if tokens != {hidden_states.shape[1]}:
+        raise ValueError(
+            f"`img_shapes` {img_shapes} are {sorted(tokens)} tokens a sample, but `hidden_states` has {hidden_states.shape[1]}."
+        )
+    if encoder_hidden_states.shape[0] not in (1, batch):
+        raise ValueError(
+            f"`encoder_hidden_states` holds {encoder_hidden_states.shape[0]} prompts for {batch} samples; one for all, or one "
+            "for each."
+        )
+    if mask is not None and mask.shape != encoder_hidden_states.shape[:2]:
+        raise ValueError(
+            f"`encoder_hidden_states_mask` shape {tuple(mask.shape)} must match {tuple(encoder_hidden_states.shape[:2])} of "
+            "the embeddings."
+        )
+    return shapes
+
+
 def build_layout(
     pos_embed: nn.Module,
     img_shapes: Sequence[ImageShapes],

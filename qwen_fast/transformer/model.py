@@ -24,15 +24,17 @@ from ..common.options import Options
 from ..common.pickled import EqualsStock, PickledAsStock
 from ..common.proofs import require_transformer
 from ..common.state import State
+from .adapters import NAMES, FromEach, SampleAdapters, first_rows, rows_of, touches_modulations
 from .block_module import STOCK_BLOCK, QwenImageTransformerBlock, called_plainly, context_reason
 from .blocks import TableRows, TokenStream, as_batches
 from .call import ATTACHED, CALL, Call, ModelState, PromptBatch, SharedForward, entered, lora_scale
 from .compiled import begin_step
-from .layout import ImageShapes, Layout, RotaryKey, build_layout, check_image_shapes, lay_out
-from .linear import linear_into
+from .layout import ImageShapes, Layout, RotaryKey, build_layout, check_samples, lay_out
+from .linear import Projection, linear, linear_into
 from .modulation import FromLayers, ModulationSource
 from .modulation_weights import host_bytes
-from .survey import FUSED, BlockPlan, Survey, survey
+from .plan import FUSED, BlockPlan
+from .survey import Survey, survey
 
 STOCK = diffusers.QwenImageTransformer2DModel
 _KEPT_LAYOUTS = 16
@@ -63,8 +65,16 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
             given = {name: kwargs.get(name) for name in ("controlnet_block_samples", "additional_t_cond")}
             return (self.predict(call, kwargs["hidden_states"], kwargs["timestep"], call.prompts, **given),)
         found = call.look()
-        hidden_states = kwargs.get("hidden_states", args[0] if args else None)
+        bound = inspect.signature(STOCK.forward).bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        arguments = dict(bound.arguments)
+        del arguments["self"]
+        hidden_states = arguments["hidden_states"]
         reason = found.whole or context_reason(found, hidden_states)
+        adapters = SampleAdapters.of(arguments["attention_kwargs"])
+        if adapters is not None:  # which stock ignores
+            against = reason or found.stock or self._stock_reason(arguments)
+            adapters.check(self, found, len(hidden_states), against)
         if reason is not None:
             call.state.fall_back(reason)
             with entered(None):  # the blocks too
@@ -72,18 +82,14 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
         if found.stock is not None:  # replaced on diffusers' class: what it calls of the model is fused
             with entered(call):
                 return STOCK.forward(self, *args, **kwargs)
-        bound = inspect.signature(STOCK.forward).bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        arguments = dict(bound.arguments)
-        del arguments["self"]
         reason = self._stock_reason(arguments)
         if reason is not None:
             call.state.fall_back(reason)
             with entered(call):
                 return STOCK.forward(self, *args, **kwargs)
         require_transformer(call.state, self, hidden_states.dtype, hidden_states.device)
-        with lora_scale(self, arguments["attention_kwargs"]), entered(call):
-            output = self._batch_forward(call, found, **arguments)
+        with lora_scale(self, None if adapters else arguments["attention_kwargs"]), entered(call):
+            output = self._batch_forward(call, found, adapters=adapters, **arguments)
         call.state.calls["transformer"] += 1
         return Transformer2DModelOutput(sample=output) if arguments["return_dict"] else (output,)
 
@@ -123,24 +129,26 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
             prompts.text = self.text_rows(prompts)
         residual[: layout.txt_rows] = prompts.text
         image = residual[layout.txt_rows :].unflatten(0, (prompts.copies, -1))
-        linear_into(found.img_in, hidden_states.flatten(0, 1), image[0])
+        adapted = rows_of(prompts.adapters, layout)
+        linear_into(found.img_in, hidden_states.flatten(0, 1), image[0], None, first_rows(adapted[1], len(image[0])))
         image[1:] = image[0]
         if additional_t_cond is not None:
             timestep = timestep.expand(hidden_states.shape[0])
-        source = self._source(call, found, timestep, hidden_states, additional_t_cond)
-        stream = self._stream(call, residual, layout, self.table_rows(source, layout, prompts.shapes))
+        source = self._source(call, found, timestep, hidden_states, additional_t_cond, prompts.adapters)
+        stream = self._stream(call, residual, layout, self.table_rows(source, layout, prompts.shapes), adapted)
         output = self._run(call, found, stream, source, controlnet_block_samples)
         call.state.calls["packed transformer" if prompts.copies > 1 else "transformer"] += 1
         return output.unflatten(0, (prompts.copies * hidden_states.shape[0], -1))
 
     def text_rows(self, prompts: PromptBatch) -> torch.Tensor:
         """`[txt_rows, C]`: the text after txt_norm and txt_in."""
-        return self.txt_in(self.txt_norm(prompts.embeds))
+        of_text, _ = rows_of(prompts.adapters, prompts.layout)
+        return linear(Projection(self.txt_in), self.txt_norm(prompts.embeds), None, of_text)
 
     def _stock_reason(self, arguments: dict[str, Any]) -> str | None:
         if arguments["guidance"] is not None:
             return "guidance embeddings"
-        others = set(arguments["attention_kwargs"] or ()) - {"scale"}
+        others = set(arguments["attention_kwargs"] or ()) - {"scale", NAMES}
         if others:
             return f"attention_kwargs {', '.join(sorted(others))}"
         if getattr(self, "_parallel_config", None) is not None:
@@ -159,30 +167,14 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
         attention_kwargs=None,
         controlnet_block_samples=None,
         additional_t_cond=None,
+        adapters: SampleAdapters | None = None,
         **_unused,
     ) -> torch.Tensor:
         """Stock's signature: `[B, S_img, C_in]` and `[B, S_txt, C_txt]`, padded text masked."""
         batch = hidden_states.shape[0]
-        shapes = check_image_shapes(img_shapes, batch)
-        tokens = {sum(math.prod(shape) for shape in entry) for entry in shapes}
-        if tokens != {hidden_states.shape[1]}:
-            raise ValueError(
-                f"`img_shapes` {img_shapes} are {sorted(tokens)} tokens a sample, but `hidden_states` has "
-                f"{hidden_states.shape[1]}."
-            )
-        if encoder_hidden_states.shape[0] not in (1, batch):
-            raise ValueError(
-                f"`encoder_hidden_states` holds {encoder_hidden_states.shape[0]} prompts for {batch} samples; "
-                "one for all, or one for each."
-            )
         mask = encoder_hidden_states_mask
-        if mask is not None:
-            if mask.shape != encoder_hidden_states.shape[:2]:
-                raise ValueError(
-                    f"`encoder_hidden_states_mask` shape {tuple(mask.shape)} must match "
-                    f"{tuple(encoder_hidden_states.shape[:2])} of the embeddings."
-                )
-            mask = mask.bool().expand(batch, -1)
+        shapes = check_samples(hidden_states, encoder_hidden_states, mask, img_shapes)
+        mask = None if mask is None else mask.bool().expand(batch, -1)
         image = None if found.img_in.parameters is not None else found.img_in(hidden_states.flatten(0, 1), batch)
         text = self.txt_norm(encoder_hidden_states)
         if found.txt_in.parameters is None:
@@ -194,21 +186,22 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
             frequencies = self.pos_embed(img_shapes, max_txt_seq_len=text_length, device=hidden_states.device)
             layout = lay_out([(frequencies[1], frequencies[0])] * batch)
         residual = hidden_states.new_empty(layout.rows, self.inner_dim)
+        adapted = of_text, of_image = rows_of(adapters, layout)
         if image is None:
-            linear_into(found.img_in, hidden_states.flatten(0, 1), residual[layout.txt_rows :])
+            linear_into(found.img_in, hidden_states.flatten(0, 1), residual[layout.txt_rows :], None, of_image)
         else:
             residual[layout.txt_rows :] = image
         text = text.expand(batch, -1, -1).flatten(0, 1)
         if found.txt_in.parameters is None:
             residual[: layout.txt_rows] = text
         else:
-            linear_into(found.txt_in, text, residual[: layout.txt_rows])
+            linear_into(found.txt_in, text, residual[: layout.txt_rows], None, of_text)
 
         image = residual[layout.txt_rows :].unflatten(0, (batch, -1))
-        source = self._source(call, found, timestep, image, additional_t_cond)
+        source = self._source(call, found, timestep, image, additional_t_cond, adapters)
         rows = self.table_rows(source, layout, shapes)
         layout = layout.with_key_mask(mask)
-        stream = self._stream(call, residual, layout, rows, batch)
+        stream = self._stream(call, residual, layout, rows, adapted, batch)
         if any(found.plan(block) is not FUSED for block in self.transformer_blocks) or found.norm_out is not None:
             if len(set(shapes)) > 1:
                 raise ValueError(
@@ -226,13 +219,17 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
             call.forward = None
         return output.unflatten(0, (batch, -1))
 
-    def _stream(self, call: Call, residual, layout, rows, batch: int | None = None) -> TokenStream:
+    def _stream(self, call: Call, residual, layout, rows, adapted, batch: int | None = None) -> TokenStream:
         heads, width = self.config.num_attention_heads, self.inner_dim
-        return TokenStream(residual, layout, rows, width // heads, call.state.options.attention, batch)
+        return TokenStream(residual, layout, rows, width // heads, call.state.options.attention, batch, adapted)
 
-    def _source(self, call: Call, found: Survey, timestep, hidden_states, additional_t_cond) -> ModulationSource:
+    def _source(
+        self, call: Call, found: Survey, timestep, hidden_states, additional_t_cond, adapters: SampleAdapters | None
+    ) -> ModulationSource:
         timestep = timestep.to(hidden_states.dtype)
         table = call.source if additional_t_cond is None and found.modulation is None else None
+        if adapters is not None and touches_modulations(self) and not isinstance(table, FromEach):
+            table = adapters.source_of(self, self.__dict__[ATTACHED].tables, timestep, additional_t_cond)
         if table is not None and table.begin(timestep):
             compiled = table.samples == 1 and found.compilers_of(call.compiler)
             return call.source_of_step(table) if compiled else table
@@ -285,7 +282,7 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
                     # The output norm takes a sample's own timestep for its reference tokens too, as in stock.
                     token_rows = stream.all_rows.token_rows[layout.txt_rows :] % source.samples
                 image = ada_layer_norm(image, shift, scale, source.step_index, 0, token_rows)
-        return found.proj_out(image, stream.batch)
+        return linear(found.proj_out, image, stream.batch, stream.adapted[1])
 
     def _call_block(self, call: Call, block: torch.nn.Module, plan: BlockPlan, stream: TokenStream) -> None:
         """A block with something attached to it, through its own `__call__` and with its own boundaries."""

@@ -260,10 +260,8 @@ class FromLayers:
 class FromRow:
     """One row of a table, in a buffer that somebody else fills: see `ModulationTable.row_into`."""
 
-    samples = 1
-
-    def __init__(self, table: ModulationTable):
-        self.table = table
+    def __init__(self, table: ModulationTable, samples: int = 1):
+        self.table, self.samples = table, samples
         self.step_index = torch.zeros(1, dtype=torch.int32, device=table.values.device)
 
     @property
@@ -281,6 +279,8 @@ class FromRow:
 
     def temb(self, batch: int) -> torch.Tensor:
         # An index of -1 shows in the output norm, whose rows are NaN then; here it would be a device-side assertion.
+        if self.samples > 1:
+            return self.table.temb  # in the order that is asked for
         rows = self.table.temb.index_select(0, self.step_index.clamp(min=0)).expand(batch, -1)
         return rows if self.zero_row is None else torch.cat([rows, self.table.temb[self.zero_row].expand(batch, -1)])
 
@@ -298,6 +298,7 @@ class FromTable(FromRow):
     """
 
     table: ModulationTable | None = None
+    samples = 1
 
     def __init__(
         self,
@@ -316,6 +317,16 @@ class FromTable(FromRow):
             with stage("modulation"):
                 self.table = self._computed(timestep.device)
         return True
+
+    def buffer(self) -> FromRow:
+        """A row for `copy_row`; its address may be kept."""
+        return FromRow(self.table.row_buffer())
+
+    def copy_row(self, buffer: FromRow, row: int) -> None:
+        """The modulations of timestep `row` into one of `buffer`."""
+        buffer.table.values[:1].copy_(self.table.values[row : row + 1])
+        if self.zero_row is not None:
+            buffer.table.values[1:].copy_(self.table.values[self.zero_row :])
 
     def _computed(self, device: torch.device) -> ModulationTable:
         if any([lies_elsewhere(module, device) for _, module in modulation_modules(self._model)]):

@@ -5,8 +5,8 @@ right for as long as calling them would run what diffusers wrote. What somebody 
 instead, in stock's way and with stock's arguments and batches, and everything around it stays fused.
 """
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers.models.activations import GELU
@@ -22,6 +22,7 @@ from ..common.own import foreign_methods, foreign_on, process_reason
 from .compiled import compiler_of
 from .kinds import ADAPTING, KNOWN, METHODS, ROTARY, ROTARY_METHODS, foreign_kind, modules_below, replaced_functions
 from .linear import Projection
+from .plan import FUSED, BlockParts, BlockPlan
 
 _NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 # What is read of modules beside their weights, and no module itself.
@@ -37,47 +38,6 @@ _IMAGE, _TEXT = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_pr
 _PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
-class BlockPlan(NamedTuple):
-    """How one block is computed. Reasons are words for `report`; None where the block is ours throughout.
-
-    Attributes:
-        called: why the block is called as a module, with stock's arguments.
-        placed: a hook brings the block's weights to the device: it is called as a module, with our rows.
-        stock: why its forward is stock's.
-        attention: why its attention module is called.
-        mlps: why the image's and the text's feed-forward are called.
-    """
-
-    called: str | None = None
-    placed: bool = False
-    stock: str | None = None
-    attention: str | None = None
-    mlps: tuple[str | None, str | None] = (None, None)
-
-
-class BlockParts(NamedTuple):
-    """What the fused computation of a block reads, found once.
-
-    Attributes:
-        image, text: projections to query, key and value of each stream.
-        to_out, to_add_out: those behind attention.
-        norms: parameters of norm_q, norm_k, norm_added_q and norm_added_k.
-        eps: of these.
-        mlps: up and down projection of the image's and the text's feed-forward; None where it is called.
-    """
-
-    block: nn.Module
-    attn: nn.Module
-    image: tuple[Projection, ...]
-    text: tuple[Projection, ...]
-    to_out: Projection
-    to_add_out: Projection
-    norms: tuple[dict[str, nn.Parameter], ...]
-    eps: float
-    mlps: tuple[tuple[nn.Module, tuple[Projection, Projection] | None], ...]
-
-
-FUSED = BlockPlan()
 _STRANGER = BlockPlan(called="a block that somebody put in for the time of a forward")
 
 
@@ -108,6 +68,7 @@ class Survey:
         adapters: scales of adapters and which of them are on, in words.
         foreign: what is not stock's own, in words. Known adapters, quantised layers, placements and caches are not in it.
         key: equal where nothing has changed since, but for the values of weights.
+        fit: sets of adapters that samples may have as their own, as far as was asked.
     """
 
     whole: str | None
@@ -134,6 +95,7 @@ class Survey:
     adapters: tuple[str, ...]
     foreign: tuple[str, ...]
     key: tuple
+    fit: set[frozenset[str]] = field(default_factory=set)
 
     def plan(self, block: nn.Module) -> BlockPlan:
         """How a block of `transformer_blocks` is computed; one that was not there when this was looked at is called."""

@@ -6,7 +6,8 @@ import torch
 from diffusers.models.transformers import transformer_qwenimage
 from torch import nn
 
-from qwen_fast.transformer.survey import FUSED, survey
+from qwen_fast.transformer.plan import FUSED
+from qwen_fast.transformer.survey import survey
 from support.small_transformer import build, with_lora
 
 
