@@ -248,10 +248,6 @@ class Denoiser:
             for n, place in enumerate((self.index, self.row)):
                 self.places[n : n + 1].fill_(place or 0)
 
-    def _pass_place(self) -> None:
-        self.places.add_(1)  # in stream order, so no program of this step can see the next index
-        self._held = self.index + 1, None if self.row is None else self.row + 1
-
     def _find_source(self, step: Step) -> None:
         """Where our forwards have their modulations: from one table of the schedule wherever there can be one.
 
@@ -309,7 +305,8 @@ class Denoiser:
                 self.apart, lambda latents, *own: sampler_step(self.state, latents, own, *place), latents, *predictions
             )
             scheduler._step_index += 1
-        self._pass_place()
+        self.places.add_(1)  # in stream order, so no program of this step can see the next index
+        self._held = index + 1, None if row is None else row + 1
         return Found(latents, shown.get("noise_pred"), tuple(shown.get(name) for name in SHOWN[1:]), step.shared(RESIDUALS))
 
     def predictions(self, step: Step) -> tuple[torch.Tensor, ...] | None:
@@ -320,9 +317,7 @@ class Denoiser:
             self._leave_scale()
             return None
         self._put_place()
-        found = self.predict(step)
-        self._pass_place()
-        return found
+        return self.predict(step)
 
     def behind(self, i: int, latents: torch.Tensor) -> None:
         """The end of turn `i` of the loop."""

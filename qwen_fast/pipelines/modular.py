@@ -85,11 +85,11 @@ class AcceleratedModularPipeline(AcceleratedModels):
 
 
 class _OwnLoop:
-    """Put before the class of a loop for the time of a call; for a pipeline that is in no call of ours it is what it was."""
+    """Put before the class of a loop for the time of a call; for a pipeline that is not enabled it is what it was."""
 
     def __call__(self, components: Any, state: Any) -> Any:
         fast = components.__dict__.get(STATE)
-        if fast is None or fast.device is None:
+        if fast is None:
             return super().__call__(components, state)
         reasons = _reasons(self, components.guider)
         for reason in reasons:
