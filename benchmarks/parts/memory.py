@@ -61,12 +61,12 @@ def _int8_weights(pipe: Any, device: torch.device) -> None:
     quantize_(pipe.transformer.transformer_blocks, Int8WeightOnlyConfig())
 
 
-RECIPES = (
-    Recipe("all on the device", options=(("modulation", "device"),)),
-    Recipe("modulation weights on the host", options=(("modulation", "host"),)),
+RECIPES = (  # in the order of how much a row of it tells
     Recipe("layerwise casting to FP8", _layerwise_casting),
-    Recipe("torchao INT8 weights", _int8_weights),
     Recipe("group offload, blocks, a stream", _group_offload),
+    Recipe("torchao INT8 weights", _int8_weights),
+    Recipe("modulation weights on the host", options=(("modulation", "host"),)),
+    Recipe("all on the device", options=(("modulation", "device"),)),
     Recipe("model CPU offload", lambda pipe, device: pipe.enable_model_cpu_offload(device=device)),
     Recipe("sequential CPU offload", lambda pipe, device: pipe.enable_sequential_cpu_offload(device=device)),
 )
