@@ -240,7 +240,7 @@ def roofline_figure(rows: Sequence[Row], ceilings: Sequence[Row]) -> "Figure":
         axes.plot(xs, ys, color=_PALE, linewidth=1, zorder=1)
         under = {"textcoords": "offset points", "ha": "center", "va": "top", "fontsize": 8}
         axes.annotate(
-            name.removeprefix("step, ").replace(", batch 1", ""), (xs[0], ys[0]), (0, -8 - 11 * (number % 2)), **under
+            name.removeprefix("step, ").replace(", batch 1", ""), (xs[0], ys[0]), (0, -8 - 11 * (number % 3)), **under
         )
         for variant, (marker, color, _) in _VARIANTS.items():
             mine = [point for point in same if point.variant == variant]

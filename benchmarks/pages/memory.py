@@ -1,6 +1,6 @@
 """The tables of the memory page: what lies on the card by arithmetic, and what was measured."""
 
-from .committed import ENABLED, STOCK, case_name, cells, heading, measured_on_gpu
+from .committed import ENABLED, STOCK, case_name, cells, heading, measured_on_gpu, newest, on_gpu, rows_of
 
 # Parameters of Qwen/Qwen-Image's configurations; tests/house/test_pages.py counts them on the meta device.
 TRANSFORMER, MODULATION, VAE = 20_430_401_088, 6_796_984_320, 126_892_531
@@ -76,3 +76,20 @@ def measured_memory() -> list[str]:
             figures = (f"{float(value):.1f} GiB" for value in (stock["resident_gib"], stock["peak_gib"], ours["peak_gib"]))
             lines.append(cells(case, *figures, f"{machine}, {dtype}"))
     return lines
+
+
+def measured_recipes() -> list[str]:
+    """What recipes for less memory cost, of a picture with guidance, without a text encoder."""
+    rows = [row for row in rows_of("memory") if on_gpu(row) and row["status"] == "ok"]
+    lines = []
+    for row in newest(rows, "machine", "dtype", "recipe", "way", "width", "height"):
+        who = {"stock": "stock diffusers", "ours": "qwen_fast"}[row["way"]]
+        figures = (
+            f"{float(row['resident_gib']):.1f} GiB",
+            f"{float(row['peak_gib']):.1f} GiB",
+            f"{float(row['step_ms']):.0f} ms",
+        )
+        lines.append(cells(f"{row['recipe']}, {row['width']}x{row['height']}", who, *figures, row["machine"]))
+    if not lines:
+        return ["No row of a GPU is committed yet."]
+    return heading("recipe", "drawn by", "weights", "peak", "a step", "card") + lines

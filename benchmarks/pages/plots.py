@@ -78,6 +78,16 @@ def latest(rows: Iterable[Row], keys: Sequence[str], machine: str | None = None)
     return list(found.values())
 
 
+def of_one_run(rows: Sequence[Row], every: Sequence[Row]) -> list[Row]:
+    """Of `every` row those of the run that has most rungs of a case, the last such one; which machine and model, `rows` say."""
+    where = ("machine", "model", "dtype")
+    runs: dict[tuple, dict[str, Row]] = {}
+    for row in every:
+        if rows and all(row[name] == rows[-1][name] for name in where):
+            runs.setdefault(tuple(row[name] for name in (*CASE, "commit")), {})[row["rung"]] = row
+    return list(max(reversed(list(runs.values())), key=len).values()) if runs else list(rows)
+
+
 def save(figure: "Figure", path: Path) -> None:
     """Write a PNG or an SVG, by the name's ending."""
     path = Path(path)
@@ -115,7 +125,7 @@ def draw_all(rows: Path, out: Path, *, machine: str | None = None, suffix: str =
         return ladder + (latest(same, keys["operators"]) if same else [])
 
     for name, draw in (
-        ("ladder", lambda path: draw_ladder(chosen("ladder"), path)),
+        ("ladder", lambda path: draw_ladder(of_one_run(chosen("ladder"), tables["ladder"]), path)),
         ("roofline", lambda path: draw_roofline(under_roof(), chosen("ceilings"), path)),
         ("scaling", lambda path: draw_scaling(chosen("ladder"), path)),
     ):

@@ -26,7 +26,8 @@ from .committed import (
     on_gpu,
     rows_of,
 )
-from .memory import measured_memory, resident_memory
+from .family import edits, invariant, lora, sizes
+from .memory import measured_memory, measured_recipes, resident_memory
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
@@ -91,7 +92,7 @@ def cpu_short() -> list[str]:
 def gpu() -> list[str]:
     """The full-size model on GPUs, or that there is no such row."""
     lines = []
-    for row in measured_on_gpu(ENABLED):
+    for row in (row for row in measured_on_gpu(ENABLED) if row["batch"] == "1"):
         computed = "" if row["measured_steps"] == row["steps"] else f", computed from {row['measured_steps']} steps"
         stock, ours = f"{float(row['stock_image_s']):.2f} s", f"{float(row['image_s_p50']):.2f} s"
         where = f"{row['machine']}, {row['dtype']}{computed}"
@@ -140,7 +141,11 @@ def ladder() -> list[str]:
         complete = [row for row in rows if row["rung"] == "+ fused transformer"]  # other cases have a few rungs
         same = ("machine", "model", "dtype", *CASE)
         last = tuple((complete or rows)[-1][name] for name in same)
-        rungs = newest([row for row in rows if tuple(row[name] for name in same) == last], "rung")
+        rows = [row for row in rows if tuple(row[name] for name in same) == last]
+        rungs = newest([row for row in rows if row["commit"] == (complete or rows)[-1]["commit"]], "rung")
+        known = {row["rung"] for row in rungs}  # what the whole run has not is of another one, and says so
+        others = newest([row for row in rows if row["rung"] not in known], "rung")
+        rungs += [row | {"rung": f"{row['rung']} ({row['commit'].split()[0]})"} for row in others]
     if not rungs:
         return ["No ladder is committed yet, neither of a GPU nor of a CPU; `qwen-fast bench` measures one."]
     first = rungs[0]
@@ -215,8 +220,13 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "ladder": ladder,
     "changing": changing,
     "first-call": first_call,
+    "edits": edits,
+    "lora": lora,
+    "invariant": invariant,
+    "sizes": sizes,
     "resident-memory": resident_memory,
     "measured-memory": measured_memory,
+    "measured-recipes": measured_recipes,
     "quality": quality,
     "schedule-errors": schedule_errors,
 }

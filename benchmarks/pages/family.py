@@ -1,0 +1,64 @@
+"""The tables of what is drawn besides one picture of a prompt: edits and ControlNets, LoRA, batches."""
+
+from .committed import CASE, ENABLED, Row, case_name, cells, guidance, heading, newest, on_gpu, rows_of
+
+_NONE = ["No row of a GPU is committed yet."]
+INVARIANT = "+ batch_invariant"
+_LORA = {  # in words, in this order
+    "stock": "stock diffusers, no LoRA",
+    "stock with LoRA": "stock diffusers, LoRA as layers",
+    "none": "qwen_fast, no LoRA",
+    "fused": "qwen_fast, fused into the weights",
+    "beside": "qwen_fast, as it is loaded",
+}
+
+
+def edits() -> list[str]:
+    """A step of the other pipelines."""
+    rows = [row for row in rows_of("edits") if on_gpu(row) and row["status"] == "ok"]
+    lines = []
+    for row in newest(rows, "machine", "dtype", "case", "width", "height"):
+        figures = (f"{float(row[name]):.0f} ms" for name in ("stock_step_ms", "step_ms"))
+        name = f"{row['case']}, {row['width']}x{row['height']}, {guidance(row)}"
+        lines.append(cells(name, *figures, f"{float(row['speedup_step']):.2f}x", f"{row['machine']}, {row['dtype']}"))
+    return heading("a step of", "stock diffusers", "qwen_fast", "speed-up", "measured on") + lines if lines else _NONE
+
+
+def lora() -> list[str]:
+    """A step with a LoRA, by way, of pictures of a megapixel."""
+    rows = [row for row in rows_of("lora") if on_gpu(row) and row["width"] == row["height"] == "1024"]
+    found = {row["way"]: row for row in rows}
+    lines = [
+        cells(words, f"{float(found[way]['step_ms']):.0f} ms", f"rank {found[way]['rank']}, {found[way]['machine']}")
+        for way, words in _LORA.items()
+        if way in found
+    ]
+    return heading("1024x1024, CFG", "a step", "measured with") + lines if lines else _NONE
+
+
+def invariant() -> list[str]:
+    """What it costs that no picture depends on its batch."""
+    found: dict[tuple, dict[str, Row]] = {}
+    for row in rows_of("ladder"):
+        if on_gpu(row) and row["status"] == "ok" and row["rung"] in (ENABLED, INVARIANT):
+            found.setdefault(tuple(row[name] for name in ("machine", "dtype", "commit", *CASE)), {})[row["rung"]] = row
+    lines = []
+    for rungs in found.values():
+        if len(rungs) == 2:
+            plain, alone = (float(rungs[rung]["step_ms_p50"]) for rung in (ENABLED, INVARIANT))
+            price = f"{100 * (alone / plain - 1):.1f} %"
+            lines.append(
+                cells(case_name(rungs[ENABLED]), f"{plain:.0f} ms", f"{alone:.0f} ms", price, rungs[ENABLED]["machine"])
+            )
+    return heading("a step of", "as enabled", "batch_invariant", "price", "card") + lines if lines else _NONE
+
+
+def sizes() -> list[str]:
+    """Pictures of several sizes in one call."""
+    rows = [row for row in rows_of("sizes") if on_gpu(row) and row["status"] == "ok"]
+    lines = []
+    for row in newest(rows, "machine", "sizes", "steps", "cfg", "way"):
+        gains = f"{float(row['speedup_to_stock']):.2f}x" if row["speedup_to_stock"] else ""
+        what = f"{row['sizes'].replace(' ', ', ')}; {row['steps']} steps, {guidance(row)}"
+        lines.append(cells(what, row["way"], f"{float(row['s_p50']):.2f} s", gains, row["machine"]))
+    return heading("pictures", "drawn by", "all of them", "speed-up", "card") + lines if lines else _NONE
