@@ -217,7 +217,9 @@ def test_an_output_with_several_levels():
     assert [one.item() for one in second.deepstack_features] == [0, 1] and second.hidden_states is None
 
 
-@pytest.mark.parametrize("output", [lambda: {"a": torch.ones(1)}, lambda: [torch.ones(1), object()], lambda: 3], ids=str)
+@pytest.mark.parametrize(
+    "output", [lambda: {"a": torch.ones(1)}, lambda: [torch.ones(1), object()], lambda: 3], ids=["dict", "object", "number"]
+)
 def test_what_is_not_known_is_asked_again(output):
     visual = Tower(output)
     for _ in range(2):
