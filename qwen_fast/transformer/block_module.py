@@ -30,7 +30,7 @@ class QwenImageTransformerBlock(PickledAsStock, STOCK_BLOCK):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """In a call of ours not what torch.compile made of stock's forward: it has its part in ours, see compiled.py."""
-        return called_plainly(self, lambda: CALL.get() is not None, args, kwargs)
+        return called_plainly(self, STOCK_BLOCK, lambda: CALL.get() is not None, args, kwargs)
 
     @functools.wraps(STOCK_BLOCK.forward)
     def forward(
@@ -64,13 +64,19 @@ class QwenImageTransformerBlock(PickledAsStock, STOCK_BLOCK):
         return streams
 
 
-def called_plainly(module: torch.nn.Module, is_fused: Callable[[], bool], args: tuple, kwargs: dict[str, Any]) -> Any:
-    """`module(...)`; where its forward `is_fused`, with its hooks but without what torch.compile has put around them."""
+def called_plainly(
+    module: torch.nn.Module, stock: type, is_fused: Callable[[], bool], args: tuple, kwargs: dict[str, Any]
+) -> Any:
+    """`module(...)`; where its forward `is_fused`, with its hooks but without what torch.compile has put around them.
+
+    Args:
+        stock: diffusers' class of the module, on which somebody may have replaced the call.
+    """
     if torch.compiler.is_compiling():
         return module._wrapped_call_impl(*args, **kwargs)
     if compiled_call(module) is not None and is_fused():
         return module._call_impl(*args, **kwargs)
-    return torch.nn.Module.__call__(module, *args, **kwargs)
+    return stock.__call__(module, *args, **kwargs)
 
 
 def _fused_block(

@@ -123,8 +123,10 @@ def linear_into(
     weight = layer.weight_for(rows)
     if weight is None:
         out.copy_(layer(rows, batch))
-    else:
+    elif layer.adapters or adapted is not None:
         _products_into(layer, weight, rows, out, adapted)
+    else:
+        torch._C._nn.linear(rows, weight, layer.parameters["bias"], out=out)
 
 
 def _products_into(

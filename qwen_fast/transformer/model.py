@@ -65,16 +65,11 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
             given = {name: kwargs.get(name) for name in ("controlnet_block_samples", "additional_t_cond")}
             return (self.predict(call, kwargs["hidden_states"], kwargs["timestep"], call.prompts, **given),)
         found = call.look()
-        bound = inspect.signature(STOCK.forward).bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        arguments = dict(bound.arguments)
-        del arguments["self"]
-        hidden_states = arguments["hidden_states"]
+        hidden_states = kwargs.get("hidden_states", args[0] if args else None)
         reason = found.whole or context_reason(found, hidden_states)
-        adapters = SampleAdapters.of(arguments["attention_kwargs"])
-        if adapters is not None:  # which stock ignores
-            against = reason or found.stock or self._stock_reason(arguments)
-            adapters.check(self, found, len(hidden_states), against)
+        adapters = SampleAdapters.of(kwargs.get("attention_kwargs"))
+        if adapters is not None and (reason or found.stock):
+            adapters.check(self, found, len(hidden_states), reason or found.stock)  # stock ignores them
         if reason is not None:
             call.state.fall_back(reason)
             with entered(None):  # the blocks too
@@ -82,7 +77,13 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
         if found.stock is not None:  # replaced on diffusers' class: what it calls of the model is fused
             with entered(call):
                 return STOCK.forward(self, *args, **kwargs)
-        reason = self._stock_reason(arguments)
+        bound = inspect.signature(STOCK.forward).bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        arguments = dict(bound.arguments)
+        del arguments["self"]
+        reason, adapters = self._stock_reason(arguments), SampleAdapters.of(arguments["attention_kwargs"])
+        if adapters is not None:
+            adapters.check(self, found, len(hidden_states), reason)
         if reason is not None:
             call.state.fall_back(reason)
             with entered(call):
@@ -95,7 +96,7 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
 
     def __call__(self, *args, **kwargs):
         """Where the forward is ours, not what torch.compile made of stock's: it has its part in the blocks, see compiled.py."""
-        return called_plainly(self, lambda: _is_ours(self), args, kwargs)
+        return called_plainly(self, STOCK, lambda: _is_ours(self), args, kwargs)
 
     def look(self) -> Survey:
         """What of this model is stock's own, now."""

@@ -77,7 +77,7 @@ def test_every_rung_is_reached_and_leaves_the_pipeline_as_it_was(session, monkey
     monkeypatch.setattr(qwen_fast, "disable", noted)
     rows, said, folder = session(ladder.all_rungs())
     by_name = {row["rung"]: row for row in rows}
-    assert list(by_name) == [rung.name for rung in ladder.all_rungs()] and len(by_name) == 19
+    assert list(by_name) == [rung.name for rung in ladder.all_rungs()] and len(by_name) == 20
     on_gpus = (GRAPH, PACKED[1], COMPARED[0])
     stay_out = dict.fromkeys([rung.name for rung in on_gpus], "needs a CUDA device") | {INVARIANT.name: "one picture a call"}
     for row in rows:
