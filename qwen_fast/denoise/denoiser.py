@@ -108,6 +108,7 @@ class Denoiser:
         def called(pipe, *args, **kwargs):
             scheduler = pipe.scheduler
             before, device = scheduling(scheduler), self.state.device
+            own = {name: pipe.__dict__[name] for name in ("_attention_kwargs",) if name in pipe.__dict__}
             token = CURRENT.set(None)
             self.state.device = None  # it may move the pipeline
             self._leave_scale()  # it may read, set, fuse or save the layers
@@ -119,6 +120,7 @@ class Denoiser:
                 self.state.device = device
             if pipe.scheduler is scheduler and drew(scheduler, before):
                 vars(scheduler).update(before)
+                pipe.__dict__.update(own)  # the loop reads it at each step
             self.dirty = True
             if not self.known_loop and pipe.__dict__.get(STATE) is self.state:
                 self.look()
@@ -211,6 +213,8 @@ class Denoiser:
             dtype = torch.promote_types(self.dtype, torch.float32)
             self.guidance = torch.full((1,), float(step.true_cfg_scale), dtype=dtype, device=self.device)
         self.adapters = adapters_of(self.model, self.call.survey, self.attention_kwargs, self.batch)
+        if self.adapters is not None and self.state.options.batch_invariant:
+            refuse("batch_invariant=True; call the pipeline once for each prompt, with its adapters on")
         self._find_source(step)
         rows, self.packs = takes_rows(self, step), None
         self.apart = apart.keeps_apart(self, step, rows)

@@ -12,6 +12,7 @@ import torch
 from ..common.state import STATE, logger
 from ..transformer.adapters import NAMES
 from ..transformer.call import ATTACHED
+from ..transformer.compiled import without_compiler
 from ..transformer.modulation import FromTable, ModulationTable, TableCache
 from .denoiser import Denoiser
 from .inputs import Held
@@ -155,7 +156,11 @@ class SizesDenoiser(Denoiser):
     def _follow_changes(self) -> None:
         """Before the first step, and after code of the user's has run."""
         pipe, before = self.pipe, self.call.survey
-        if STATE not in pipe.__dict__ or pipe.fast_state is not self.state or pipe.transformer is not self.model:
+        if (
+            STATE not in pipe.__dict__
+            or pipe.fast_state is not self.state
+            or without_compiler(pipe.transformer) is not self.model
+        ):
             reason = "the pipeline is another one"
         elif torch.is_grad_enabled():
             reason = "gradients are asked for"

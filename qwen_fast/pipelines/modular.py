@@ -26,6 +26,7 @@ from ..denoise.denoiser import Denoiser
 from ..denoise.loop import current
 from ..denoise.step import SHOWN, Step
 from ..schedule import check_num_inference_steps
+from ..transformer.adapters import SampleAdapters, refuse
 from ..transformer.call import ATTACHED, Call, entered
 from . import guiders
 from .base import AcceleratedModels
@@ -64,6 +65,8 @@ class AcceleratedModularPipeline(AcceleratedModels):
         check_attention(state.options.attention, device)
         reason = unsupported_reason(device)
         if reason is not None:
+            if SampleAdapters.of(kwargs.get("attention_kwargs")) is not None:
+                refuse(reason)
             state.fall_back(reason)
             self.remove_scheduler()  # whose step is a kernel
             self.remove_transformer(forced=False)  # stock's forward needs all its weights on the device
@@ -127,7 +130,10 @@ class _OwnStep:
 
     def __call__(self, components: Any, block_state: Any, i: int, t: torch.Tensor) -> tuple[Any, Any]:
         rest = (self._predict, self._update)
-        if self._is_ours(components) and alone_reason(components.guider) is None and self._is_at(t, block_state):
+        ours = self._is_ours(components)
+        if not ours and SampleAdapters.of(getattr(block_state, "attention_kwargs", None)) is not None:
+            refuse("the transformer is not qwen_fast's")
+        if ours and alone_reason(components.guider) is None and self._is_at(t, block_state):
             rest = self._taken(components, block_state, i, t)
         for block in rest:
             if block is not None:

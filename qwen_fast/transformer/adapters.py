@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .layout import Layout
-from .linear import AdapterRows, Projection
+from .linear import SWITCHING, AdapterRows, Projection
 from .modulation import FromRow, FromTable, ModulationTable, TableCache
 from .modulation_weights import table_modules, table_reason
 from .survey import Survey
@@ -181,7 +181,7 @@ class FromEach(FromRow):
 
     def __init__(self, model: nn.Module, adapters: SampleAdapters, sources: list[FromTable]):
         self._model, self._adapters, self._sources = model, adapters, sources
-        self.samples, self.table = len(sources), None
+        self.samples, self.table, self.of_each = len(sources), None, True
         self.step_index = torch.zeros_like(sources[0].step_index)
 
     def begin(self, timestep: torch.Tensor) -> bool:
@@ -199,7 +199,8 @@ class FromEach(FromRow):
         table = self._sources[0].table
         rows = self.samples if table.zero_row is None else 2 * self.samples
         values = table.values.new_empty(rows, table.values.shape[1])
-        return FromRow(ModulationTable(values, table.width, None if table.zero_row is None else self.samples), self.samples)
+        zero_row = None if table.zero_row is None else self.samples
+        return FromRow(ModulationTable(values, table.width, zero_row), self.samples, of_each=True)
 
     def copy_row(self, buffer: FromRow, row: int) -> None:
         """The modulations of timestep `row` into one of `buffer`."""
@@ -216,12 +217,17 @@ class FromEach(FromRow):
 def _only(model: nn.Module, names: tuple[str, ...], scale: float) -> Iterator[None]:
     """Inside, these adapters of the modulation layers of `model` are on, times `scale`, and no others."""
     layers = [part for _, module in table_modules(model) for part in module.modules() if has_adapters(part)]
+    with SWITCHING:  # nobody else computes modulations or looks at the model meanwhile
+        yield from _switched(layers, names, scale)
+
+
+def _switched(layers: list[nn.Module], names: tuple[str, ...], scale: float) -> Iterator[None]:
     before = [(layer, layer._active_adapter, dict(layer.scaling)) for layer in layers]
     try:
         for layer in layers:
             layer._active_adapter = list(names)  # set_adapter would change what asks for gradients
             for name in layer.scaling:
-                layer.scaling[name] *= scale
+                layer.scaling[name] = layer.scaling[name] * scale  # of hotswapping it is a tensor, which is kept as it is
         yield
     finally:
         for layer, active, scaling in before:

@@ -1,6 +1,7 @@
 """How a projection computes: the one place that knows kinds of linear layers."""
 
 import functools
+import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,9 @@ Places = list[tuple[slice, torch.Tensor, slice]]  # rows of the layer's own, and
 # reads what the first has written: the large product can do that beside its arithmetic, the small ones are bound by memory. In
 # bf16 it is nearer to float64 too, for what is rounded first is small: RMS 1.8e-3, the other order 2.4e-3, PEFT's layer 2.5e-3.
 ADAPTERS_FIRST = True
+# Held where adapters of modulation layers are switched for a moment, and where others compute modulations or look at a model:
+# pipelines of several threads may share it.
+SWITCHING = threading.RLock()
 
 
 class LowRank(NamedTuple):

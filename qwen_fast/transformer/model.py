@@ -24,7 +24,7 @@ from ..common.options import Options
 from ..common.pickled import EqualsStock, PickledAsStock
 from ..common.proofs import require_transformer
 from ..common.state import State
-from .adapters import NAMES, FromEach, SampleAdapters, first_rows, rows_of, touches_modulations
+from .adapters import NAMES, SampleAdapters, first_rows, rows_of, touches_modulations
 from .block_module import STOCK_BLOCK, QwenImageTransformerBlock, called_plainly, context_reason
 from .blocks import TableRows, TokenStream, as_batches
 from .call import ATTACHED, CALL, Call, ModelState, PromptBatch, SharedForward, entered, lora_scale
@@ -229,7 +229,7 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
     ) -> ModulationSource:
         timestep = timestep.to(hidden_states.dtype)
         table = call.source if additional_t_cond is None and found.modulation is None else None
-        if adapters is not None and touches_modulations(self) and not isinstance(table, FromEach):
+        if adapters is not None and touches_modulations(self) and not getattr(table, "of_each", False):
             table = adapters.source_of(self, self.__dict__[ATTACHED].tables, timestep, additional_t_cond)
         if table is not None and table.begin(timestep):
             compiled = table.samples == 1 and found.compilers_of(call.compiler)

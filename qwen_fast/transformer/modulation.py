@@ -22,6 +22,7 @@ from ..common.placement import lies_elsewhere, on_device, on_device_in_turn
 from ..common.recent import Recent
 from ..common.stages import stage
 from .by_rows import of_rows
+from .linear import SWITCHING
 from .modulation_weights import disk_reason, modulation_modules, table_modules
 
 
@@ -240,7 +241,8 @@ class FromLayers:
     def block(self, index: int) -> BlockModulation:
         if self._computed[0] != index:
             block = self._blocks[index]
-            image, text = block.img_mod(self._temb), block.txt_mod(self._temb[: self.samples])
+            with SWITCHING:
+                image, text = block.img_mod(self._temb), block.txt_mod(self._temb[: self.samples])
             if self.zero_row is not None:
                 text = torch.cat([text, text])  # no text token takes the rows of timestep 0
             rows = torch.stack([image, text], dim=1).unflatten(-1, (6, -1))
@@ -258,10 +260,16 @@ class FromLayers:
 
 
 class FromRow:
-    """One row of a table, in a buffer that somebody else fills: see `ModulationTable.row_into`."""
+    """One row of a table, in a buffer that somebody else fills: see `ModulationTable.row_into`.
 
-    def __init__(self, table: ModulationTable, samples: int = 1):
-        self.table, self.samples = table, samples
+    Attributes:
+        of_each: the rows are of each sample's own adapters, see adapters.py.
+    """
+
+    of_each = False
+
+    def __init__(self, table: ModulationTable, samples: int = 1, of_each: bool = False):
+        self.table, self.samples, self.of_each = table, samples, of_each
         self.step_index = torch.zeros(1, dtype=torch.int32, device=table.values.device)
 
     @property
@@ -314,7 +322,7 @@ class FromTable(FromRow):
     def begin(self, timestep: torch.Tensor) -> bool:
         if self.table is None:
             # Here and not earlier: before its first forward the weights of an offloaded model are not on the device.
-            with stage("modulation"):
+            with stage("modulation"), SWITCHING:
                 self.table = self._computed(timestep.device)
         return True
 

@@ -21,7 +21,7 @@ from ..common.hooks import Kind, attached, compiled_call
 from ..common.own import foreign_methods, foreign_on, process_reason
 from .compiled import compiler_of
 from .kinds import ADAPTING, KNOWN, METHODS, ROTARY, ROTARY_METHODS, foreign_kind, modules_below, replaced_functions
-from .linear import Projection
+from .linear import SWITCHING, Projection
 from .plan import FUSED, BlockParts, BlockPlan
 
 _NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
@@ -115,7 +115,8 @@ class Survey:
 
 def survey(model: nn.Module, before: Survey | None = None) -> Survey:
     """Look at a transformer, a walk over its 2,300 modules, or a ControlNet; `before` again where nothing has changed since."""
-    look = _Look(model)
+    with SWITCHING:
+        look = _Look(model)
     return before if before is not None and before.key == look.key else look.result()
 
 

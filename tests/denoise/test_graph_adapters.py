@@ -5,8 +5,10 @@ import torch
 
 import qwen_fast
 from benchmarks.shared.stock import assert_same_latents, stock
+from qwen_fast.transformer import modulation
 from support.adapters import BASE, WEIGHTS, only, with_adapters
 from support.emulated_cuda import StepsBar, notes
+from support.family import MEMBERS, small_references
 from support.pipelines import GUIDED
 
 PROMPTS = ["a red circle", "two green squares on a hill"]
@@ -72,3 +74,30 @@ def test_on_an_emulated_device_without_a_wait(checkpoint, emulated_cuda, cuda_gr
         allowed = "qwen_fast/denoise/watch.py", "qwen_fast/denoise/graph.py"
         assert not [str(note) for note in later if not any(part in note.where for part in allowed)]
     assert not qwen_fast.report(pipe).fallbacks and (pipe.fast_state.graph is None) is cuda_graph
+
+
+def test_tables_are_computed_once_a_call_and_not_in_its_steps(checkpoint, captures, monkeypatch):
+    """A table for each set of adapters, whose rows the graph's buffer gets."""
+    pipe = stock(checkpoint)
+    with_adapters(pipe.transformer, modulations=True)
+    qwen_fast.enable(pipe, cuda_graph=True)
+    tables, compute = [], modulation.compute_table
+    monkeypatch.setattr(modulation, "compute_table", lambda *arguments: tables.append(1) or compute(*arguments))
+    for _ in range(3):
+        tables.clear()
+        draw(pipe, entries=["speed", "thing"])
+        assert len(tables) == 2
+    assert len(captures) == 1 and pipe.fast_state.graph is None
+
+
+def test_layered(checkpoint, captures):
+    """Its condition is in the tables."""
+    member = MEMBERS["layered"]
+    with small_references():
+        pipe = member.pipe(checkpoint)
+        with_adapters(pipe.transformer, modulations=True)
+        only(pipe.transformer, "speed")
+        expected = member.draw(pipe)
+        qwen_fast.enable(pipe, cuda_graph=True)
+        for _ in range(3):
+            member.assert_same(member.draw(pipe, attention_kwargs={"adapter_names": ["speed"]}), expected)
