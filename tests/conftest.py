@@ -1,5 +1,6 @@
 """One process-wide set-up: without a GPU, Triton interprets the kernels; with one, the same tests run natively."""
 
+import gc
 import importlib.util
 import mmap
 import os
@@ -69,6 +70,7 @@ def emulated_cuda():
         pytest.skip("with a GPU the tests marked gpu take its place")
     from support import emulated_cuda as package
 
+    gc.collect()  # pinned memory of tests before, which is given back behind a wait for the device
     with package.emulated_cuda() as device:
         yield device
 
