@@ -105,15 +105,6 @@ def is_hooked(module: nn.Module) -> bool:
     return attached(module) is not None
 
 
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether `module` is nothing but `x @ weight.T + bias` over plain parameters right now.
-
-    A LoRA layer of PEFT keeps the base weight under `.weight`, quantised layers keep codes there, torchao and tensor
-    parallelism put tensor subclasses into a plain nn.Linear: all these are called, never read.
-    """
-    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and not is_hooked(module)
-
-
 def rebind_forward(module: nn.Module) -> None:
     """Make hooks that captured `module.forward` under another class call the forward of its present class."""
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..common.state import STATE, logger
-from ..transformer.adapters import FromEach, SampleAdapters, adapters_of, refuse
+from ..transformer.adapters import TOGETHER, FromEach, SampleAdapters, adapters_of, refuse
 from ..transformer.call import ATTACHED, Call, PromptBatch, entered, lora_scale
 from ..transformer.compiled import compiler_of, without_compiler
 from ..transformer.layout import check_image_shapes
@@ -214,7 +214,7 @@ class Denoiser:
             self.guidance = torch.full((1,), float(step.true_cfg_scale), dtype=dtype, device=self.device)
         self.adapters = adapters_of(self.model, self.call.survey, self.attention_kwargs, self.batch)
         if self.adapters is not None and self.state.options.batch_invariant:
-            refuse("batch_invariant=True; call the pipeline once for each prompt, with its adapters on")
+            refuse(TOGETHER)
         self._find_source(step)
         rows, self.packs = takes_rows(self, step), None
         self.apart = apart.keeps_apart(self, step, rows)

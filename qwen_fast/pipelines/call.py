@@ -14,7 +14,7 @@ from ..common.stages import on_device, staged
 from ..common.state import STATE
 from ..denoise.denoiser import Denoiser
 from ..text.encoding import prompts_of_call
-from ..transformer.adapters import SampleAdapters, refuse
+from ..transformer.adapters import TOGETHER, SampleAdapters, refuse
 from . import cache_dit, sizes
 from .foreign import note_foreign
 from .inputs import (
@@ -97,7 +97,7 @@ def _called(pipe: Any, stock: type, args: tuple[Any, ...], kwargs: dict[str, Any
             state.fall_back(reason)
     if adapters is not None:
         if state.options.batch_invariant:
-            refuse("batch_invariant=True; call the pipeline once for each prompt, with its adapters on")
+            refuse(TOGETHER)
         check_adapters(pipe, adapters, reason, device, dtype_of(pipe.transformer))
     if arguments.get("callback_on_step_end") is not None:
         check_callback_inputs(arguments.get("callback_on_step_end_tensor_inputs") or (), call)

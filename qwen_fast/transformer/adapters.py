@@ -19,6 +19,7 @@ from .modulation_weights import table_modules, table_reason
 from .survey import Survey
 
 NAMES, NONE = "adapter_names", "__base__"  # PEFT's words
+TOGETHER = "batch_invariant=True; call the pipeline once for each prompt, with its adapters on"  # a reason against them
 
 
 class SampleAdapters(NamedTuple):

@@ -16,9 +16,9 @@ from ..common.hooks import attached
 Operands = tuple[torch.Tensor, torch.Tensor | None, tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...]]
 Places = list[tuple[slice, torch.Tensor, slice]]  # rows of the layer's own, and a tensor with the rows where they lie there
 
-# Adapters of all rows write their products first, and the product with the layer's own weight is added. Whoever comes second
-# reads what the first has written: the large product can do that beside its arithmetic, the small ones are bound by memory. In
-# bf16 it is nearer to float64 too, for what is rounded first is small: RMS 1.8e-3, the other order 2.4e-3, PEFT's layer 2.5e-3.
+# Adapters of all rows write their products first, and the product with the layer's own weight is added. In bf16 that is
+# nearer to float64, for what is rounded first is small: RMS 1.8e-3, the other order 2.4e-3, PEFT's layer 2.5e-3. Whoever comes
+# second reads what the first has written: the large product should do that beside its arithmetic, which no GPU has told yet.
 ADAPTERS_FIRST = True
 # Held where adapters of modulation layers are switched for a moment, and where others compute modulations or look at a model:
 # pipelines of several threads may share it.

@@ -229,7 +229,7 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
     ) -> ModulationSource:
         timestep = timestep.to(hidden_states.dtype)
         table = call.source if additional_t_cond is None and found.modulation is None else None
-        if adapters is not None and touches_modulations(self) and not getattr(table, "of_each", False):
+        if adapters is not None and not getattr(table, "of_each", False) and touches_modulations(self):
             table = adapters.source_of(self, self.__dict__[ATTACHED].tables, timestep, additional_t_cond)
         if table is not None and table.begin(timestep):
             compiled = table.samples == 1 and found.compilers_of(call.compiler)
