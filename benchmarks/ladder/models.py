@@ -33,16 +33,21 @@ def random_pipeline(shape: Shape, device: torch.device, dtype: torch.dtype, seed
         )
         vae = diffusers.AutoencoderKLQwenImage(base_dim=shape.vae_base_dim, num_res_blocks=2)
     for name, model in (("transformer", transformer), ("vae", vae)):
-        for module in model.modules():
-            for key, parameter in module._parameters.items():
-                if parameter is not None:
-                    values = torch.empty(parameter.shape, dtype=dtype, device=device)
-                    module._parameters[key] = torch.nn.Parameter(values, requires_grad=False)
-        initialize(model, name, seed, on_device=True)
-        model.eval()
+        fill(model, name, device, dtype, seed)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(QWEN_IMAGE_SCHEDULER_CONFIG)
     pipe = diffusers.QwenImagePipeline(scheduler, vae, None, None, transformer)
     return pipe.to(device)
+
+
+def fill(model: torch.nn.Module, name: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> None:
+    """Give a model on the meta device unit-gain random weights, made where they stay."""
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                values = torch.empty(parameter.shape, dtype=dtype, device=device)
+                module._parameters[key] = torch.nn.Parameter(values, requires_grad=False)
+    initialize(model, name, seed, on_device=True)
+    model.eval()
 
 
 def load_pipeline(folder: str | Path, device: torch.device, dtype: torch.dtype) -> diffusers.QwenImagePipeline:

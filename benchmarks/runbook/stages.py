@@ -281,6 +281,15 @@ LATER = (
         rows=(("lora.csv", {}),),
     ),
     Stage(
+        "whole",
+        180,
+        ("-m", "benchmarks.parts.whole", "--device", "cuda", "--append", "{out}/whole.csv"),
+        ("-m", "benchmarks.parts.whole", "--append", "{out}/whole.csv"),
+        shown=4,
+        estimate=140,
+        rows=(("whole.csv", {}),),
+    ),
+    Stage(
         "ladder-peers",
         120,
         (*_LADDER, *_each("--only", _LATE[1:]), "--limit", "90", "--out", "{out}/ladder"),

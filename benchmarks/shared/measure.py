@@ -122,10 +122,11 @@ class StepClock:
         stop_after: steps that are done.
     Attributes:
         steps: seconds of each step of the last call, between CUDA events on a GPU.
+        stamps: before the first step and after each one; `stamp` takes another, `seconds` are those between two.
     """
 
     def __init__(self, pipe: Any, stop_after: int):
-        self._pipe, self._stop_after, self._stamps = pipe, stop_after, []
+        self._pipe, self._stop_after, self.stamps = pipe, stop_after, []
         self._cuda = pipe.device.type == "cuda"
         self._clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
@@ -133,18 +134,18 @@ class StepClock:
         return self
 
     def __enter__(self) -> "StepClock":
-        self._stamps = [self._stamp()]
+        self.stamps = [self.stamp()]
         return self
 
     def __exit__(self, *_) -> None:
         pass
 
     def update(self, n: int = 1) -> None:
-        self._stamps.append(self._stamp())
-        if len(self._stamps) > self._stop_after:
+        self.stamps.append(self.stamp())
+        if len(self.stamps) > self._stop_after:
             self._pipe._interrupt = True
 
-    def _stamp(self) -> Any:
+    def stamp(self) -> Any:
         if not self._cuda:
             return self._clock()
         with torch.cuda.device(self._pipe.device):
@@ -152,12 +153,15 @@ class StepClock:
             event.record()
         return event
 
+    def seconds(self, first: Any, second: Any) -> float:
+        if not self._cuda:
+            return second - first
+        second.synchronize()
+        return first.elapsed_time(second) / 1e3
+
     @property
     def steps(self) -> list[float]:
-        if self._cuda:
-            torch.cuda.synchronize(self._pipe.device)
-            return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(self._stamps)]
-        return [b - a for a, b in itertools.pairwise(self._stamps)]
+        return [self.seconds(*pair) for pair in itertools.pairwise(self.stamps)]
 
 
 @contextlib.contextmanager

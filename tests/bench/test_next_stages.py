@@ -87,12 +87,12 @@ def test_the_rows_that_stages_are_known_by_have_such_columns():
     from benchmarks.attention import stress as attention_stress
     from benchmarks.ladder import changing, session, sizes
     from benchmarks.operators import run as operators
-    from benchmarks.parts import edits, lora, memory, products
+    from benchmarks.parts import edits, lora, memory, products, whole
 
     fields = {"ladder.csv": session.FIELDS, "changing.csv": changing.FIELDS, "attention.csv": attention_speed.FIELDS}
     fields |= {"attention_stress.csv": attention_stress.FIELDS, "products.csv": products.FIELDS}
     fields |= {"operators_of_the_model.csv": operators.FIELDS, "edits.csv": edits.FIELDS, "lora.csv": lora.FIELDS}
-    fields |= {"memory.csv": memory.FIELDS, "sizes.csv": sizes.FIELDS}
+    fields |= {"memory.csv": memory.FIELDS, "sizes.csv": sizes.FIELDS, "whole.csv": whole.FIELDS}
     for stage in (*STAGES, *LATER, *TUNING):
         for file, columns in stage.rows:
             assert columns.keys() | {"machine", "commit", "date"} <= set(fields[file])
