@@ -100,6 +100,30 @@ def _package(forward: Any) -> str:
     return getattr(getattr(forward, "__func__", forward), "__globals__", {}).get("__name__", "").partition(".")[0]
 
 
+def modules_below(model: nn.Module) -> list[nn.Module]:
+    """`model` and all modules below it, each once."""
+    found, seen = [model], {id(model)}
+    for module in found:  # which grows meanwhile
+        below = module.__dict__.get("_modules")
+        if below is None:  # of a scripted one
+            below = dict(module.named_children())
+        for child in below.values() if below else ():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                found.append(child)
+    return found
+
+
+def hooked_below(model: nn.Module) -> bool:
+    """Whether a hook of accelerate's or diffusers' is on `model` or below it."""
+    for module in modules_below(model):
+        own = module.__dict__
+        registry = own.get("_diffusers_hook")  # which diffusers leaves behind, empty
+        if "_hf_hook" in own or (registry is not None and registry.hooks):
+            return True
+    return False
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling `module` does more than its class's forward: then it has to be called, and cannot be read around."""
     return attached(module) is not None

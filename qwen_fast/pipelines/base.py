@@ -10,6 +10,7 @@ import torch
 
 from ..common import proofs
 from ..common.hardware import check_device, indexed
+from ..common.hooks import hooked_below
 from ..common.options import Options
 from ..common.own import foreign_methods
 from ..common.pickled import PickledAsStock
@@ -93,9 +94,15 @@ class AcceleratedModels(PickledAsStock):
 
     @property
     def _execution_device(self) -> torch.device:
-        """As diffusers', which asks every module for its hooks: once a call."""
+        """As diffusers', which asks every module for its hooks, more than once: where there are any, and once a call."""
         state = self.__dict__.get(STATE)
-        return super()._execution_device if state is None or state.device is None else state.device
+        if state is None:
+            return super()._execution_device
+        if state.device is not None:
+            return state.device
+        modules = [one for one in self.components.values() if isinstance(one, torch.nn.Module)]
+        asked = foreign_methods(self.STANDS_FOR, ("_execution_device",)) or any(map(hooked_below, modules))
+        return super()._execution_device if asked else self.device
 
     def install_transformer(self, device: torch.device | None = None) -> str | None:
         """Attach to the transformer that the pipeline has now, which runs on `device`; returns why it cannot be, or None."""

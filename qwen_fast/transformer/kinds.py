@@ -25,20 +25,6 @@ _FUNCTIONS = ("apply_rotary_emb_qwen", "dispatch_attention_fn")
 _ATTENTION = torch._C._nn.scaled_dot_product_attention
 
 
-def modules_below(model: nn.Module) -> list[nn.Module]:
-    """`model` and all modules below it, each once."""
-    found, seen = [model], {id(model)}
-    for module in found:  # which grows meanwhile
-        below = module.__dict__.get("_modules")
-        if below is None:  # of a scripted one
-            below = dict(module.named_children())
-        for child in below.values() if below else ():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                found.append(child)
-    return found
-
-
 def replaced_functions() -> list[str]:
     """What stock's attention calls by name, or by diffusers' registry, and is not diffusers' or torch's."""
     found = foreign_functions(stock, _FUNCTIONS)

@@ -19,8 +19,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from qwen_fast_kernels import ada_layer_norm
 
-from ..common.hooks import OURS, rebind_forward
+from ..common.hooks import OURS, hooked_below, rebind_forward
 from ..common.options import Options
+from ..common.own import foreign_methods
 from ..common.pickled import EqualsStock, PickledAsStock
 from ..common.proofs import require_transformer
 from ..common.state import State
@@ -97,6 +98,11 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
     def __call__(self, *args, **kwargs):
         """Where the forward is ours, not what torch.compile made of stock's: it has its part in the blocks, see compiled.py."""
         return called_plainly(self, STOCK, lambda: _is_ours(self), args, kwargs)
+
+    def _reset_stateful_cache(self, *args, **kwargs) -> None:
+        """As diffusers', which asks every module at the end of each call: where there is a hook to ask."""
+        if hooked_below(self) or foreign_methods(STOCK, ("_reset_stateful_cache",)):
+            super()._reset_stateful_cache(*args, **kwargs)
 
     def look(self) -> Survey:
         """What of this model is stock's own, now."""
@@ -208,11 +214,9 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
                 raise ValueError(
                     f"`img_shapes` {img_shapes} differ within a batch whose blocks have hooks: run them one by one."
                 )
-            others = {name: value for name, value in (attention_kwargs or {}).items() if name != "scale"}
-            others = None if attention_kwargs is None else others
-            stream.arguments = self._block_arguments(layout, source, shapes, mask, batch, frequencies) | {
-                "joint_attention_kwargs": others
-            }
+            others = attention_kwargs and {name: value for name, value in attention_kwargs.items() if name != "scale"}
+            given = self._block_arguments(layout, source, shapes, mask, batch, frequencies)
+            stream.arguments = given | {"joint_attention_kwargs": others}
             call.forward = SharedForward(layout, rows, source, stream.arguments)
         try:
             output = self._run(call, found, stream, source, controlnet_block_samples)

@@ -17,10 +17,10 @@ from diffusers.models.transformers import transformer_qwenimage as stock
 from torch import nn
 
 from ..common.fingerprint import adapter_state
-from ..common.hooks import Kind, attached, compiled_call
+from ..common.hooks import Kind, attached, compiled_call, modules_below
 from ..common.own import foreign_methods, foreign_on, process_reason
 from .compiled import compiler_of
-from .kinds import ADAPTING, KNOWN, METHODS, ROTARY, ROTARY_METHODS, foreign_kind, modules_below, replaced_functions
+from .kinds import ADAPTING, KNOWN, METHODS, ROTARY, ROTARY_METHODS, foreign_kind, replaced_functions
 from .linear import SWITCHING, Projection
 from .plan import FUSED, BlockParts, BlockPlan
 

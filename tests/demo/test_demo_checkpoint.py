@@ -159,14 +159,23 @@ def test_ours_draws_the_same_in_four_steps(size, dtype, fused):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", SIZES)
-def test_on_a_gpu_ours_has_the_verdicts_of_stock_in_bf16(size):
-    """On held-out prompts: what `benchmarks.quality --check` asks on a CPU."""
+def test_on_a_gpu_ours_is_as_near_to_fp32_as_stock_in_bf16(size):
+    """On held-out prompts, of which rounding alone decides one or two: what `benchmarks.quality --check` asks on a CPU."""
     requests = held_out_requests(200)
-    pipe = stock(demo.CHECKPOINT, torch.bfloat16).to("cuda")
-    expected = draw_and_judge(pipe, requests, width=size[0], height=size[1])[1]
-    actual = draw_and_judge(qwen_fast.enable(pipe), requests, width=size[0], height=size[1])[1]
+
+    def drawn(pipe):
+        pictures, verdicts = draw_and_judge(pipe.to("cuda"), requests, width=size[0], height=size[1])
+        return np.asarray(pictures, float), verdicts
+
+    exact, right = drawn(stock(demo.CHECKPOINT))
+    pipe = stock(demo.CHECKPOINT, torch.bfloat16)
+    far, same = [], []
+    for enabled in (False, True):
+        pictures, verdicts = drawn(qwen_fast.enable(pipe) if enabled else pipe)
+        far.append(np.sqrt(np.mean((pictures - exact) ** 2)))
+        same.append(np.mean([a == b for a, b in zip(verdicts, right, strict=True)]))
     assert_ran_fast(pipe)
-    assert np.mean([a == b for a, b in zip(actual, expected, strict=True)]) >= 0.99
+    assert far[1] <= 1.25 * far[0] and same[1] >= same[0] - 0.015, (far, same)
 
 
 def test_the_demo_draws_and_compares(tmp_path, monkeypatch, capsys):

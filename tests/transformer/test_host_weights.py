@@ -28,6 +28,7 @@ from qwen_fast.transformer.modulation_weights import (
     modulation_modules,
     return_to_device,
 )
+from support.memory import memory_taken
 from support.small_transformer import BYTES, LAYERS, build, group_offload, needs_group_offload, pretend_elsewhere, run
 
 MODS = [f"transformer_blocks.{layer}.{mod}" for layer in range(LAYERS) for mod in ("img_mod", "txt_mod")]
@@ -364,9 +365,7 @@ def test_on_cuda_too_little_memory_is_noticed_before_anything_moves(transformer)
     keep_on_host(transformer)
     free = free_bytes(torch.device("cuda"))
     assert 0 < free <= torch.cuda.get_device_properties(0).total_memory
-    hog = torch.empty(free - 2**28, dtype=torch.uint8, device="cuda")
     transformer.transformer_blocks[0].img_mod[1].weight = nn.Parameter(torch.empty(2**27))
-    with pytest.raises(RuntimeError, match="nothing was moved"):
+    with memory_taken(but=2**28), pytest.raises(RuntimeError, match="nothing was moved"):
         return_to_device(transformer, "cuda")
-    del hog
     assert {p.device.type for _, module in modulation_modules(transformer) for p in module.parameters()} == {"cpu"}
