@@ -1,5 +1,4 @@
-"""What a LoRA costs a step: stock without and with one; ours with none, fused into the weights, beside them with its products
-before or behind the large one, and as called layers.
+"""What a LoRA costs a step: stock without and with one; ours with none, fused into the weights, beside them, as called layers.
 
     python -m benchmarks.parts.lora [--device cuda] [--repeats N] [--append benchmarks/results/lora.csv]
 
@@ -29,7 +28,8 @@ from ..shared.shapes import SHAPES, PictureCase
 
 RANK, MEASURED = 32, 5
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "net.0.proj", "net.2"]
-WAYS = ("stock", "stock with LoRA", "none", "fused", "beside", "behind", "called")
+# "none" before the first adapter, whose layers PEFT leaves in the model when it is deleted.
+WAYS = ("stock", "none", "stock with LoRA", "fused", "beside", "called")
 FIELDS = (
     "date commit dirty machine torch diffusers transformers dtype width height steps cfg rank repeats way step_ms graph".split()
 )
@@ -51,8 +51,6 @@ def entered(pipe: Any, way: str) -> Iterator[None]:
             stack.callback(model.unfuse_lora)
         if way == "called":
             stack.enter_context(mock.patch.object(linear, "_adapters", lambda module: None))
-        if way == "behind":
-            stack.enter_context(mock.patch.object(linear, "ADAPTERS_FIRST", False))
         if not way.startswith("stock"):
             qwen_fast.enable(pipe, modulation="device")
             stack.callback(qwen_fast.disable, pipe)

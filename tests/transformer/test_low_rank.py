@@ -7,7 +7,6 @@ from torch import nn
 
 import qwen_fast
 from benchmarks.shared.stock import assert_same_latents, draw, stock
-from qwen_fast.transformer import linear
 from qwen_fast.transformer.linear import Projection, feed_forward_into, linear_into
 from qwen_fast.transformer.survey import survey
 from support.pipelines import GUIDED
@@ -32,12 +31,10 @@ def adapted(dtype: torch.dtype = torch.float32, **options) -> Two:
     return model.to(dtype).eval()
 
 
-@pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_products_of_low_rank_are_added(monkeypatch, dtype, bias, first):
-    monkeypatch.setattr(linear, "ADAPTERS_FIRST", first)
+def test_products_of_low_rank_are_added(dtype, bias):
     model, wide = adapted(dtype), adapted()
     for part in (model.up, model.down, wide.up, wide.down) if not bias else ():
         part.base_layer.bias = None
