@@ -1,4 +1,4 @@
-"""The tables of what is drawn besides one picture of a prompt: edits and ControlNets, LoRA, batches."""
+"""The tables of what is drawn besides one picture of given embeddings: prompts, edits and ControlNets, LoRA, batches."""
 
 from .committed import CASE, ENABLED, Row, case_name, cells, guidance, heading, newest, on_gpu, rows_of
 
@@ -11,6 +11,25 @@ _LORA = {  # in words, in this order
     "fused": "qwen_fast, fused into the weights",
     "beside": "qwen_fast, as it is loaded",
 }
+
+_WHOLE = {
+    "stock": "stock diffusers",
+    "ours": "qwen_fast",
+    "ours, text encoder in host memory": 'qwen_fast, `text_encoder_mode="offload"`',
+}
+
+
+def whole() -> list[str]:
+    """A picture from its prompt, with every step drawn and all parts of the model on the card."""
+    rows = [row for row in rows_of("whole") if on_gpu(row) and row["status"] == "ok"]
+    lines = []
+    for row in newest(rows, "machine", "dtype", "way", "width", "height", "steps", "cfg"):
+        seconds = (f"{float(row[name]):.1f} s" if row[name] else "" for name in ("first_s", "image_s", "known_s"))
+        picture = "from prompt to picture, " + case_name(row)
+        if f"| {picture} |" not in "".join(lines):
+            lines += heading(picture, "first call", "later ones", "prompt seen before", "peak of memory", "card")
+        lines.append(cells(_WHOLE[row["way"]], *seconds, f"{float(row['peak_gib']):.1f} GiB", row["machine"]))
+    return lines or _NONE
 
 
 def edits() -> list[str]:

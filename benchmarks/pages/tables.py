@@ -26,7 +26,7 @@ from .committed import (
     on_gpu,
     rows_of,
 )
-from .family import edits, invariant, lora, sizes
+from .family import edits, invariant, lora, sizes, whole
 from .memory import measured_memory, measured_recipes, resident_memory
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -80,13 +80,6 @@ def cpu() -> list[str]:
     """Everything that was measured on one thread of a CPU."""
     lines = [line for found in (pipeline_lines, vae_lines, text_lines) for line in found()]
     return heading("one CPU thread", "stock diffusers", "qwen_fast", "") + lines
-
-
-def cpu_short() -> list[str]:
-    """A whole picture, a decoded one and a prompt: one line each."""
-    pictures = [line for line in pipeline_lines() if line.startswith("| middle model") and ", CFG" in line]
-    found = pictures[:1] + [line for line in vae_lines() if "decode" in line][-1:] + text_lines()[:1]
-    return heading("one CPU thread", "stock diffusers", "qwen_fast", "") + found
 
 
 def gpu() -> list[str]:
@@ -215,7 +208,7 @@ def schedule_errors() -> list[str]:
 
 TABLES: dict[str, Callable[[], list[str]]] = {
     "gpu": gpu,
-    "cpu-short": cpu_short,
+    "whole": whole,
     "cpu": cpu,
     "ladder": ladder,
     "changing": changing,

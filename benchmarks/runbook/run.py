@@ -48,6 +48,8 @@ from .stages import LATER, STAGES, TIMEOUT, TUNING, Stage
 CONFIGS = ROOT / "kernels" / "qwen_fast_kernels" / "configs"
 FINAL = ("done", "failed")  # a stage that was cut short is run again
 _LEAST = 5.0  # with less time left no stage begins
+# Of tests: the end of Inductor's pool of compilers waits for itself, so that a stage hung behind its last test.
+_ONE_COMPILER = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
 class Progress:
@@ -136,10 +138,9 @@ def run(
             expected = f"about {stage.estimate:.0f} s, " if stage.estimate and not small else ""
             print(f"{stage.name}: {expected}at most {allowed:.0f} s, {left:.0f} s are left of the run", flush=True)
             log = out / "logs" / f"{stage.name}.log"
+            own = environment | chosen_ptxas(out) | (_ONE_COMPILER if "pytest" in command else {})
             command = [*stage.under, sys.executable, *words_of(command, out, ptxas)]
-            status, code, seconds = attempts(
-                stage, command, log, allowed, environment | chosen_ptxas(out), lambda: protected(pack), every
-            )
+            status, code, seconds = attempts(stage, command, log, allowed, own, lambda: protected(pack), every)
             state.set(stage.name, status, seconds=round(seconds, 1), code=code)
             protected(lambda name=stage.name: noted(name, state.stages[name]))
         protected(pack)
