@@ -1,9 +1,11 @@
 """`qwen-fast doctor`: what this machine has, what runs accelerated on it, and whether the arithmetic is right."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import io
 import json
 import platform
 import sys
@@ -56,12 +58,14 @@ def examine(kernels: bool = False) -> dict[str, Any]:
         "accelerated": {},
         "checks": [],
     }
+    heard = _Heard()
     try:
-        import qwen_fast
+        with contextlib.redirect_stderr(heard):
+            import qwen_fast
 
-        findings["versions"]["qwen_fast"] = qwen_fast.__version__
-        findings["devices"] = devices()
-        findings["accelerated"] = accelerated()
+            findings["versions"]["qwen_fast"] = qwen_fast.__version__
+            findings["devices"] = devices()
+            findings["accelerated"] = accelerated()
     except Exception as error:  # the doctor exists for broken installations, of whatever kind
         findings["checks"].append({"name": "import", "ok": False, "detail": f"{type(error).__name__}: {error}"})
     else:
@@ -74,7 +78,24 @@ def examine(kernels: bool = False) -> dict[str, Any]:
             for check in (check_schedule, check_euler_step, check_transformer):
                 findings["checks"].append(_attempt(check, device))
     findings["healthy"] = all(check["ok"] for check in findings["checks"])
+    findings["said_at_import"] = heard.stop()
     return findings
+
+
+class _Heard(io.StringIO):
+    """A stderr for the time of the imports: what other packages say there, which log handlers made meanwhile keep."""
+
+    def __init__(self):
+        super().__init__()
+        self._listens, self._stderr = True, sys.stderr
+
+    def write(self, text: str) -> int:
+        return super().write(text) if self._listens else self._stderr.write(text)
+
+    def stop(self) -> list[str]:
+        """The lines, each once."""
+        self._listens = False
+        return list(dict.fromkeys(line.strip() for line in self.getvalue().splitlines() if line.strip()))
 
 
 def prove(device: str, rows: list[dict[str, Any]]) -> tuple[bool, str]:
@@ -197,7 +218,9 @@ def check_transformer(device: str) -> tuple[bool, str]:
     with torch.no_grad():
         initialize(weights, "transformer", 0)
         for dtype in (torch.bfloat16, torch.float16):
-            model, state = copy.deepcopy(weights).to(device, dtype), State(Options(attention="triton", modulation="layers"))
+            # torch's own `to`: diffusers' warns of parts to be kept in fp32 where there are none.
+            model = torch.nn.Module.to(copy.deepcopy(weights), device, dtype)
+            state = State(Options(attention="triton", modulation="layers"))
 
             def run(model, dtype=dtype):
                 inputs = {
@@ -261,4 +284,7 @@ def _text(findings: dict[str, Any]) -> str:
         lines += ["", f"kernels on {device}", *map(_kernel_line, rows)]
     if findings.get("kernels") == {}:
         lines += ["", "kernels: no CUDA device that serves; on the CPU torch's operators compute"]
+    if findings["said_at_import"]:
+        lines += ["", "said by other packages when they were imported"]
+        lines += [f"  {line if len(line) <= 160 else line[:157] + '...'}" for line in findings["said_at_import"]]
     return "\n".join([*lines, "", "healthy" if findings["healthy"] else "NOT healthy: see the FAIL lines above"])

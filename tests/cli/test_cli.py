@@ -1,6 +1,7 @@
 """The `qwen-fast` command, in process: what it prints, what it writes, and what it says about bad input."""
 
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -280,6 +281,24 @@ def test_doctor_json(capsys):
     accelerated = {name for name, why_not in findings["accelerated"].items() if why_not is None}
     assert accelerated == {*FAMILY, *MODULAR}
     assert [check["ok"] for check in findings["checks"]] == [True] * len(findings["checks"])
+
+
+def test_doctor_shows_apart_what_other_packages_say_at_their_import(capsys, monkeypatch):
+    seen, found = [], doctor.accelerated
+
+    def noisy():
+        seen.append(logging.StreamHandler())  # keeps the stderr that there is
+        print("cannot load this", "cannot load this", "x" * 300, sep="\n", file=sys.stderr)
+        return found()
+
+    monkeypatch.setattr(doctor, "accelerated", noisy)
+    monkeypatch.setattr(doctor, "check_schedule", lambda device: (True, "right"))
+    monkeypatch.setattr(doctor, "check_transformer", lambda device: (True, "right"))
+    assert main(["doctor"]) == 0
+    told = capsys.readouterr()
+    assert not told.err and told.out.count("cannot load this") == 1 and f"  {'x' * 157}...\n" in told.out
+    seen[0].emit(logging.makeLogRecord({"msg": "later"}))
+    assert capsys.readouterr().err == "later\n"
 
 
 def test_doctor_finds_a_wrong_schedule_a_wrong_step_and_a_broken_import(capsys, monkeypatch):
