@@ -25,11 +25,12 @@ print("torch", torch.__version__, "of", sys.executable, "serves")
 endef
 export LEND_TORCH
 
-.PHONY: help demo demo-model test test-versions lint clean
+.PHONY: help demo demo-model test test-slow test-versions lint clean
 help:
 	@echo "make demo           draw pictures with stock diffusers and with qwen_fast, compare them"
 	@echo "make demo-model     train the demo checkpoint again, in demo-model/; interrupted, it goes on where it was"
 	@echo "make test           pass the tests"
+	@echo "make test-slow      install Chromium, Playwright and Ray where they are missing, and pass the tests that need them"
 	@echo "make test-versions  pass the tests with the lowest and the newest supported packages"
 	@echo "make lint           ruff"
 	@echo "make clean          remove the environment and what was built"
@@ -43,6 +44,10 @@ demo-model: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS) tests
+
+test-slow: $(VENV)/.slow
+	$(BIN)/python tests/slow/browser.py
+	$(BIN)/python -m pytest -q tests/slow
 
 test-versions: $(VENV)/.ready
 	$(BIN)/python tests/house/versions.py
@@ -67,6 +72,10 @@ $(VENV)/.ready: setup.py pyproject.toml constraints.txt Makefile
 	@# A CUDA build of torch brings the Triton it was made with; a CPU build brings none, and there is one for Linux only.
 	if test "$$(uname)" = Linux; then $(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install -q '$(TRITON)'; fi
 	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
+	touch $@
+
+$(VENV)/.slow: $(VENV)/.ready
+	$(BIN)/pip install -q -c constraints.txt -e '.[slow]'
 	touch $@
 
 clean:

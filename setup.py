@@ -93,6 +93,7 @@ setup(
         "lora": ["peft"],
         "plot": ["matplotlib"],
         "serve": ["fastapi", "uvicorn"],
+        "slow": ["playwright", "ray[data]"],
         "test": [
             "build",
             "cache-dit",

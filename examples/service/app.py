@@ -11,9 +11,9 @@ GET  /metrics, /health  for Prometheus, and for whoever starts it again
 import argparse
 import asyncio
 import contextlib
-import itertools
 import json
 import queue
+import secrets
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
@@ -32,6 +32,7 @@ from qwen_fast import demo
 
 KEPT = 64  # finished jobs whose pictures can still be fetched
 QUIET = 15.0  # seconds after which a listener gets a sign of life
+RETRY = 1000  # milliseconds after which a page whose connection was lost asks again
 # Between two looks at a job. No thread waits for one: there are few, and /health has to answer when many requests wait.
 LOOK = 0.01
 
@@ -57,7 +58,7 @@ def make_app(pipe: Any, *, defaults: dict[str, int], limits: Limits | None = Non
     Args:
         defaults: width, height and steps of a request that names none.
     """
-    worker, jobs, numbers = Worker(pipe, limits), OrderedDict(), itertools.count(1)
+    worker, jobs = Worker(pipe, limits), OrderedDict()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI):
@@ -73,10 +74,10 @@ def make_app(pipe: Any, *, defaults: dict[str, int], limits: Limits | None = Non
         worker.submit(job)
         return job
 
-    def kept(number: int) -> Job:
-        if number not in jobs:
-            raise Refused(404, f"there is no job {number}; the last {KEPT} are kept.")
-        return jobs[number]
+    def kept(job_id: str) -> Job:
+        if job_id not in jobs:
+            raise Refused(404, f"there is no job {job_id}; the last {KEPT} are kept.")
+        return jobs[job_id]
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> JSONResponse:
@@ -97,9 +98,10 @@ def make_app(pipe: Any, *, defaults: dict[str, int], limits: Limits | None = Non
         return defaults
 
     @app.post("/pictures")
-    async def picture(asked: Asked) -> Response:
+    async def picture(asked: Asked, request: Request) -> Response:
         job = submitted(asked)
         while not job.done.is_set():
+            job.left = await request.is_disconnected()
             await asyncio.sleep(LOOK)
         if job.status != 200:
             return JSONResponse(job.outcome, job.status)
@@ -107,18 +109,20 @@ def make_app(pipe: Any, *, defaults: dict[str, int], limits: Limits | None = Non
         return Response(job.pictures["ours"], media_type="image/png", headers=headers)
 
     @app.post("/jobs", status_code=202)
-    async def begin(asked: Asked) -> dict[str, int]:
-        job, number = submitted(asked), next(numbers)
-        jobs[number] = job
+    async def begin(asked: Asked) -> dict[str, str]:
+        # Not a number: nobody finds another's, also where a page asks again after the service was started again.
+        job, job_id = submitted(asked), secrets.token_hex(8)
+        jobs[job_id] = job
         for old in [one for one, other in jobs.items() if other.done.is_set()][: max(0, len(jobs) - KEPT)]:
             del jobs[old]
-        return {"id": number}
+        return {"id": job_id}
 
-    @app.get("/jobs/{number}/events")
-    async def events(number: int) -> StreamingResponse:
-        job = kept(number)
+    @app.get("/jobs/{job_id}/events")
+    async def events(job_id: str) -> StreamingResponse:
+        job = kept(job_id)
 
         async def told() -> AsyncIterator[str]:
+            yield f"retry: {RETRY}\n\n"
             said = time.monotonic()
             while True:
                 over = job.done.is_set()  # asked first: the last event is there then
@@ -139,11 +143,11 @@ def make_app(pipe: Any, *, defaults: dict[str, int], limits: Limits | None = Non
 
         return StreamingResponse(told(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
-    @app.get("/jobs/{number}/{name}.png")
-    async def drawn(number: int, name: str) -> Response:
-        job = kept(number)
+    @app.get("/jobs/{job_id}/{name}.png")
+    async def drawn(job_id: str, name: str) -> Response:
+        job = kept(job_id)
         if name not in job.pictures:
-            raise Refused(404, f"job {number} has no {name}.png; it has {', '.join(job.pictures) or 'none yet'}.")
+            raise Refused(404, f"job {job_id} has no {name}.png; it has {', '.join(job.pictures) or 'none yet'}.")
         return Response(job.pictures[name], media_type="image/png")
 
     @app.get("/metrics")
@@ -178,7 +182,14 @@ def main() -> None:
             print(f"{one.width}x{one.height}: first call {one.first:.1f} s, later {one.later:.2f} s", flush=True)
     side, steps = (64, 20) if options.model is None else (1024, 50)
     app = make_app(pipe, defaults={"width": side, "height": side, "steps": steps}, limits=Limits(batch=options.max_batch))
-    uvicorn.run(app, host=options.host, port=options.port)
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, *signalled: Any) -> None:
+            app.state.worker.close()  # before uvicorn waits for the answers of those who wait themselves
+            super().handle_exit(*signalled)
+
+    with contextlib.suppress(KeyboardInterrupt):
+        Server(uvicorn.Config(app, host=options.host, port=options.port)).run()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import qwen_fast
 
 logger = logging.getLogger("qwen_fast.service")
 PATCH = 16
+STOPPING = "the service is shutting down; try again."
 
 
 class Refused(Exception):
@@ -46,6 +47,7 @@ class Job:
 
     Attributes:
         compare: draw it with stock diffusers too.
+        left: whoever asked has gone, and nobody wants the picture any more.
         pictures: PNGs by name: ours, and where compared stock and difference.
     """
 
@@ -57,6 +59,7 @@ class Job:
     seed: int = 0
     cfg: float = 4.0
     compare: bool = False
+    left: bool = False
     events: "queue.SimpleQueue[dict[str, Any]]" = dataclasses.field(default_factory=queue.SimpleQueue)
     done: threading.Event = dataclasses.field(default_factory=threading.Event)
     pictures: dict[str, bytes] = dataclasses.field(default_factory=dict)
@@ -120,14 +123,16 @@ class Worker:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
-        """Finish the batch at hand; those that wait are told."""
+    def close(self) -> None:
+        """Take no more; the batch at hand is finished, and then those that wait are told."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Close, and wait until all are told."""
+        self.close()
         self._thread.join()
-        while self._waiting:
-            self._waiting.popleft().finish(503, error="the service is shutting down; try again.")
 
     @property
     def alive(self) -> bool:
@@ -141,7 +146,9 @@ class Worker:
         """
         check(job, self.limits)
         with self._changed:
-            if len(self._waiting) >= self.limits.waiting or self._stopping:
+            if self._stopping:
+                raise Refused(503, STOPPING)
+            if len(self._waiting) >= self.limits.waiting:
                 self.counts["refused, too many wait"] += 1
                 raise Refused(503, f"{len(self._waiting)} requests are waiting; try again later.")
             self._waiting.append(job)
@@ -161,6 +168,8 @@ class Worker:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._stopping)
                 if self._stopping:
+                    for job in self._waiting:
+                        job.finish(503, error=STOPPING)
                     return
                 batch = self._next_batch()
             try:
@@ -178,7 +187,18 @@ class Worker:
         self._waiting = deque(job for job in self._waiting if id(job) not in taken)
         return batch
 
+    def _wanted(self, batch: list[Job]) -> list[Job]:
+        """Those whose clients have not left; the others end here."""
+        for job in batch:
+            if job.left:
+                self.counts["given up"] += 1
+                job.finish(499, error="the client has left.")
+        return [job for job in batch if not job.done.is_set()]
+
     def _draw(self, batch: list[Job]) -> None:
+        batch = self._wanted(batch)
+        if not batch:
+            return
         begin = time.perf_counter()
         try:
             pictures = self._call(self._pipe, batch)
@@ -199,6 +219,9 @@ class Worker:
             begin = time.perf_counter()
             stock = {"pictures": self._call(self._stock, batch, told="stock")}
             stock["seconds"] = (time.perf_counter() - begin) / len(batch)
+        if all(job.left for job in batch):  # the last steps were left out
+            self._wanted(batch)
+            return
         self.seconds += seconds
         self.counts["batches"] += 1
         for number, (job, picture) in enumerate(zip(batch, pictures, strict=True)):
@@ -218,6 +241,7 @@ class Worker:
         def progress(_: Any, step: int, timestep: Any, tensors: dict) -> dict:
             for job in batch:
                 job.events.put({"event": "progress", "who": told, "step": step + 1, "steps": first.steps})
+            pipe._interrupt = all(job.left for job in batch)  # diffusers' own way to leave out the steps that follow
             return {}
 
         return pipe(

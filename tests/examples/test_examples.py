@@ -1,7 +1,6 @@
 """Every example runs, draws what it says, and is listed."""
 
 import importlib.util
-import os
 from pathlib import Path
 
 import diffusers
@@ -112,27 +111,6 @@ def test_many_prompts(here, capsys):
     for name, prompt in (("0000", "a red circle on a white background"), ("0001", "a blue cross on a yellow background")):
         assert judge(np.asarray(PIL.Image.open(here / "pictures" / f"{name}.png")), prompt).everything
     assert "denoise" in capsys.readouterr().out
-
-
-def test_ray_batch(here, circle, monkeypatch):
-    """Needs ray, which the test extra does not have."""
-    ray = pytest.importorskip("ray", reason="ray is not installed")
-    pytest.importorskip("ray.data", reason="ray[data] is not installed")
-    root = EXAMPLES.parent
-    path = os.pathsep.join([str(root), str(root / "kernels"), str(EXAMPLES)])
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    ray.init(num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, runtime_env={"env_vars": variables})
-    try:
-        (here / "prompts.txt").write_text("a green circle on a white background\na blue cross on a yellow background\n")
-        monkeypatch.syspath_prepend(str(EXAMPLES))
-        files = importlib.import_module("ray_batch").main([str(here / "prompts.txt"), "--out", str(here / "out")])
-    finally:
-        ray.shutdown()
-    assert [Path(file).name for file in files] == ["000000.png", "000001.png"]
-    difference = np.asarray(PIL.Image.open(files[0]), int) - np.asarray(PIL.Image.open(circle), int)
-    assert np.abs(difference).max() <= 1, "the picture of its seed, in whatever batch"
-    assert judge(np.asarray(PIL.Image.open(files[1])), "a blue cross on a yellow background").everything
 
 
 def test_own_loop(capsys):

@@ -61,7 +61,7 @@ def events(client, number) -> list[tuple[str, dict]]:
     with client.stream("GET", f"/jobs/{number}/events") as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         text = "".join(answer.iter_text())
-    pairs = (block.split("\n") for block in text.strip().split("\n\n") if not block.startswith(":"))
+    pairs = (block.split("\n") for block in text.strip().split("\n\n") if block.startswith("event:"))
     return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in pairs]
 
 
@@ -156,6 +156,37 @@ def test_it_outlives_errors_and_a_bad_one_does_not_spoil_its_neighbours(client, 
     del worker._draw
     opened(client.post("/pictures", json={"prompt": "a cat"}))
     assert client.get("/health").text == "ok"
+
+
+@pytest.mark.parametrize("compare", [False, True], ids=["alone", "beside-stock"])
+@pytest.mark.parametrize("heard", [2, 7])
+def test_steps_that_nobody_waits_for_are_left_out(client, app, compare, heard):
+    """The client hears some steps, ours or, from the sixth on, stock's, and leaves."""
+    steps = []
+
+    class Events:
+        def put(self, event: dict) -> None:
+            steps.append((event.get("who"), event.get("step")))
+            job.left = len(steps) >= heard
+
+    worker = client.app.state.worker
+    job = app.Job("a cat", **SMALL | {"steps": 5}, compare=compare, events=Events())
+    worker._draw([job])
+    ours, stock = ([step for who, step in steps if who == name] for name in ("ours", "stock"))
+    if heard == 2:
+        assert ours == [1, 2] and stock == [1] * compare
+    else:
+        assert ours == [1, 2, 3, 4, 5] and stock == [1, 2] * compare
+    given_up = heard == 2 or compare
+    assert (job.status, bool(job.pictures)) == ((499, False) if given_up else (200, True))
+    assert worker.counts["given up"] == given_up
+
+
+def test_of_a_batch_only_those_are_drawn_whose_clients_are_there(client, app):
+    left, stays = app.Job("a", **SMALL, left=True), app.Job("b", **SMALL)
+    worker = client.app.state.worker
+    worker._draw([left, stays])
+    assert (left.status, left.pictures) == (499, {}) and stays.status == 200 and stays.outcome["batch"] == 1
 
 
 def test_no_number_is_no_guidance(client):

@@ -77,7 +77,7 @@ def test_the_wheel_holds_our_packages_and_no_kernels(wheel):
 def test_the_wheel_says_who_it_is(wheel):
     (name,) = (name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("/METADATA"))
     about = email.message_from_bytes(zipfile.ZipFile(wheel).read(name))
-    assert {"lora", "plot", "bench", "serve", "test"} == set(about.get_all("Provides-Extra"))
+    assert {"lora", "plot", "bench", "serve", "slow", "test"} == set(about.get_all("Provides-Extra"))
     assert "Typing :: Typed" in about.get_all("Classifier")
     needed = {line for line in about.get_all("Requires-Dist") if "extra ==" not in line}
     assert not [line for line in needed if "<" in line], "a cap makes pip downgrade newer environments"

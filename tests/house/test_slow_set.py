@@ -1,0 +1,52 @@
+"""The slow set keeps to itself, and in it a skip is a failure."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# Each way to leave a test out, and what pytest would have said.
+SKIPPED = {
+    "in_a_test": "import pytest\ndef test():\n    pytest.skip('no browser')",
+    "by_a_mark": "import pytest\n@pytest.mark.skip(reason='no browser')\ndef test(): pass",
+    "by_a_fixture": "import pytest\n@pytest.fixture\ndef page():\n    pytest.skip('no browser')\ndef test(page): pass",
+    "with_its_module": "import pytest\npytest.importorskip('no_such_module', reason='no browser')\ndef test(): pass",
+}
+
+
+@pytest.fixture
+def tests(tmp_path):
+    """A project with our settings, a test of `make test` and a folder of slow ones."""
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    slow = tmp_path / "tests" / "slow"
+    slow.mkdir(parents=True)
+    shutil.copy(ROOT / "tests" / "slow" / "conftest.py", slow)
+    (tmp_path / "tests" / "test_quick.py").write_text("def test(): pass")
+    (slow / "test_runs.py").write_text("def test(): pass")
+
+    def run(*arguments: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        return done.returncode, done.stdout
+
+    return run, slow
+
+
+def test_a_skip_fails_the_slow_set(tests):
+    run, slow = tests
+    code, said = run("tests/slow")
+    assert code == 0 and "1 passed" in said, said
+    for name, text in SKIPPED.items():
+        (slow / f"test_{name}.py").write_text(text)
+    code, said = run("tests/slow", "--continue-on-collection-errors")
+    assert code == 1 and "skipped" not in said.splitlines()[-1], said
+    assert said.count("nothing is skipped in the slow set: Skipped: no browser") == len(SKIPPED), said
+
+
+def test_the_other_tests_do_not_meet_it(tests):
+    run, _ = tests
+    code, said = run("tests")
+    assert code == 0 and said.splitlines()[-1].startswith("1 passed"), said
