@@ -12,8 +12,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 COMPARED_WITH_STOCK = ["ops", "schedule", "transformer", "pipelines/test_pipeline.py", "pipelines/test_switch.py"]
 COMPARED_WITH_STOCK += ["pipelines/test_interpreted_pipeline.py", "pipelines/test_lora.py", "denoise/test_graph.py"]
-COMPARED_WITH_STOCK += ["demo/test_demo_checkpoint.py"]
-TOOLS = ["pytest", "pytest-xdist", "scipy", "accelerate>=1.0"]
+COMPARED_WITH_STOCK += ["demo/test_demo_checkpoint.py", "text", "vae", "loading"]
+COMPARED_WITH_STOCK += [f"cli/{name}.py" for name in ("test_cli", "test_cli_generate", "test_jobs")]
+TOOLS = ["pytest", "pytest-xdist", "scipy", "accelerate>=1.0", "optimum-quanto"]
 SETS = {
     "lowest": [
         os.environ.get("TORCH_LOWEST", "torch==2.13.0"),
@@ -22,9 +23,17 @@ SETS = {
         "transformers==4.57.1",
         "numpy==2.0.2",
         "peft==0.18.0",
+        "torchao==0.14.1",  # peft 0.18 cannot be imported beside newer ones
         "httpx",  # diffusers 0.38 imports it beside huggingface_hub 0.36, which does not bring it
     ],
-    "newest": [os.environ.get("TORCH_NEWEST", "torch==2.13.0"), "triton", "diffusers<0.43", "transformers<6", "peft"],
+    "newest": [
+        os.environ.get("TORCH_NEWEST", "torch==2.13.0"),
+        "triton",
+        "diffusers<0.43",
+        "transformers<6",
+        "peft",
+        "torchao",
+    ],
 }
 
 

@@ -10,6 +10,7 @@ from diffusers.hooks import apply_group_offloading
 import qwen_fast
 from qwen_fast.vae.kept import moments
 from support.family import HIGH, MEMBERS, WIDE, small_references
+from support.small_transformer import needs_group_offload
 
 WITH_PICTURES = ["image", "inpaint", "edit", "edit plus 2511", "edit inpaint", "layered"]
 
@@ -108,6 +109,7 @@ def test_nothing_is_kept_of_weights_that_cannot_be_read(checkpoint):
     assert pipes[1].fast_state.pictures is None
 
 
+@needs_group_offload
 def test_nothing_is_kept_of_weights_on_disk(checkpoint, tmp_path):
     pipe = qwen_fast.enable(MEMBERS["edit"].pipe(checkpoint))
     vae, picture, asked = pipe.vae, torch.ones(1, 3, 1, 32, 32), []
