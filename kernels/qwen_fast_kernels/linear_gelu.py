@@ -72,8 +72,8 @@ def _plus_low_rank(
     By pointers also where the large product goes by descriptors, since a row of few ranks is no multiple of 16 bytes.
     """
     # The last row again in place of those behind it, as in the main loop.
-    low_rows = tl.minimum(tile_m * BLOCK_M + tl.arange(0, BLOCK_M), rows - 1).to(tl.int64)
-    up_rows = tl.minimum(tile_n * BLOCK_N + tl.arange(0, BLOCK_N), n - 1).to(tl.int64)
+    low_rows = tl.minimum(tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), rows - 1)
+    up_rows = tl.minimum(tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N), n - 1)
     inner = tl.arange(0, BLOCK_R)
     low_offsets = low_rows[:, None] * low_stride + inner[None, :]  # [BLOCK_M, BLOCK_R]
     up_offsets = up_rows[None, :] * up_stride + inner[:, None]  # [BLOCK_R, BLOCK_N]
@@ -81,10 +81,12 @@ def _plus_low_rank(
     while start < ranks:
         # Both: zero times what lies behind a row would be NaN where that is NaN.
         inside = inner < ranks - start
-        low = tl.load(low_ptr + (low_offsets + start), mask=inside[None, :], other=0.0)
-        up = tl.load(up_ptr + (up_offsets + start), mask=inside[:, None], other=0.0)
+        low = tl.load(low_ptr + low_offsets, mask=inside[None, :], other=0.0)
+        up = tl.load(up_ptr + up_offsets, mask=inside[:, None], other=0.0)
         product = _plus_product(product, low, up)
         start += BLOCK_R
+        low_ptr += BLOCK_R
+        up_ptr += BLOCK_R
     return product
 
 

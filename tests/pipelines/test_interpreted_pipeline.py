@@ -74,25 +74,6 @@ def test_whole_pipeline_through_the_launchers(checkpoint, launches, dtype, argum
     assert_same_latents(actual, expected, exact)
 
 
-@pytest.mark.triton
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run natively here")
-@pytest.mark.parametrize("launches", [90], indirect=True, ids=["sm_90"])
-def test_a_lora_is_in_the_launches_that_there_are_without_one(checkpoint, launches):
-    peft = pytest.importorskip("peft", reason="LoRA needs peft")
-    pipe, arguments = stock(checkpoint), SMALL | {"prompt": "a red circle", "sigmas": [0.9], "num_inference_steps": 1}
-    torch.manual_seed(0)
-    for name, rank in (("style", 20), ("thing", 3)):
-        config = peft.LoraConfig(r=rank, lora_alpha=5, target_modules=["net.0.proj"], init_lora_weights=False)
-        pipe.transformer.add_adapter(config, adapter_name=name)
-    pipe.transformer.set_adapters(["style", "thing"], [0.7, -0.6])
-    expected = draw(pipe, **arguments)
-    actual = draw(qwen_fast.enable(pipe), **arguments)
-    assert launches["linear_gelu"] == FORWARD["linear_gelu"]
-    assert_same_latents(actual, expected)
-    pipe.transformer.disable_adapters()
-    assert (expected - draw(pipe, **arguments)).abs().max() > 1e-2
-
-
 def test_the_cpu_runs_references_again_afterwards():
     """The launchers of the test above were taken out of the registry."""
     with pytest.MonkeyPatch.context() as patch:
