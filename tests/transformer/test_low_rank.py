@@ -1,5 +1,7 @@
 """LoRA layers of PEFT: plain ones are added to the fused products, all others are called."""
 
+import importlib
+
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -10,8 +12,9 @@ from benchmarks.shared.stock import assert_same_latents, draw, stock
 from qwen_fast.transformer import linear
 from qwen_fast.transformer.linear import AdapterRows, Projection, feed_forward_into, linear_into
 from qwen_fast.transformer.survey import survey
-from qwen_fast_kernels import linear_gelu
-from support.pipelines import GUIDED
+from qwen_fast_kernels import linear_gelu, tuning
+from support import stand_in
+from support.pipelines import GUIDED, SMALL
 
 
 class Two(nn.Module):
@@ -127,6 +130,42 @@ def test_the_first_layer_of_an_mlp_takes_them_into_its_one_operator(change, rank
         assert [tuple(factor.shape) for factor in factors] == [(40, ranks), (32, ranks)]
     if change is leave_one:
         assert factors[1].data_ptr() == model.up.lora_B["b"].weight.data_ptr()
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[int]:
+    """Ranks of each launch: the operator is its kernel, interpreted on the CPU, as configured on sm_90."""
+    stand_in.interpret(monkeypatch.setattr, {})
+    module, seen = importlib.import_module("qwen_fast_kernels.linear_gelu"), []
+    launch = module.launch_linear_gelu
+
+    def counted(*arguments, config):
+        seen.append(arguments[3].shape[1])
+        return launch(*arguments, config=config)
+
+    monkeypatch.setattr(module, "launch_linear_gelu", counted)
+    library = torch.library.Library("qwen_fast", "IMPL")
+    stand_in.launchers_for_cpu(library, ["linear_gelu"])
+    yield seen
+    library._destroy()
+    tuning.get_config.cache_clear()
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs natively here")
+def test_a_picture_through_the_kernel(checkpoint, launches):
+    pipe, arguments = stock(checkpoint), SMALL | {"prompt": "a red circle", "num_inference_steps": 2}
+    torch.manual_seed(0)
+    for name, rank in (("style", 20), ("thing", 3)):
+        config = LoraConfig(r=rank, lora_alpha=5, target_modules=["net.0.proj"], init_lora_weights=False)
+        pipe.transformer.add_adapter(config, adapter_name=name)
+    pipe.transformer.set_adapters(["style", "thing"], [0.7, -0.6])
+    expected = draw(pipe, **arguments)
+    assert_same_latents(draw(qwen_fast.enable(pipe, strict=True), **arguments), expected)
+    assert launches == [23] * 2 * 3, "two blocks, of which the last has no text half"
+    pipe.transformer.disable_adapters()
+    qwen_fast.disable(pipe)
+    assert (draw(pipe, **arguments) - expected).abs().max() > 1e-2
 
 
 @torch.no_grad()
