@@ -10,6 +10,10 @@ def _linear_dimensions(x, weight, *_):
     return importlib.import_module("qwen_fast_kernels._matmul").dimensions(x, weight)
 
 
+def _gelu_dimensions(x, weight, bias, low=None, up=None):
+    return *_linear_dimensions(x, weight), low is not None
+
+
 def _attention_dimensions(query, key, value, *rest):
     fits = importlib.import_module("qwen_fast_kernels.joint_attention").fits_descriptors(query, key, value)
     return query.shape[2], query.element_size(), rest[2] is not None, fits
@@ -23,7 +27,8 @@ DIMENSIONS: dict[str, Callable[..., tuple]] = {
     ),
     "qk_norm_rope": lambda query, *_: (*query.shape[1:], query.element_size()),
     "joint_attention": _attention_dimensions,
-    **dict.fromkeys(("linear_gelu", "linear_gated_residual"), _linear_dimensions),
+    "linear_gelu": _gelu_dimensions,
+    "linear_gated_residual": _linear_dimensions,
 }
 
 
@@ -61,6 +66,11 @@ def _matmul(x, weight, bias):
     return _bytes(x, weight) + (rows * n + n) * x.element_size(), 2 * x.shape[0] * weight.numel()
 
 
+def _matmul_gelu(x, weight, bias, low=None, up=None):
+    moved, flops = _matmul(x, weight, bias)
+    return (moved, flops) if low is None else (moved + _bytes(low, up), flops + 2 * low.numel() * weight.shape[0])
+
+
 def _matmul_gated(x, weight, bias, residual, *_):
     moved, flops = _matmul(x, weight, bias)
     return moved + _bytes(residual) + 2 * weight.shape[0] * x.element_size(), flops
@@ -81,7 +91,7 @@ TRAFFIC: dict[str, Callable[..., tuple[int, int]]] = {
     "gated_residual_ada_layer_norm": _gated_norm,
     "qk_norm_rope": _normed_heads,
     "joint_attention": _attention,
-    "linear_gelu": _matmul,
+    "linear_gelu": _matmul_gelu,
     "linear_gated_residual": _matmul_gated,
     "rms_norm_silu": _rms_norm_silu,
 }

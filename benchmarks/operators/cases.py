@@ -204,6 +204,18 @@ CASES: list[OperatorCase] = [
     ),
     *_cases_of_token_rows("linear_gelu"),
     OperatorCase("linear_gelu", "no bias", BF16, variant={"bias": False}),
+    # A LoRA's rank, and one whose rows no wide load takes. Not in fp32, which is the library's.
+    *(
+        OperatorCase("linear_gelu", f"rank {ranks}, {name}", dtype, size, {"ranks": ranks} | more, *flags)
+        for ranks in (32, 20)
+        for name, dtype, size, more, flags in (
+            ("bf16", BF16, MODEL, {}, (ranks == 32, ranks == 32)),
+            ("fp16", FP16, MODEL, {}, ()),
+            ("offset", BF16, MODEL, {"layout": "offset"}, ()),
+            ("few rows", BF16, FEW, {}, ()),
+            *((f"{rows} rows", BF16, Size((), (rows,)), {}, ()) for rows in (8, 24, 60, 256, 1054)),
+        )
+    ),
     *_cases_of_token_rows("linear_gated_residual"),
     OperatorCase("linear_gated_residual", "attention", BF16, variant={"expansion": 1}, measured=True),
     OperatorCase("linear_gated_residual", "no bias", BF16, variant={"bias": False}),

@@ -51,6 +51,7 @@ _SIZES = {
 _OF_TOKENS = (
     ("joint_attention", "", {}),
     ("linear_gelu", "", {}),
+    ("linear_gelu", "LoRA of rank 32", {"ranks": 32}),
     ("linear_gated_residual", "MLP", {}),
     ("linear_gated_residual", "attention", {"expansion": 1}),
     ("qk_norm_rope", "", {"layout": "rows"}),
@@ -84,6 +85,7 @@ def model_cases() -> list[OperatorCase]:
 def ways(case: OperatorCase, device: torch.device) -> list[str]:
     """The operator; Triton's kernel by itself too where the operator may choose another library."""
     kernel = case.op.startswith("linear") and device.type == "cuda" and case.name.startswith("1024x1024, CFG")
+    kernel &= "ranks" not in case.variant  # whose operator is the kernel
     return ["operator", "kernel"] if kernel else ["operator"]
 
 

@@ -151,7 +151,9 @@ def _attention_space(capability, default, head_dim: int, itemsize: int, masked: 
             yield shape | {"WARP_SPECIALIZE": True}
 
 
-def _linear_space(capability, default, rows: int, n: int, k: int, itemsize: int, aligned: bool) -> Iterator[dict]:
+def _linear_space(
+    capability, default, rows: int, n: int, k: int, itemsize: int, aligned: bool, low_rank: bool = False
+) -> Iterator[dict]:
     backend = {"BACKEND": "triton"} if "BACKEND" in default else {}
     heights = (16, 32, 64) if rows <= 64 else (64, 128, 256)
     described = default["DESCRIPTORS"]

@@ -160,8 +160,13 @@ def _linear(make, dtype, size, n, k, bias=True, layout="rows"):
     return _tokens(make, dtype, size, layout, k), weight, make.normal(n, dtype=dtype) if bias else None
 
 
-def _linear_gelu(make, dtype, size, expansion=4, **variant):
-    return _linear(make, dtype, size, expansion * size.channels, size.channels, **variant)
+def _linear_gelu(make, dtype, size, expansion=4, ranks=0, **variant):
+    """With `ranks`, of low-rank products beside it as large as the linear layer's own."""
+    x, weight, bias = _linear(make, dtype, size, expansion * size.channels, size.channels, **variant)
+    if not ranks:
+        return x, weight, bias
+    low, up = (make.normal(tensor.shape[0], ranks, dtype=dtype) for tensor in (x, weight))
+    return x, weight, bias, low, up * ranks**-0.5
 
 
 def _linear_gated_residual(make, dtype, size, expansion=4, streams=2, packed=False, clip=False, **variant):

@@ -95,7 +95,8 @@ def transformer_problems(dtype: torch.dtype, heads: int, head_dim: int) -> tuple
     # With what a ControlNet adds.
     found.append(Problem.of("gated_residual_ada_layer_norm", dtype, size, packed=False, clip=clips[-1], added=True))
     found.append(Problem.of("qk_norm_rope", dtype, size, layout="rows"))
-    found.append(Problem.of("linear_gelu", dtype, size, expansion=1))
+    # Alone, and with LoRA: ranks that wide loads take and others are two kernels, both of which have a tail here.
+    found += [Problem.of("linear_gelu", dtype, size, expansion=1, **lora) for lora in ({}, {"ranks": 48}, {"ranks": 20})]
     found += [attention_problem(dtype, head_dim, masked) for masked in (False, True)]
     return tuple(found)
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from qwen_fast_kernels import gated_residual, gated_residual_ada_layer_norm, linear_gelu
 
 from ..common.hooks import compiled_call
-from .linear import Operands
+from .linear import Operands, side_by_side
 from .modulation import BlockModulation, FromRow, ModulationTable
 
 if TYPE_CHECKING:
@@ -236,14 +236,19 @@ def _behind_attention(
 
 def _feed_forward(rows: torch.Tensor, up: Operands, down: Operands) -> torch.Tensor:
     weight, bias, adapters = up
-    if adapters:
-        return _linear(F.gelu(_linear(rows, up), approximate="tanh"), down)
-    return _linear(linear_gelu(rows, weight, bias), down)
+    adapters = [adapter for adapter in adapters if adapter[1].shape[1]]
+    low = side_by_side([_low(rows, first, scale) for first, _, scale in adapters])
+    return _linear(linear_gelu(rows, weight, bias, low, side_by_side([second for _, second, _ in adapters])), down)
 
 
 def _linear(rows: torch.Tensor, layer: Operands) -> torch.Tensor:
     weight, bias, adapters = layer
     out = F.linear(rows, weight, bias)
     for down, up, scale in adapters:
-        out = torch.addmm(out, (F.linear(rows, down) * scale).to(out.dtype), up.t())
+        out = torch.addmm(out, _low(rows, down, scale), up.t())
     return out
+
+
+def _low(rows: torch.Tensor, down: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The first product of an adapter, scaled, `[R, rank]`."""
+    return (F.linear(rows, down) * scale).to(rows.dtype)

@@ -34,6 +34,10 @@ class LowRank(NamedTuple):
         down, up = F.linear(rows, self.down["weight"]), self.up["weight"].t()
         torch.addmm(out if to is None else to, down, up, alpha=scale * self.scaling[self.name], out=out)
 
+    def low_into(self, rows: torch.Tensor, out: torch.Tensor) -> None:
+        """`out[:]` = its first product, scaled, `[R, rank]`: rounded once, where a scaling of its own would round again."""
+        torch.addmm(out, rows, self.down["weight"].t(), beta=0, alpha=self.scaling[self.name], out=out)
+
     def operands(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Down, up, and the scale as it is now, on the device: as a number it would be a constant of what is compiled."""
         return self.down["weight"], self.up["weight"], _scale(float(self.scaling[self.name]), device)
@@ -199,13 +203,34 @@ def feed_forward_into(
     weight = up.weight_for(rows)
     if weight is None:
         hidden = F.gelu(up(rows, batch), approximate="tanh")
-    elif up.adapters if adapted is None else up.named:
+    elif adapted is not None and up.named:
         hidden = rows.new_empty(rows.shape[0], weight.shape[0])
         linear_into(up, rows, hidden, adapted=adapted)
         torch._C._nn.gelu_(hidden, approximate="tanh")
     else:
-        hidden = linear_gelu(rows, weight, up.parameters["bias"])
+        hidden = linear_gelu(rows, weight, up.parameters["bias"], *_factors(up.adapters, rows))
     linear_into(down, hidden, out, batch, adapted)
+
+
+def _factors(adapters: list[LowRank], rows: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Two matrices `[R, ranks]` and `[C_out, ranks]`, of which the first times the second's transpose is the sum of all
+    adapters' products; None twice where there are none."""
+    adapters = [adapter for adapter in adapters if adapter.up["weight"].shape[1]]
+    ups = [adapter.up["weight"] for adapter in adapters]
+    ranks = [up.shape[1] for up in ups]
+    if not ranks:
+        return None, None
+    low = rows.new_empty(rows.shape[0], sum(ranks))
+    for adapter, part in zip(adapters, low.split(ranks, dim=1), strict=True):
+        adapter.low_into(rows, part)
+    return low, side_by_side(ups)
+
+
+def side_by_side(factors: list[torch.Tensor]) -> torch.Tensor | None:
+    """Matrices with as many rows each as one, contiguous; None of none. A single one is not copied."""
+    if len(factors) > 1:
+        return torch.cat(factors, dim=1)
+    return factors[0].contiguous() if factors else None
 
 
 def _adapters(module: nn.Module) -> list[LowRank] | None:

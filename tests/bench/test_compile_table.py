@@ -42,7 +42,7 @@ ASKED = {
     "qk_norm_rope": [(heads, dim, itemsize) for _, heads, dim in _WIDTHS for itemsize in _ITEMSIZES],
     "rms_norm_silu": list(itertools.product((7, 8, 32, *WIDTHS), _ITEMSIZES)),
     "joint_attention": list(itertools.product((16, 32, 64, 128), _ITEMSIZES, (False, True), (True, False))),
-    "linear_gelu": list(itertools.product(_ROWS, (12288,), (3072,), _ITEMSIZES, (True, False))),
+    "linear_gelu": list(itertools.product(_ROWS, (12288,), (3072,), _ITEMSIZES, (True, False), (False, True))),
     "linear_gated_residual": list(itertools.product(_ROWS, (3072,), (3072, 12288), _ITEMSIZES, (True, False))),
 }
 COMMAND = "python -m benchmarks.compiler.table --python <an interpreter with the other Triton>"

@@ -237,11 +237,12 @@ def test_offsets_beyond_32_bits(one_far_program, device):
     config = POINTERS | {"BLOCK_N": 16, "BLOCK_K": 16, "PARTS": 1}
     first = 2**27 // config["BLOCK_M"]
     own, weight, bias = layer((50, k, n), torch.bfloat16, device)
-    expected = launch_linear_gelu(own, weight, bias, config=config)
-    out, x = one_far_program(program=first, numel=rows * k, dtype=torch.bfloat16, count=2)
-    x[2**31 :] = own.flatten()
-    arguments = (out, x, weight, k, k, rows, n, k, bias)
-    _linear_gelu_kernel[(1,)](*arguments, HAS_BIAS=True, EVEN_K=True, **config)
+    low = own.flip(1)
+    expected = launch_linear_gelu(own, weight, bias, low, weight, config=config)
+    out, x, far = one_far_program(program=first, numel=rows * k, dtype=torch.bfloat16, count=3)
+    x[2**31 :], far[2**31 :] = own.flatten(), low.flatten()
+    arguments = (out, x, weight, k, k, rows, n, k, bias, far, weight, k, k, k)
+    _linear_gelu_kernel[(1,)](*arguments, HAS_BIAS=True, BLOCK_R=32, EVEN_K=True, **config)
     assert_bit_equal(out[2**31 :].view(50, n), expected)
 
 

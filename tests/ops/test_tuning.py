@@ -27,7 +27,7 @@ ASKED = {
     "gated_residual_ada_layer_norm": (3072, 2),
     "joint_attention": (128, 2, False, True),
     "linear_gated_residual": (4096, 3072, 12288, 2, True),
-    "linear_gelu": (4096, 12288, 3072, 2, True),
+    "linear_gelu": (4096, 12288, 3072, 2, True, False),
     "qk_norm_rope": (24, 128, 2),
     "rms_norm_silu": (96, 2),
 }

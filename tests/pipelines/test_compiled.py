@@ -131,7 +131,7 @@ def test_a_lora_is_followed(checkpoint, backend):
     scaled, other = {"attention_kwargs": {"scale": 0.3}}, 0
 
     def add_another(pipe):
-        load_lora(pipe, 1, "thing", ("img_mlp.net.2",), rank=8)
+        load_lora(pipe, 1, "thing", ("img_mlp.net.0.proj", "img_mlp.net.2"), rank=8)
         pipe.set_adapters(["style", "thing"], [0.7, -0.6])
 
     changes = (

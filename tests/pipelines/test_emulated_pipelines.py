@@ -33,7 +33,7 @@ def add_lora(pipe: Any) -> None:
     from peft import LoraConfig
 
     torch.manual_seed(0)
-    config = LoraConfig(r=4, target_modules=["to_q", "proj_out"], init_lora_weights=False)
+    config = LoraConfig(r=4, target_modules=["to_q", "net.0.proj", "proj_out"], init_lora_weights=False)
     pipe.transformer.add_adapter(config, adapter_name="a")
 
 

@@ -126,6 +126,7 @@ RIGHT = [
     problem("gated_residual_ada_layer_norm", torch.float16, clip=True, added=True),
     problem("qk_norm_rope"),
     problem("linear_gelu"),
+    problem("linear_gelu", ranks=20),
     problem("linear_gated_residual", torch.float32),
     problem("euler_step", torch.float32, prediction_dtype=torch.bfloat16),
     problem("cfg_euler_step"),
