@@ -19,6 +19,7 @@ from peft import LoraConfig
 
 import qwen_fast
 from qwen_fast.transformer import linear
+from qwen_fast.transformer.call import ATTACHED
 
 from ..ladder.models import call_arguments, random_pipeline
 from ..shared.machine import provenance, query
@@ -58,12 +59,16 @@ def entered(pipe: Any, way: str) -> Iterator[None]:
 
 
 def step_seconds(pipe: Any, arguments: dict, steps: int) -> tuple[list[float], str]:
-    """Of the later steps of a call, behind two that warm up and capture; and how often a graph was captured."""
+    """Of the later steps of a call, behind two that warm up and capture; why there was no graph, or how many were captured and
+    kept: more than one of each would be a key that changes from call to call."""
     for measured in (2, 2, steps):
         with clocked(pipe, measured) as clock:
             pipe(**arguments, output_type="latent")
     state = getattr(pipe, "fast_state", None)
-    return clock.steps[1:], "" if state is None else state.graph or f"{state.calls['graph captures']} captures"
+    if state is None:
+        return clock.steps[1:], ""
+    kept = len(pipe.transformer.__dict__[ATTACHED].graphs)
+    return clock.steps[1:], state.graph or f"{state.calls['graph captures']} captures, {kept} kept"
 
 
 def main() -> int:
