@@ -208,7 +208,8 @@ def feed_forward_into(
         linear_into(up, rows, hidden, adapted=adapted)
         torch._C._nn.gelu_(hidden, approximate="tanh")
     else:
-        hidden = linear_gelu(rows, weight, up.parameters["bias"], *_factors(up.adapters, rows))
+        low_rank = _factors(up.adapters, rows) if up.adapters else (None, None)
+        hidden = linear_gelu(rows, weight, up.parameters["bias"], *low_rank)
     linear_into(down, hidden, out, batch, adapted)
 
 
