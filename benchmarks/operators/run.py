@@ -85,7 +85,6 @@ def model_cases() -> list[OperatorCase]:
 def ways(case: OperatorCase, device: torch.device) -> list[str]:
     """The operator; Triton's kernel by itself too where the operator may choose another library."""
     kernel = case.op.startswith("linear") and device.type == "cuda" and case.name.startswith("1024x1024, CFG")
-    kernel &= "ranks" not in case.variant  # whose operator is the kernel
     return ["operator", "kernel"] if kernel else ["operator"]
 
 

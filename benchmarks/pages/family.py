@@ -22,14 +22,14 @@ _WHOLE = {
 def whole() -> list[str]:
     """A picture from its prompt, with every step drawn and all parts of the model on the card."""
     rows = [row for row in rows_of("whole") if on_gpu(row) and row["status"] == "ok"]
-    lines = []
-    for row in newest(rows, "machine", "dtype", "way", "width", "height", "steps", "cfg"):
+    if not rows:
+        return _NONE
+    picture, lines = case_name(rows[-1]), []  # of which the table is
+    for row in newest((row for row in rows if case_name(row) == picture), "machine", "dtype", "way"):
         seconds = (f"{float(row[name]):.1f} s" if row[name] else "" for name in ("first_s", "image_s", "known_s"))
-        picture = "from prompt to picture, " + case_name(row)
-        if f"| {picture} |" not in "".join(lines):
-            lines += heading(picture, "first call", "later ones", "prompt seen before", "peak of memory", "card")
         lines.append(cells(_WHOLE[row["way"]], *seconds, f"{float(row['peak_gib']):.1f} GiB", row["machine"]))
-    return lines or _NONE
+    names = ("first call", "later ones", "prompt seen before", "peak of memory", "card")
+    return heading(f"from prompt to picture, {picture}", *names) + lines
 
 
 def edits() -> list[str]:
@@ -61,14 +61,12 @@ def invariant() -> list[str]:
     for row in rows_of("ladder"):
         if on_gpu(row) and row["status"] == "ok" and row["rung"] in (ENABLED, INVARIANT):
             found.setdefault(tuple(row[name] for name in ("machine", "dtype", "commit", *CASE)), {})[row["rung"]] = row
+    pairs = [rungs[INVARIANT] | {"plain_ms": rungs[ENABLED]["step_ms_p50"]} for rungs in found.values() if len(rungs) == 2]
     lines = []
-    for rungs in found.values():
-        if len(rungs) == 2:
-            plain, alone = (float(rungs[rung]["step_ms_p50"]) for rung in (ENABLED, INVARIANT))
-            price = f"{100 * (alone / plain - 1):.1f} %"
-            lines.append(
-                cells(case_name(rungs[ENABLED]), f"{plain:.0f} ms", f"{alone:.0f} ms", price, rungs[ENABLED]["machine"])
-            )
+    for row in newest(pairs, "machine", "dtype", *CASE):
+        plain, alone = float(row["plain_ms"]), float(row["step_ms_p50"])
+        price = f"{100 * (alone / plain - 1):.1f} %"
+        lines.append(cells(case_name(row), f"{plain:.0f} ms", f"{alone:.0f} ms", price, row["machine"]))
     return heading("a step of", "as enabled", "batch_invariant", "price", "card") + lines if lines else _NONE
 
 

@@ -78,8 +78,8 @@ def draw(pipe: Any, prompt: str, steps: int, side: int, stop_after: int, output_
     with clocked(pipe, stop_after) as clock:
         begin = clock.stamp()
         images = pipe(prompt, **call, generator=torch.Generator().manual_seed(0), output_type=output_type).images
-        end, steps = clock.stamp(), clock.stamps
-        parts = ((begin, steps[0]), (steps[0], steps[-1]), (steps[-1], end))
+        end, first, last = clock.stamp(), clock.stamps[0], clock.stamps[-1]
+        parts = ((begin, first), (first, last), (last, end))
         return images, Drawn(*(clock.seconds(*pair) for pair in parts))
 
 
