@@ -18,7 +18,15 @@ def run(tmp_path, monkeypatch):
     return called
 
 
-def test_every_way_draws_stocks_picture(run):
+def test_every_way_draws_stocks_picture(run, monkeypatch):
+    draw, calls = whole.draw, []
+
+    def noted(pipe, prompt, *others):
+        images, seconds = draw(pipe, prompt, *others)
+        calls.append((prompt, f"{seconds.whole:.4g}"))
+        return images, seconds
+
+    monkeypatch.setattr(whole, "draw", noted)
     code, rows = run()
     assert code == 0 and [row["way"] for row in rows] == list(whole.WAYS) and {row["status"] for row in rows} == {"ok"}
     for row in rows:
@@ -26,6 +34,12 @@ def test_every_way_draws_stocks_picture(run):
         assert parts == pytest.approx(float(row["image_s"]), rel=0.01)
         assert bool(row["known_s"]) == bool(row["psnr_db"]) == (row["way"] != "stock")
     assert all(float(row["psnr_db"]) > 100 for row in rows[1:])
+    for row in rows:
+        names = ("first_s", "image_s", "known_s")[: 2 + (row["way"] != "stock")]
+        own, compared = [calls.pop(0) for _ in names], calls.pop(0)
+        assert [row[name] for name in names] == [seconds for _, seconds in own]
+        assert len({prompt for prompt, _ in [*own, compared]}) == 3, "all are new but the known one"
+        assert len(own) == 2 or own[2][0] == own[1][0]
 
 
 def test_another_picture_is_no_result(run, monkeypatch):
