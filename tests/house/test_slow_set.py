@@ -28,7 +28,8 @@ def tests(tmp_path):
     (slow / "test_runs.py").write_text("def test(): pass")
 
     def run(*arguments: str) -> tuple[int, str]:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+        # -rN: no second list of the failures, which tells their reasons whole or cut, by the environment (CI, COLUMNS).
+        command = [sys.executable, "-m", "pytest", "-q", "-rN", "-p", "no:cacheprovider", "--color=no", *arguments]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         return done.returncode, done.stdout
 
