@@ -30,7 +30,7 @@ help:
 	@echo "make demo           draw pictures with stock diffusers and with qwen_fast, compare them"
 	@echo "make demo-model     train the demo checkpoint again, in demo-model/; interrupted, it goes on where it was"
 	@echo "make test           pass the tests"
-	@echo "make test-slow      install Chromium, Playwright and Ray where they are missing, and pass the tests that need them"
+	@echo "make test-slow      pass the tests that take long, and those that need Chromium, Playwright and Ray, which it installs"
 	@echo "make test-versions  pass the tests with the lowest and the newest supported packages"
 	@echo "make lint           ruff"
 	@echo "make clean          remove the environment and what was built"
@@ -43,10 +43,11 @@ demo-model: $(VENV)/.ready
 	$(BIN)/python -m qwen_fast.demo.train --out demo-model
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS) tests
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS) -m "not slow" tests
 
 test-slow: $(VENV)/.slow
 	$(BIN)/python tests/slow/browser.py
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS) -m slow tests
 	$(BIN)/python -m pytest -q tests/slow
 
 test-versions: $(VENV)/.ready

@@ -36,8 +36,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; listed at the end of a run that had none")
     config.addinivalue_line("markers", "triton: launches a Triton kernel")
+    config.addinivalue_line("markers", "slow: takes long; `make test` leaves it to `make test-slow`")
     # numpy speaks up where the hardware quietly gives inf or NaN, which is what the tests then look at.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+def pytest_sessionstart() -> None:
+    # The tests read what their children print. This run's own colours are settled by now.
+    for name in ("FORCE_COLOR", "PY_COLORS", "MYPY_FORCE_COLOR"):
+        os.environ.pop(name, None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,6 +53,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=NO_GPU))
         elif not HAS_TRITON and item.get_closest_marker("triton"):
             item.add_marker(pytest.mark.skip(reason=NO_TRITON))
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays to the end: no collection of garbage looks through it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

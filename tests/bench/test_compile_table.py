@@ -130,6 +130,7 @@ def test_committed_rows_use_tensor_cores():
     assert not without_tensor_cores(ROWS), "\n".join(without_tensor_cores(ROWS))
 
 
+@pytest.mark.slow
 @pytest.mark.triton
 def test_default_configurations_compile_as_the_table_says(arch, tmp_path_factory):
     """With a Triton version that the table does not have, only what holds for every version."""

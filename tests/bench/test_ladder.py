@@ -232,6 +232,7 @@ def test_a_failing_stage_table_costs_nothing(session, monkeypatch):
     assert [row["status"] for row in rows] == ["ok", "ok"] and "no stages: ZeroDivisionError" in said
 
 
+@pytest.mark.slow
 def test_a_rung_that_hangs_has_its_row_and_the_next_run_goes_on_behind_it(tmp_path):
     """In a process of its own, since it ends."""
     code = """

@@ -257,6 +257,7 @@ def test_the_time_limit_of_a_test_needs_its_plugin(monkeypatch, tmp_path):
 # Every stage, killed and resumed --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_dry_run_killed_after_each_stage_goes_on(tmp_path):
     """Every stage does its work on the CPU, once, though the run-book is killed behind each of them."""
     out, command = (

@@ -93,6 +93,7 @@ def session(monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_every_benchmark_runs_once():
     """Those of torch.compile take minutes on a CPU: one of them."""
     selection = "not compiled or euler_step-bf16-compiled and not cfg"

@@ -15,7 +15,7 @@ from benchmarks.compiler.warp_specialised import early_releases, stale_barriers
 
 ROOT = Path(__file__).resolve().parents[2]
 ARRIVE = re.compile(r"\n[^\n]*= ttg\.memdesc_index [^\n]*\n[^\n]*ttng\.arrive_barrier[^\n]*")
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -58,6 +58,7 @@ def rows_of(path: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_the_ladder_of_the_run_book(emulated_cuda, tmp_path):
     """Stock, and the rungs of which every other is a part; the options between have tests."""
     names = "stock + cuDNN attention", "+ packed CFG", "+ CUDA graph", "qwen_fast as enabled"
@@ -69,6 +70,7 @@ def test_the_ladder_of_the_run_book(emulated_cuda, tmp_path):
     assert_nothing_wrong(emulated_cuda)
 
 
+@pytest.mark.slow
 def test_the_sizes_of_the_run_book(emulated_cuda, tmp_path):
     """Few-step pictures, and each call with a new size and prompt."""
     assert main(small("sizes", tmp_path)) == 0

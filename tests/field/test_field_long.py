@@ -23,7 +23,7 @@ def resident_mib() -> float:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("name", "calls"), [("text", 1000), ("edit plus 2511", 200)])
+@pytest.mark.parametrize(("name", "calls"), [pytest.param("text", 1000, marks=pytest.mark.slow), ("edit plus 2511", 200)])
 def test_calls_do_not_grow(checkpoint, name, calls):
     """Other prompts, sizes, scales and pictures in turn, with a callback now and then."""
     member = MEMBERS[name]

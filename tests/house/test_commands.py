@@ -66,6 +66,7 @@ def modules_with_a_main() -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_every_command_answers_help(tmp_path):
     text = documented()
     modules = set(re.findall(r"python3? -m ((?:qwen_fast|benchmarks)[\w.]*\w)", text)) | modules_with_a_main()

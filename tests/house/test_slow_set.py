@@ -1,5 +1,6 @@
 """The slow set keeps to itself, and in it a skip is a failure."""
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -45,6 +46,19 @@ def test_a_skip_fails_the_slow_set(tests):
     code, said = run("tests/slow", "--continue-on-collection-errors")
     assert code == 1 and "skipped" not in said.splitlines()[-1], said
     assert said.count("nothing is skipped in the slow set: Skipped: no browser") == len(SKIPPED), said
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_what_is_marked_is_left_to_make_test_slow_and_to_nobody_else():
+    def passed(target: str) -> list[list[str]]:
+        said = subprocess.run(["make", "-n", "-W", "setup.py", target], cwd=ROOT, capture_output=True, text=True, check=True)
+        found = (shlex.split(line) for line in said.stdout.splitlines() if "-m pytest" in line)
+        return [words[words.index("pytest") + 1 :] for words in found]
+
+    (quick,), (marked, folder) = passed("test"), passed("test-slow")
+    assert quick[-3:] == ["-m", "not slow", "tests"] and marked == [*quick[:-3], "-m", "slow", "tests"]
+    assert folder[-1] == "tests/slow" and "-m" not in folder
+    assert (ROOT / ".ci" / "run").read_text().split()[-4:] == ["make", "test", "make", "test-slow"]
 
 
 def test_the_other_tests_do_not_meet_it(tests):

@@ -36,6 +36,7 @@ def compiled(*command: str) -> dict:
     return json.loads(found.stdout)
 
 
+@pytest.mark.slow
 def test_prompts_of_any_length_share_one_compiled_kernel():
     """200 random prompts, batches and pictures: a kernel is compiled once for each of its configurations."""
     variants = compiled(str(Path(__file__).with_name("variants.py")))

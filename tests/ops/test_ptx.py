@@ -72,7 +72,7 @@ def compiled(arch: int, tmp_path_factory) -> dict[str, dict]:
     return {f"{result['op']}: {result['case']}": result for result in results}
 
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.slow]
 
 
 def test_arithmetic_is_ieee(compiled):
