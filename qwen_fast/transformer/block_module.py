@@ -8,8 +8,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import torch
+import torch.nn.functional as F
 from diffusers.models.transformers import transformer_qwenimage
+from packaging.version import Version
 
 from ..common.hooks import compiled_call
 from ..common.pickled import PickledAsStock
@@ -21,6 +24,8 @@ from .plan import FUSED
 from .survey import Survey
 
 STOCK_BLOCK = transformer_qwenimage.QwenImageTransformerBlock
+# The transformer of diffusers 0.38 gives its blocks the mask of all keys; from 0.39 on they get the text's.
+_MASKS_KEYS = Version(diffusers.__version__).release < (0, 39)
 
 
 class QwenImageTransformerBlock(PickledAsStock, STOCK_BLOCK):
@@ -64,6 +69,15 @@ class QwenImageTransformerBlock(PickledAsStock, STOCK_BLOCK):
         return streams
 
 
+def mask_arguments(mask: torch.Tensor | None, image_tokens: int, attention_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """The keyword arguments by which stock's transformer tells a block of the text mask `[B, S_txt]`, bool."""
+    others = attention_kwargs and {name: value for name, value in attention_kwargs.items() if name != "scale"}
+    if not _MASKS_KEYS:
+        return {"encoder_hidden_states_mask": mask, "joint_attention_kwargs": others}
+    of_keys = {} if mask is None else {"attention_mask": F.pad(mask, (0, image_tokens), value=True)[:, None, None]}
+    return {"encoder_hidden_states_mask": None, "joint_attention_kwargs": (others or {}) | of_keys}
+
+
 def called_plainly(
     module: torch.nn.Module, stock: type, is_fused: Callable[[], bool], args: tuple, kwargs: dict[str, Any]
 ) -> Any:
@@ -87,11 +101,11 @@ def _fused_block(
     if id(block) not in found.owned or found.whole is not None or context_reason(found, image) is not None:
         return None
     plan = found.blocks.get(id(block), FUSED)
-    if plan.stock is not None or arguments["joint_attention_kwargs"]:
-        return None
     shared, index = call.forward, found.index.get(id(block))
     sizes = (image.shape[0], text.shape[1], image.shape[1])
     ours = shared is not None and index is not None and shared.gave(arguments)
+    if plan.stock is not None or (arguments["joint_attention_kwargs"] and not ours):
+        return None
     layout = shared.layout if ours else _layout_given(call, sizes, arguments)
     if layout is None or sizes != (layout.sequences, layout.txt_lengths[0], layout.img_lengths[0]) or text.dtype != image.dtype:
         return None

@@ -163,6 +163,7 @@ class TokenStream:
             encoder_hidden_states=text,
             encoder_hidden_states_mask=self.arguments["encoder_hidden_states_mask"],
             image_rotary_emb=self.arguments["image_rotary_emb"],
+            **(self.arguments["joint_attention_kwargs"] or {}),
         )
         self.branch[: self.split], self.branch[self.split :] = text.flatten(0, 1), image.flatten(0, 1)
 

@@ -26,7 +26,7 @@ from ..common.pickled import EqualsStock, PickledAsStock
 from ..common.proofs import require_transformer
 from ..common.state import State
 from .adapters import NAMES, SampleAdapters, first_rows, rows_of, touches_modulations
-from .block_module import STOCK_BLOCK, QwenImageTransformerBlock, called_plainly, context_reason
+from .block_module import STOCK_BLOCK, QwenImageTransformerBlock, called_plainly, context_reason, mask_arguments
 from .blocks import TableRows, TokenStream, as_batches
 from .call import ATTACHED, CALL, Call, ModelState, PromptBatch, SharedForward, entered, lora_scale
 from .compiled import begin_step
@@ -214,9 +214,8 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
                 raise ValueError(
                     f"`img_shapes` {img_shapes} differ within a batch whose blocks have hooks: run them one by one."
                 )
-            others = attention_kwargs and {name: value for name, value in attention_kwargs.items() if name != "scale"}
-            given = self._block_arguments(layout, source, shapes, mask, batch, frequencies)
-            stream.arguments = given | {"joint_attention_kwargs": others}
+            told = mask_arguments(mask, layout.img_lengths[0], attention_kwargs)
+            stream.arguments = self._block_arguments(layout, source, shapes, batch, frequencies) | told
             call.forward = SharedForward(layout, rows, source, stream.arguments)
         try:
             output = self._run(call, found, stream, source, controlnet_block_samples)
@@ -297,8 +296,8 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
         text, image = block(hidden_states=image, encoder_hidden_states=text, **stream.arguments)
         stream.residual = torch.cat([text.flatten(0, 1), image.flatten(0, 1)])
 
-    def _block_arguments(self, layout, source, shapes, mask, batch, frequencies) -> dict[str, Any]:
-        """What stock hands to its blocks beside the two streams."""
+    def _block_arguments(self, layout, source, shapes, batch, frequencies) -> dict[str, Any]:
+        """What stock hands to its blocks beside the two streams and `mask_arguments`."""
         modulate_index = None
         if self.zero_cond_t:
             index = [[int(i > 0) for i, shape in enumerate(entry) for _ in range(math.prod(shape))] for entry in shapes]
@@ -308,10 +307,8 @@ class QwenImageTransformer2DModel(PickledAsStock, STOCK, metaclass=EqualsStock):
                 [list(entry) for entry in shapes], max_txt_seq_len=layout.txt_lengths[0], device=layout.rope.device
             )
         return {
-            "encoder_hidden_states_mask": mask,
             "temb": source.temb(batch),
             "image_rotary_emb": frequencies,
-            "joint_attention_kwargs": None,
             "modulate_index": modulate_index,
         }
 

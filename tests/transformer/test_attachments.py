@@ -129,6 +129,37 @@ def cast(pipe) -> None:
     pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
 
 
+class SameProcessor(QwenDoubleStreamAttnProcessor2_0):
+    """A user's: it does what diffusers' does."""
+
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)
+
+
+def with_a_forward_of_its_own(block) -> None:
+    stocks = block.forward
+    block.forward = lambda *args, **kwargs: stocks(*args, **kwargs)
+
+
+INSIDE = {
+    "a processor": lambda block: block.attn.set_processor(SameProcessor()),
+    "a hook on the attention": lambda block: block.attn.register_forward_hook(lambda module, inputs, outputs: outputs),
+    "a hook on the block": lambda block: block.register_forward_hook(lambda module, inputs, outputs: outputs),
+    "a forward": with_a_forward_of_its_own,
+}
+
+
+@pytest.mark.parametrize("what", INSIDE)
+def test_what_is_called_inside_a_block_masks_the_padding_of_a_short_prompt(pair, what):
+    """How stock tells its attention of the mask differs between the versions of diffusers."""
+    for pipe in pair:
+        for block in pipe.transformer.transformer_blocks:
+            INSIDE[what](block)
+    arguments = BATCH | {"num_inference_steps": 2}
+    assert_same_latents(draw(pair[1], **arguments), draw(pair[0], **arguments))
+    assert calls(pair[1])["transformer"] == 4 and qwen_fast.report(pair[1]).fallbacks
+
+
 class OwnProcessor(QwenDoubleStreamAttnProcessor2_0):
     """A user's: it turns attention off."""
 

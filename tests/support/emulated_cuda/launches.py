@@ -69,14 +69,16 @@ class Launches:
     def replaced(self) -> Iterator[None]:
         """Inside, launches go through here."""
         try:
-            import triton
+            from triton.runtime.interpreter import InterpretedFunction
+            from triton.runtime.jit import KernelInterface
         except ImportError:
             yield
             return
-        original = triton.runtime.jit.KernelInterface.__getitem__
         with contextlib.ExitStack() as stack:
-            replacement = self._launcher(original)
-            stack.enter_context(mock.patch.object(triton.runtime.jit.KernelInterface, "__getitem__", replacement))
+            # Triton 3.4 launches what is interpreted in a way of its own.
+            for cls in (cls for cls in (KernelInterface, InterpretedFunction) if "__getitem__" in vars(cls)):
+                replacement = self._launcher(cls.__getitem__)
+                stack.enter_context(mock.patch.object(cls, "__getitem__", replacement))
             if self.mode == "compile":
                 stack.enter_context(_driver(self.capability))
             library = torch.library.Library("qwen_fast", "IMPL")
