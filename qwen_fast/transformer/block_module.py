@@ -126,7 +126,7 @@ def _fused_block(
 
 def _layout_given(call: Call, sizes: tuple[int, int, int], arguments: dict[str, Any]) -> Layout | None:
     """The layout of a block's own arguments; the last one is kept, since all blocks of a forward get the same."""
-    rotary, mask = arguments["image_rotary_emb"], arguments["encoder_hidden_states_mask"]
+    rotary, mask = arguments["image_rotary_emb"], None if _MASKS_KEYS else arguments["encoder_hidden_states_mask"]
     batch, text_length, image_length = sizes
     if arguments["modulate_index"] is not None or not isinstance(rotary, tuple) or len(rotary) != 2:
         return None

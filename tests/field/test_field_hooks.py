@@ -5,6 +5,7 @@ import torch
 from torch.nn.modules import module as every_module
 
 import qwen_fast
+from qwen_fast.transformer.block_module import mask_arguments
 from support.field import IMAGE_TO_IMAGE, ORDERS, SMALL, assert_not_stocks_own, compare, draw, guided
 
 TO_Q, TO_V = "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_v"
@@ -85,7 +86,7 @@ def masked_tokens(run):
         text = kwargs["encoder_hidden_states"]
         mask = torch.ones(text.shape[:2], dtype=torch.bool)
         mask[:, :2] = False
-        return args, kwargs | {"encoder_hidden_states_mask": mask}
+        return args, kwargs | mask_arguments(mask, kwargs["hidden_states"].shape[1], None)
 
     run.transformer.get_submodule(BLOCK).register_forward_pre_hook(hook, with_kwargs=True)
 

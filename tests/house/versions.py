@@ -1,4 +1,4 @@
-"""`make test-versions`: the comparisons with stock, in fresh environments of the lowest and the newest supported packages.
+"""`make test-versions`: all that is compared with stock, in fresh environments of the lowest and the newest supported packages.
 
 Not part of CI: it installs two more environments. TORCH_LOWEST and TORCH_NEWEST name other builds of torch.
 """
@@ -10,11 +10,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-COMPARED_WITH_STOCK = ["ops", "schedule", "transformer", "pipelines/test_pipeline.py", "pipelines/test_switch.py"]
-COMPARED_WITH_STOCK += ["pipelines/test_interpreted_pipeline.py", "pipelines/test_lora.py", "denoise/test_graph.py"]
-COMPARED_WITH_STOCK += ["demo/test_demo_checkpoint.py", "text", "vae", "loading"]
-COMPARED_WITH_STOCK += [f"cli/{name}.py" for name in ("test_cli", "test_cli_generate", "test_jobs")]
-TOOLS = ["pytest", "pytest-xdist", "scipy", "accelerate>=1.0", "optimum-quanto"]
+ROOMS = ("ops", "schedule", "transformer", "text", "vae", "denoise", "pipelines", "loading", "common", "field", "cli", "demo")
+TOOLS = ["pytest", "pytest-xdist", "scipy", "accelerate>=1.0", "cache-dit", "gguf", "optimum-quanto", "sdnq"]
 SETS = {
     "lowest": [
         os.environ.get("TORCH_LOWEST", "torch==2.13.0"),
@@ -47,7 +44,7 @@ def main() -> int:
             subprocess.run([python, "-m", "pip", "install", "-q", *packages, *TOOLS], check=True)
             subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "-e", ROOT], check=True)
             print(f"== {name}: {', '.join(packages)}", flush=True)
-            tests = [ROOT / "tests" / test for test in COMPARED_WITH_STOCK]
+            tests = [ROOT / "tests" / room for room in ROOMS]
             if subprocess.run([python, "-m", "pytest", "-q", "-n", "2", *tests], cwd=ROOT).returncode:
                 failed.append(name)
     print(f"failed: {', '.join(failed) or 'none'}")

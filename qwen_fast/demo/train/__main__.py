@@ -124,7 +124,7 @@ def _judge(checkpoint: Path, plan: Plan, device: torch.device, pictures: int) ->
         for kind in accuracy.KINDS:
             wanted = accuracy.held_out_requests(pictures if kind == "one" else max(1, pictures // 2), kind)
             rows[f"{kind}, {width}x{height}"] = accuracy.draw(pipe, wanted, width=width, height=height)[1]
-    pipe.load_lora_weights(checkpoint / LIGHTNING)
+    pipe.load_lora_weights(checkpoint / LIGHTNING, weight_name="pytorch_lora_weights.safetensors")
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(LIGHTNING_SCHEDULER_CONFIG)
     call = {"num_inference_steps": STEPS, "true_cfg_scale": 1.0, "negative_prompt": None}
     for width, height in plan.sizes:

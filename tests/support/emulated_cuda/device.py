@@ -199,6 +199,7 @@ class EmulatedCuda:
             (torch.Tensor, "is_pinned", is_pinned),
             (torch.Tensor, "record_stream", record_stream),
             (torch._C, "_host_emptyCache", lambda: None),
+            (torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda")),
             (cuda.graphs.graph, "default_capture_stream", None),
             (torch.backends.cuda, "SDPAParams", lambda *values: values),
             (torch.backends.cuda, "can_use_flash_attention", lambda *_: True),
