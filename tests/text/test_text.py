@@ -6,7 +6,6 @@ import threading
 
 import accelerate
 import diffusers
-import peft
 import pytest
 import torch
 import transformers
@@ -15,6 +14,7 @@ from packaging.version import Version
 import qwen_fast
 from benchmarks.shared import stock as reference
 from benchmarks.shared.stock import draw
+from support.adapters import add_style
 from support.pipelines import GUIDED, SMALL
 
 LONG, SHORT = "a red fox that jumps over a small brook in the evening", "a cat"
@@ -144,12 +144,8 @@ def test_all_pipelines_encode_once_and_find_it_again(checkpoint, cls):
     assert qwen_fast.report(pipe).prompt_cache["hits"] == 3
 
 
-def add_lora(model, targets, seed=5):
-    model.add_adapter(peft.LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False), "style")
-
-
 CHANGES = {
-    "LoRA on the text encoder": lambda pipe: add_lora(pipe.text_encoder, ["q_proj", "v_proj"]),
+    "LoRA on the text encoder": lambda pipe: add_style(pipe.text_encoder, ["q_proj", "v_proj"]),
     "written through .data": lambda pipe: pipe.text_encoder.model.language_model.layers[1].mlp.up_proj.weight.data.mul_(0.9),
     "a norm written": lambda pipe: pipe.text_encoder.model.language_model.norm.weight.data.add_(0.1),
     "one word's embedding": lambda pipe: pipe.text_encoder.model.language_model.embed_tokens.weight.data.add_(0.01),
@@ -190,7 +186,7 @@ def test_what_changes_the_encoder_is_noticed(checkpoint, change):
 def test_a_lora_taken_away_finds_the_first_again(checkpoint):
     pipe = qwen_fast.enable(stock(checkpoint))
     first = encode(pipe, SHORT)
-    add_lora(pipe.text_encoder, ["q_proj"])
+    add_style(pipe.text_encoder, ["q_proj"])
     assert not torch.equal(encode(pipe, SHORT)[0], first[0])
     for parameter in pipe.text_encoder.parameters():
         parameter.data = parameter.data.clone()  # as offloading does
@@ -203,7 +199,7 @@ def test_the_projection_follows_the_transformer(checkpoint, change):
     def apply(pipe):
         if change == "LoRA on txt_in":
             torch.manual_seed(3)
-            add_lora(pipe.transformer, ["txt_in"])
+            add_style(pipe.transformer, ["txt_in"])
         else:
             getattr(pipe.transformer, change.split()[0]).weight.data.mul_(0.8)
 

@@ -21,6 +21,7 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
 import qwen_fast
 from benchmarks.shared import stock as reference
 from qwen_fast.text.watch import EncoderWatch
+from support.adapters import add_style
 
 PROMPTS = ["a red fox that jumps over a small brook in the evening", "a cat"]
 loaded = functools.cache(reference.stock)
@@ -52,8 +53,7 @@ def own_config(pipe):
 
 def lora(pipe):
     torch.manual_seed(3)
-    config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    pipe.text_encoder.add_adapter(config, "style")
+    add_style(pipe.text_encoder, ["q_proj", "v_proj"])
 
 
 def scale_lora(pipe):
