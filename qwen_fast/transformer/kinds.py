@@ -1,5 +1,7 @@
 """Which classes of modules and which functions are stock's own."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from diffusers.models import attention_dispatch
@@ -28,6 +30,9 @@ _ATTENTION = torch._C._nn.scaled_dot_product_attention
 def replaced_functions() -> list[str]:
     """What stock's attention calls by name, or by diffusers' registry, and is not diffusers' or torch's."""
     found = foreign_functions(stock, _FUNCTIONS)
+    # diffusers 0.40 and 0.41 look the rotation up here, by the type of the device, and take that of "cuda" where there is none.
+    rotations = vars(stock).get("ROPE_PER_DEVICE", {})
+    found += [f"ROPE_PER_DEVICE[{kind!r}]" for kind in ("cuda", "cpu") if kind in rotations and not _rotates(rotations[kind])]
     if F.scaled_dot_product_attention is not _ATTENTION:
         found.append("torch.nn.functional.scaled_dot_product_attention")
     registry, name = attention_dispatch._AttentionBackendRegistry, attention_dispatch.AttentionBackendName.NATIVE
@@ -35,6 +40,13 @@ def replaced_functions() -> list[str]:
     if native is not None and not is_own_function(native, "diffusers", "_native_attention"):
         found.append("diffusers' attention backend 'native'")
     return found
+
+
+def _rotates(function: object) -> bool:
+    """Whether it is diffusers' rotation by complex numbers."""
+    if not isinstance(function, functools.partial) or function.args or function.keywords != {"use_real": False}:
+        return False
+    return is_own_function(function.func, "diffusers", "apply_rotary_emb_qwen")
 
 
 def foreign_kind(kind: type) -> str | None:

@@ -1,5 +1,6 @@
 """Methods of classes and functions of modules that people replace: caches, token pruning, trainers' patches, profilers."""
 
+import functools
 import inspect
 import json
 import os
@@ -77,6 +78,8 @@ def conjugated(run):
         return old(x, freqs_cis.conj(), use_real=use_real)
 
     run.patch.setattr(stock, "apply_rotary_emb_qwen", apply)
+    if hasattr(stock, "ROPE_PER_DEVICE"):  # where diffusers 0.40 and 0.41 look it up
+        run.patch.setitem(stock.ROPE_PER_DEVICE, "cuda", functools.partial(apply, use_real=False))
 
 
 # Situation, and the word by which `report` and strict=True have to name it.
@@ -110,7 +113,7 @@ INSIDE = {
         replaced(stock.QwenEmbedRope, "forward", lambda out: (out[0].conj(), out[1])),
         "QwenEmbedRope|pos_embed",
     ),
-    "apply_rotary_emb_qwen": (conjugated, "apply_rotary_emb_qwen"),
+    "apply_rotary_emb_qwen": (conjugated, "apply_rotary_emb_qwen|ROPE_PER_DEVICE"),
     "dispatch_attention_fn": (replaced(stock, "dispatch_attention_fn", HALF), "dispatch_attention_fn"),
 }
 

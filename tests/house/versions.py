@@ -1,6 +1,6 @@
 """`make test-versions`: all that is compared with stock, in fresh environments of the lowest and the newest supported packages.
 
-Not part of CI: it installs two more environments. TORCH_LOWEST and TORCH_NEWEST name other builds of torch.
+Not part of CI: it installs three more environments. TORCH_LOWEST and TORCH_NEWEST name other builds of torch.
 """
 
 import os
@@ -22,6 +22,15 @@ SETS = {
         "peft==0.18.0",
         "torchao==0.14.1",  # peft 0.18 cannot be imported beside newer ones
         "httpx",  # diffusers 0.38 imports it beside huggingface_hub 0.36, which does not bring it
+    ],
+    # Rotates by a table of functions, as 0.41 does.
+    "between": [
+        os.environ.get("TORCH_NEWEST", "torch==2.13.0"),
+        "triton",
+        "diffusers==0.40.0",
+        "transformers<6",
+        "peft",
+        "torchao",
     ],
     "newest": [
         os.environ.get("TORCH_NEWEST", "torch==2.13.0"),
