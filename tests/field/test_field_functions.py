@@ -77,9 +77,10 @@ def conjugated(run):
         run.note("apply", x, freqs_cis, use_real=use_real)
         return old(x, freqs_cis.conj(), use_real=use_real)
 
-    run.patch.setattr(stock, "apply_rotary_emb_qwen", apply)
     if hasattr(stock, "ROPE_PER_DEVICE"):  # where diffusers 0.40 and 0.41 look it up
         run.patch.setitem(stock.ROPE_PER_DEVICE, "cuda", functools.partial(apply, use_real=False))
+    else:
+        run.patch.setattr(stock, "apply_rotary_emb_qwen", apply)
 
 
 # Situation, and the word by which `report` and strict=True have to name it.
