@@ -31,7 +31,7 @@ help:
 	@echo "make demo-model     train the demo checkpoint again, in demo-model/; interrupted, it goes on where it was"
 	@echo "make test           pass the tests"
 	@echo "make test-slow      pass the tests that take long, and those that need Chromium, Playwright and Ray, which it installs"
-	@echo "make test-versions  pass the tests with the lowest and the newest supported packages"
+	@echo "make test-versions  pass the tests with the lowest, the newest and a set between of the supported packages"
 	@echo "make lint           ruff"
 	@echo "make clean          remove the environment and what was built"
 	@echo "PYTHON=... takes another interpreter; one that has torch already lends it to the environment."
