@@ -149,12 +149,17 @@ INSIDE = {
 }
 
 
+@pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("what", INSIDE)
-def test_what_is_called_inside_a_block_masks_the_padding_of_a_short_prompt(pair, what):
+def test_what_is_called_inside_a_block_masks_the_padding_of_a_short_prompt(checkpoint, what, order):
     """How stock tells its attention of the mask differs between the versions of diffusers."""
+    pair = stock(checkpoint), stock(checkpoint)
+    if order == "after":
+        qwen_fast.enable(pair[1])
     for pipe in pair:
         for block in pipe.transformer.transformer_blocks:
             INSIDE[what](block)
+    qwen_fast.enable(pair[1])
     arguments = BATCH | {"num_inference_steps": 2}
     assert_same_latents(draw(pair[1], **arguments), draw(pair[0], **arguments))
     assert calls(pair[1])["transformer"] == 4 and qwen_fast.report(pair[1]).fallbacks
