@@ -29,12 +29,14 @@ def covered_in(pipe) -> set[str]:
 
 
 def test_an_accelerated_call_is_covered_by_its_stages(checkpoint):
-    pipe = qwen_fast.enable(stock(checkpoint))
-    with record() as recorder:
-        draw(pipe, **CALL)
+    pipe, shares = qwen_fast.enable(stock(checkpoint)), []
+    for _ in range(5):  # each takes 40 ms, and other processes may come between
+        with record() as recorder:
+            draw(pipe, **CALL)
+        shares.append(sum(recorder.own_seconds()[0].values()) / recorder.wall)
+    assert 0.8 < max(shares) <= 1, shares
     seconds = recorder.seconds()
     assert list(seconds) == ["text", "schedule", "modulation", "denoise", "vae"]
-    assert 0.8 * recorder.wall < sum(recorder.own_seconds()[0].values()) <= recorder.wall
     assert seconds["modulation"] < seconds["denoise"]
     (table,), (loop,), (decode, _shown) = (spans(recorder, name) for name in ("modulation", "denoise", "vae"))
     assert loop.begin <= table.begin <= table.end <= loop.end <= decode.begin
