@@ -32,7 +32,8 @@ def replaced_functions() -> list[str]:
     found = foreign_functions(stock, _FUNCTIONS)
     # diffusers 0.40 and 0.41 look the rotation up here, by the type of the device, and take that of "cuda" where there is none.
     rotations = vars(stock).get("ROPE_PER_DEVICE", {})
-    found += [f"ROPE_PER_DEVICE[{kind!r}]" for kind in ("cuda", "cpu") if kind in rotations and not _rotates(rotations[kind])]
+    kinds = (kind for kind in ("cuda", "cpu") if kind in rotations and not _rotates(rotations[kind]))
+    found += [f"transformer_qwenimage.ROPE_PER_DEVICE[{kind!r}]" for kind in kinds]
     if F.scaled_dot_product_attention is not _ATTENTION:
         found.append("torch.nn.functional.scaled_dot_product_attention")
     registry, name = attention_dispatch._AttentionBackendRegistry, attention_dispatch.AttentionBackendName.NATIVE

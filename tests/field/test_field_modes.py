@@ -6,6 +6,8 @@ import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
+from packaging.version import Version
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -54,14 +56,14 @@ def test_autocast_over_fp32_weights(field, cls):
 
 
 def test_autocast_reaches_the_products(field):
-    """One in fp32 is slow on a GPU and takes twice the memory. In stock there is none; with older packages, two."""
+    """One in fp32 is slow on a GPU and takes twice the memory. In stock there is none, with transformers 4 there are two."""
     counts = []
     for pipe in (field.pipe(), qwen_fast.enable(field.pipe())):
         with Products() as products:
             in_bf16(pipe)
         counts.append(products.seen)
-    assert counts[0][torch.bfloat16] > 200 < counts[1][torch.bfloat16], counts
-    assert counts[1][torch.float32] <= counts[0][torch.float32] <= 2, counts
+    stocks = 0 if Version(transformers.__version__) >= Version("5") else 2
+    assert counts[0][torch.float32] == stocks and counts[1][torch.float32] == stocks, counts
 
 
 def test_after_autocast_a_call_is_exact_again(field):

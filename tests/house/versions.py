@@ -1,4 +1,4 @@
-"""`make test-versions`: all that is compared with stock, in fresh environments of the lowest and the newest supported packages.
+"""`make test-versions`: what is compared with stock, with the lowest, the newest and a set between of the supported packages.
 
 Not part of CI: it installs three more environments. TORCH_LOWEST and TORCH_NEWEST name other builds of torch.
 """
