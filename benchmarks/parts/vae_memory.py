@@ -31,7 +31,8 @@ MIB = 2**20
 class LiveBytes(TorchDispatchMode):
     """What an allocator would have to give, without one to ask: bytes of tensors alive at once, counted at every operation.
 
-    Inside the context, counts the storages that operations return, from then until nothing refers to them.
+    Inside the context, counts the storages that operations return, from then until nothing refers to them. Tensors on the meta
+    device have no memory and are not counted.
 
     Attributes:
         peak (int): the most at any time. Inputs that were there before, and what an operation takes and frees inside, are not
@@ -47,7 +48,7 @@ class LiveBytes(TorchDispatchMode):
         known = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
         outputs = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(outputs):
-            if not isinstance(leaf, torch.Tensor):
+            if not isinstance(leaf, torch.Tensor) or leaf.is_meta:
                 continue
             storage = leaf.untyped_storage()
             key = storage._cdata
