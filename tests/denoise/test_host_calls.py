@@ -16,9 +16,9 @@ LAYERS = 60
 CALL = {"prompt": "a red circle", "negative_prompt": "x", "true_cfg_scale": 3.0, "height": 32, "width": 32}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def pipes(checkpoint):
-    """stock's and ours, of 60 narrow layers."""
+    """stock's and ours, of 60 narrow layers. Anew for each test: what an adapter leaves behind costs calls."""
     made = []
     for _ in range(2):
         pipe = stock(checkpoint)
@@ -69,9 +69,5 @@ def test_with_a_lora(pipes):
     peft = pytest.importorskip("peft")
     for pipe in pipes:
         pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0", "net.2"]))
-    try:
-        beside, step, _ = before_the_steps(pipes)
-    finally:
-        for pipe in pipes:
-            pipe.transformer.delete_adapters("default")
+    beside, step, _ = before_the_steps(pipes)
     assert beside <= -90_000 and step <= 15_500, (beside, step)
