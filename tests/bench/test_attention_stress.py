@@ -126,6 +126,7 @@ def test_suspects_come_last_and_only_where_they_can_be_launched(monkeypatch):
     assert configs["descriptors"] == attention_stress.default_config(100, 64, 2), "what no specialised warps leave"
 
 
+@pytest.mark.slow
 def test_a_row_of_each_way_and_process(tmp_path, capsys):
     assert attention_stress.main(["--out", str(tmp_path), "--device", "cpu", "--processes", "1", "--seconds", "0"]) == 0
     table = read(tmp_path / "attention_stress.csv")

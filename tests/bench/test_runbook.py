@@ -57,6 +57,7 @@ def test_stages_run_once_each_with_a_log(book, tmp_path):
     assert (tmp_path / "logs" / "two.log").read_text().endswith("no\n"), "a red result is a result"
 
 
+@pytest.mark.slow
 def test_a_stage_that_takes_too_long_is_asked_to_stop_and_run_again(book, tmp_path):
     slow = (
         "import time\n"
@@ -70,6 +71,7 @@ def test_a_stage_that_takes_too_long_is_asked_to_stop_and_run_again(book, tmp_pa
     assert state.status("slow") == "done" and (tmp_path / "next.txt").read_text() == "ran\n"
 
 
+@pytest.mark.slow
 def test_a_hanging_a_crashing_and_a_slow_stage_cost_no_other(book, tmp_path):
     """One that no signal reaches but the last, one that dies of a fault, one whose results come while it runs."""
     hang = "import signal, time\nfor n in (2, 6, 15): signal.signal(n, signal.SIG_IGN)\nprint('hangs', flush=True)\n"
@@ -128,6 +130,7 @@ def test_without_what_every_stage_needs_nothing_is_run(book):
     assert state.status("one") == "not run" and "MISSING diffusers" in out
 
 
+@pytest.mark.slow
 def test_what_a_stage_started_ends_with_it(book, tmp_path):
     child = "import subprocess, sys, time; print(subprocess.Popen([sys.executable, '-c', 'import signal, time; "
     child += "signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)']).pid, flush=True); time.sleep(60)"
@@ -141,6 +144,7 @@ def test_what_a_stage_started_ends_with_it(book, tmp_path):
         pytest.fail("the stage's child lives on")
 
 
+@pytest.mark.slow
 def test_the_whole_run_keeps_its_time(book):
     state, out = book(stage("long", "import time; time.sleep(60)"), touch("late"), minutes=6.5 / 60)
     assert (state.status("long"), state.status("late")) == ("timed out", "not run")
