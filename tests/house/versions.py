@@ -1,6 +1,7 @@
 """`make test-versions`: what is compared with stock, with the lowest, the newest and a set between of the supported packages.
 
-Not part of CI: it installs three more environments. TORCH_LOWEST and TORCH_NEWEST name other builds of torch.
+Not part of CI: it makes three more environments, and takes 25 minutes on two cores. TORCH_LOWEST and TORCH_NEWEST name other
+builds of torch.
 """
 
 import os
