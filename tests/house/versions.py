@@ -1,7 +1,7 @@
 """`make test-versions`: what is compared with stock, with the lowest, the newest and a set between of the supported packages.
 
 Not part of CI: it makes three more environments, and takes 25 minutes on two cores. TORCH_LOWEST and TORCH_NEWEST name other
-builds of torch.
+builds of torch. Says why each test was skipped: what a version lacks is seen there only.
 """
 
 import os
@@ -55,7 +55,7 @@ def main() -> int:
             subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "-e", ROOT], check=True)
             print(f"== {name}: {', '.join(packages)}", flush=True)
             tests = [ROOT / "tests" / room for room in ROOMS]
-            if subprocess.run([python, "-m", "pytest", "-q", "-n", "2", *tests], cwd=ROOT).returncode:
+            if subprocess.run([python, "-m", "pytest", "-q", "-rs", "-n", "2", *tests], cwd=ROOT).returncode:
                 failed.append(name)
     print(f"failed: {', '.join(failed) or 'none'}")
     return len(failed)

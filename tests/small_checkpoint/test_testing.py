@@ -229,6 +229,7 @@ def test_full_width_fits_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(testing, "_save", lambda module, *_, **__: built.append(module))
     build_checkpoint(tmp_path, num_layers=1, num_attention_heads=24, attention_head_dim=128, joint_attention_dim=3584)
     transformer, _, text_encoder = built
+    assert all(parameter.is_meta for module in built for parameter in module.parameters())
     assert isinstance(transformer, QwenImageTransformer2DModel)
     block = transformer.transformer_blocks[0]
     assert sum(parameter.numel() for parameter in block.parameters()) == 339_831_296
