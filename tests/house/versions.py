@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("ops", "schedule", "transformer", "text", "vae", "denoise", "pipelines", "loading", "common", "field", "cli", "demo")
-TOOLS = ["pytest", "pytest-xdist", "scipy", "accelerate>=1.0", "cache-dit", "gguf", "optimum-quanto", "sdnq"]
+TOOLS = ["pytest", "pytest-xdist", "scipy", "accelerate>=1.0", "cache-dit", "gguf", "matplotlib", "optimum-quanto", "sdnq"]
 SETS = {
     "lowest": [
         os.environ.get("TORCH_LOWEST", "torch==2.13.0"),
